@@ -1,0 +1,164 @@
+"""Command line: `python -m crt COMMAND`. Stages take a params file, input folders and an output folder; no other knobs.
+
+Exit status: 0 done (or already current), 2 bad input with one line that says so, 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+from crt import __version__, interrupt
+from crt.errors import UserError
+from crt.progress import duration, logger, start_logging
+from crt.stage import exclusive, open_run, publish, publish_metrics
+
+# What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prepare_data": ("a source of images to a packed, checked, split data set", ()),
+    "train_tokenizer": ("train a VQGAN with the causal regularizer", ("data",)),
+    "tokenize": ("the data set as codes, in HDF5", ("data", "tokenizer")),
+    "train_ar": ("train a class-conditional transformer over the codes, under DeepSpeed", ("tokens",)),
+    "sample": ("class-conditional images with classifier-free guidance", ("tokenizer", "ar")),
+    "evaluate": (
+        "reconstruction and generation metrics, with grids to look at",
+        ("data", "tokenizer", "tokens", "ar", "samples"),
+    ),
+}
+COMMANDS = {
+    "check": "check a params file",
+    "status": "say which stages' results are current",
+    "results": "print the results of the last evaluation",
+}
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "make it writable, or choose another folder",
+    errno.EPERM: "make it writable, or choose another folder",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status; mistakes of the user never show a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(arguments).parse_args(arguments)
+    log_file: Path | None = None
+    try:
+        if args.command in STAGES:
+            log_file = args.out.with_name(args.out.name + ".log")
+            return _run_stage(args, log_file)
+        return int(args.function(args) or 0)
+    except UserError as error:
+        for line in str(error).splitlines():
+            _report(f"error: {line}")
+        return 2
+    except interrupt.Stopped as stop:
+        _report(str(stop))
+        return stop.exit_status
+    except Exception as error:
+        message = _disk_message(error, getattr(args, "out", None))
+        if message:
+            _report(f"error: {message}")
+            return 2
+        if log_file is None or not _append(log_file, traceback.format_exc()):
+            raise
+        _report(f"internal error: {type(error).__name__}: {error} (traceback in {log_file}; please report it)")
+        return 1
+
+
+def _run_stage(args: argparse.Namespace, log_file: Path) -> int:
+    name = args.command
+    inputs = {key: getattr(args, key) for key in STAGES[name][1]}
+    run = open_run(name, args.params, inputs, args.out, getattr(args, "metrics", None))
+    if run.is_current():
+        publish_metrics(run)
+        print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
+        return 0
+    from crt.distributed import environment_rank
+
+    rank = environment_rank()[0]
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    start_logging(log_file, rank)
+    interrupt.listen()
+    started = time.monotonic()
+    with exclusive(run) if rank == 0 else nullcontext():
+        logger.info("%s: starts, recipe %s", name, run.fingerprint[:16])
+        run.staging.mkdir(parents=True, exist_ok=True)
+        importlib.import_module(f"crt.stages.{name}").run(run)
+        if rank == 0:
+            publish(run)
+            logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
+    return 0
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m crt", description="Causally Regularized Tokenization, stage by stage."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (description, inputs) in STAGES.items():
+        command = commands.add_parser(name, help=description, description=f"Stage: {description}.")
+        command.add_argument("--params", type=Path, required=True, metavar="FILE", help="params file")
+        for key in inputs:
+            command.add_argument(
+                f"--{key}", type=Path, required=True, metavar="FOLDER", help="output of an earlier stage"
+            )
+        command.add_argument(
+            "--out", type=Path, required=True, metavar="FOLDER", help="output folder, replaced as a whole"
+        )
+        if name == "evaluate":
+            command.add_argument("--metrics", type=Path, metavar="FILE", help="also write the metrics here")
+    for name, description in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=f"{description}.")
+        if name in arguments[:1]:  # import only what runs: most commands need torch
+            module = importlib.import_module(f"crt.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(function=module.run)
+    return parser
+
+
+def _disk_message(error: BaseException, out: Path | None) -> str | None:
+    """One line for a disk that is full or cannot be written, whichever library met it; None for other errors."""
+    code = getattr(error, "errno", None)
+    if code is None:
+        # h5py, safetensors and torch put the number only into their text.
+        match = re.search(r"(?:errno = |os error |Errno )(\d+)", str(error))
+        code = int(match.group(1)) if match else None
+    if code is None and "PytorchStreamWriter" in str(error) and out is not None:
+        full = shutil.disk_usage(out.parent).free < 2**20
+        code = errno.ENOSPC if full else None
+    if code not in _DISK_ERRORS:
+        return None
+    where = getattr(error, "filename", None) or out or "output"
+    return f"{where}: {os.strerror(code)}: {_DISK_ERRORS[code]} and run the same command again; finished work is kept"
+
+
+def _append(path: Path, text: str) -> bool:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        return False
+    return True
+
+
+def _report(message: str) -> None:
+    if logger.handlers:
+        logger.error(message)
+    else:
+        print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Commands other than the stages: one module each, with `add_arguments(parser)` and `run(args)`."""

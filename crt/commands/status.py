@@ -1,0 +1,32 @@
+"""`python -m crt status`: say of each stage whether its result is there and agrees with the params in force."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from crt.commands.check import add_arguments as add_arguments
+from crt.errors import UserError
+from crt.params import load_params
+from crt.pipeline import load_stages
+from crt.stage import read_current
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each stage; returns 0 if all are current, else 1."""
+    values = load_params(args.params).model_dump(by_alias=True)
+    all_current = True
+    for stage in load_stages().values():
+        if not Path(stage.output).exists():
+            state, text = "not made", stage.output
+        else:
+            try:
+                state, text = (
+                    "current",
+                    f"{stage.output} (recipe {read_current(stage.output, values, args.params).fingerprint[:16]})",
+                )
+            except UserError as error:
+                state, text = "stale", str(error)
+        all_current &= state == "current"
+        print(f"{stage.name:16} {state:9} {text}")
+    return 0 if all_current else 1

@@ -1,0 +1,62 @@
+"""The processes of one stage: which one this is, on which device, and the few collectives that stages share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Place of this process among those that run the stage together."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun state them; (0, 1, 0) for a process alone."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return (
+            int(os.environ["SLURM_PROCID"]),
+            int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            int(os.environ["SLURM_LOCALID"]),
+        )
+    return 0, 1, 0
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Join the stage's processes (gloo on CPU, NCCL on GPUs) and leave them together.
+
+    Leaving through a barrier matters: ranks that end at different times can abort in the backend's shutdown.
+    """
+    rank, size, local_rank = environment_rank()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    started = size > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(minutes=30))
+    try:
+        yield World(rank, size, local_rank, device)
+        if started:
+            dist.barrier()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,8 @@
+"""The one exception for mistakes that a user can mend."""
+
+
+class UserError(Exception):
+    """Bad input: its message is one line naming the file, key or value, and the remedy.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

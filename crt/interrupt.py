@@ -1,0 +1,45 @@
+"""Stopping on request: SIGTERM, SIGINT and Slurm's warning signal end a stage at its next safe point."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_received: list[int] = []
+
+
+class Stopped(Exception):
+    """The stage was asked to stop, has saved what it had, and continues there when run again."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}: run the same command to continue")
+        self.exit_status = 128 + signum
+
+
+def listen() -> None:
+    """Record the signals instead of dying; a second one ends the process at once."""
+    for signum in SIGNALS:
+        signal.signal(signum, _receive)
+
+
+def stop_requested() -> int | None:
+    """The signal that asked this process to stop, or None."""
+    return _received[0] if _received else None
+
+
+def raise_if_stopped() -> None:
+    """Call between two units of work that are safe on disk.
+
+    Raises:
+        Stopped: a signal arrived.
+    """
+    if _received:
+        raise Stopped(_received[0])
+
+
+def _receive(signum: int, frame: FrameType | None) -> None:
+    if _received:
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    _received.append(signum)

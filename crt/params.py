@@ -1,0 +1,425 @@
+"""params.yaml as typed, checked values: every scientific value of the pipeline, one section per stage.
+
+The models below carry no defaults: params.yaml states each value, once. Loading forbids unknown
+keys and wrong types, checks combinations, and imports no torch, so a typo is refused in well under
+a second, before any stage runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from crt.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys are refused and no type is coerced (int to float apart)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PrepareData(Section):
+    source: Literal["digits", "cifar10", "imagefolder", "imagenet"]
+    path: str | None
+    storage: Literal["pixels", "encoded"]
+    image_size: PositiveInt | None
+    resize_filter: Literal["bilinear", "bicubic", "lanczos", "box"]
+    val_fraction: Fraction
+    max_images_per_class: PositiveInt | None
+    max_rejected_fraction: Probability
+    images_per_shard: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> PrepareData:
+        if self.source in ("imagefolder", "imagenet") and self.path is None:
+            raise ValueError(
+                f"path is null, but source {self.source!r} needs a folder or archive: set prepare_data.path"
+            )
+        if self.source == "digits" and self.path is not None:
+            raise ValueError("path is set, but source 'digits' comes with scikit-learn: set prepare_data.path to null")
+        if self.storage == "pixels" and self.image_size is None:
+            raise ValueError("storage 'pixels' stores images of one size: set prepare_data.image_size to a number")
+        return self
+
+
+class Architecture(Section):
+    encoder_channels: PositiveInt
+    decoder_channels: PositiveInt
+    channel_multipliers: Annotated[list[PositiveInt], Field(min_length=1)]
+    encoder_blocks: PositiveInt
+    decoder_blocks: PositiveInt
+    attention: bool
+    norm_groups: PositiveInt
+    z_channels: PositiveInt
+    dropout: Fraction
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along each side: every level but the last halves the resolution."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Architecture:
+        for name in ("encoder_channels", "decoder_channels"):
+            channels = getattr(self, name)
+            for width in {channels, *(channels * multiplier for multiplier in self.channel_multipliers)}:
+                if width % self.norm_groups:
+                    raise ValueError(
+                        f"norm_groups {self.norm_groups} does not divide a width of {width} channels: "
+                        f"choose {name} as a multiple of norm_groups"
+                    )
+        return self
+
+
+class Quantizer(Section):
+    codebook_size: Annotated[int, Field(ge=2, le=2**31)]
+    codebook_dim: PositiveInt
+    l2_normalize: bool
+    update: Literal["gradient", "ema"]
+    ema_decay: Fraction
+    revive_after_steps: PositiveInt | None
+
+
+class Loss(Section):
+    pixel: Literal["l2", "l1"]
+    pixel_weight: NonNegativeFloat
+    lpips_weight: NonNegativeFloat
+    lpips_weights: str | None
+    codebook_weight: NonNegativeFloat
+    commitment_weight: NonNegativeFloat
+    entropy_weight: NonNegativeFloat
+
+
+class Discriminator(Section):
+    kind: Literal["none", "patchgan", "stylegan"]
+    channels: PositiveInt
+    layers: PositiveInt
+    weight: NonNegativeFloat
+    adaptive_weight: bool
+    start_step: NonNegativeInt
+    learning_rate: PositiveFloat
+
+
+class Regularizer(Section):
+    kind: Literal["none", "l2", "cross_entropy", "larp"]
+    layers: Annotated[int, Field(ge=0, le=12)]
+    width: PositiveInt
+    heads: PositiveInt
+    anneal_steps: NonNegativeInt
+    learning_rate: PositiveFloat
+    betas: Betas
+    weight_decay: NonNegativeFloat
+    temperature: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> Regularizer:
+        _check_heads(self.width, self.heads, divisor=1)
+        return self
+
+
+class Optimizer(Section):
+    learning_rate: PositiveFloat
+    betas: Betas
+    weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat
+    schedule: Literal["constant", "cosine", "linear"]
+    warmup_steps: NonNegativeInt
+    final_fraction: Probability
+
+
+class TrainTokenizer(Section):
+    image_size: PositiveInt
+    architecture: Architecture
+    quantizer: Quantizer
+    loss: Loss
+    discriminator: Discriminator
+    regularizer: Regularizer
+    optimizer: Optimizer
+    steps: PositiveInt
+    batch_size: PositiveInt
+    min_crop: Annotated[float, Field(gt=0, le=1)]
+    horizontal_flip: bool
+    weight_ema_decay: Fraction
+    precision: Literal["float32", "bf16"]
+    channels_last: bool
+    compile: bool
+    validate_every: PositiveInt
+    checkpoint_every: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainTokenizer:
+        factor = self.architecture.downsampling
+        if self.image_size % factor:
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by the downsampling {factor} "
+                f"of {len(self.architecture.channel_multipliers)} channel_multipliers"
+            )
+        return self
+
+
+class Tokenize(Section):
+    views: Annotated[list[str], Field(min_length=1)]
+    batch_size: PositiveInt
+    precision: Literal["float32", "bf16"]
+
+    @model_validator(mode="after")
+    def _check(self) -> Tokenize:
+        for view in self.views:
+            parse_view(view)
+        if len(set(self.views)) != len(self.views):
+            raise ValueError(f"views {self.views} names a view twice")
+        return self
+
+
+def parse_view(view: str) -> tuple[str, float]:
+    """Split a view's name into its kind and resize range.
+
+    'center' and 'flip' are the centre crop and its mirror image; 'ten_crop@1.1' stands for the ten crops
+    (four corners, centre, and their mirror images) of the image resized so that its shorter side is 1.1
+    times the crop.
+
+    Returns:
+        (kind, resize_range).
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    kind, at, resize_range = view.partition("@")
+    if kind in ("center", "flip") and not at:
+        return kind, 1.0
+    if kind == "ten_crop" and at:
+        try:
+            value = float(resize_range)
+        except ValueError:
+            value = 0.0
+        if 1.0 <= value <= 4.0:
+            return kind, value
+    raise ValueError(f"unknown view {view!r}: use 'center', 'flip' or 'ten_crop@RANGE' with RANGE from 1 to 4")
+
+
+class ARModel(Section):
+    layers: PositiveInt
+    heads: PositiveInt
+    width: PositiveInt
+    ffn_multiple: PositiveInt
+    norm_eps: PositiveFloat
+    rope_base: PositiveFloat
+    dropout: Fraction
+    label_dropout: Fraction
+    init_std: PositiveFloat
+
+    @model_validator(mode="after")
+    def _check(self) -> ARModel:
+        # 2D RoPE rotates pairs of channels, half of them by row and half by column.
+        _check_heads(self.width, self.heads, divisor=4)
+        return self
+
+
+class TrainAR(Section):
+    model: ARModel
+    optimizer: Optimizer
+    steps: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
+    precision: Literal["float32", "bf16"]
+    zero_stage: Literal[0, 1, 2, 3]
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"]
+    activation_checkpointing: bool
+    compile: bool
+    validate_every: PositiveInt
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainAR:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "
+                "choose a divisor, or null for one micro-batch per process"
+            )
+        if self.offload == "optimizer_and_parameters" and self.zero_stage != 3:
+            raise ValueError("offload 'optimizer_and_parameters' needs zero_stage 3")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3")
+        return self
+
+
+class Sample(Section):
+    num_images: PositiveInt
+    labels: Annotated[list[NonNegativeInt], Field(min_length=1)] | None
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    temperature: PositiveFloat
+    top_k: NonNegativeInt
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    batch_size: PositiveInt
+    precision: Literal["float32", "bf16"]
+
+
+class Classifier(Section):
+    channels: PositiveInt
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat
+    max_shift: Fraction
+
+
+class Evaluate(Section):
+    features: Literal["classifier", "inception"]
+    inception_weights: str | None
+    generation_reference: Literal["val", "train", "adm_train"]
+    adm_reference: str | None
+    classifier: Classifier
+    batch_size: PositiveInt
+    grid_classes: PositiveInt
+    grid_images_per_class: PositiveInt
+    grid_reconstructions: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if self.generation_reference == "adm_train" and self.adm_reference is None:
+            raise ValueError("generation_reference 'adm_train' needs the ADM batch file: set evaluate.adm_reference")
+        if self.generation_reference == "adm_train" and self.features != "inception":
+            raise ValueError("generation_reference 'adm_train' needs evaluate.features 'inception'")
+        return self
+
+
+class Params(Section):
+    # 'lambda' is a Python keyword: the attribute is lambda_, the key in the file is lambda.
+    lambda_: Annotated[float, Field(ge=0, allow_inf_nan=False, alias="lambda")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    prepare_data: PrepareData
+    train_tokenizer: TrainTokenizer
+    tokenize: Tokenize
+    train_ar: TrainAR
+    sample: Sample
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _check(self) -> Params:
+        data, tokenizer = self.prepare_data, self.train_tokenizer
+        if data.storage == "pixels" and data.image_size != tokenizer.image_size:
+            raise ValueError(
+                f"train_tokenizer.image_size {tokenizer.image_size} differs from prepare_data.image_size "
+                f"{data.image_size}: with storage 'pixels' both must be equal"
+            )
+        if data.image_size is not None and data.image_size < tokenizer.image_size:
+            raise ValueError(
+                f"prepare_data.image_size {data.image_size} is smaller than the crop "
+                f"train_tokenizer.image_size {tokenizer.image_size}: raise it"
+            )
+        if data.storage == "pixels" and any(parse_view(view)[1] > 1 for view in self.tokenize.views):
+            raise ValueError(
+                "tokenize.views with ten_crop need images larger than the crop: set prepare_data.storage to 'encoded'"
+            )
+        if self.sample.top_k > tokenizer.quantizer.codebook_size:
+            raise ValueError(
+                f"sample.top_k {self.sample.top_k} exceeds "
+                f"train_tokenizer.quantizer.codebook_size {tokenizer.quantizer.codebook_size}"
+            )
+        if self.lambda_ > 0 and tokenizer.regularizer.kind == "none":
+            raise ValueError(
+                f"lambda is {self.lambda_:g}, but train_tokenizer.regularizer.kind is 'none': "
+                "set lambda to 0 or choose a regularizer"
+            )
+        return self
+
+
+def load_params(path: str | Path) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key is unknown, missing, of the wrong type,
+            out of range or in an impossible combination. The message has one line per key.
+    """
+    return validate_params(read_yaml(path), str(path))
+
+
+def validate_params(values: Mapping[str, Any], name: str) -> Params:
+    """Check already parsed params. `name` stands for the file in error messages."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(name, detail) for detail in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML 1.2 mapping, as DVC does (PyYAML would read `1e-5` as text).
+
+    Raises:
+        UserError: the file is missing, unreadable or not a mapping.
+    """
+    try:
+        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}): give the path of a YAML file") from None
+    except YAMLError as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid YAML: {text}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no mapping of keys to values")
+    return values
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def _check_heads(width: int, heads: int, divisor: int) -> None:
+    if width % heads:
+        raise ValueError(f"width {width} is not divisible by heads {heads}")
+    if (width // heads) % divisor:
+        raise ValueError(f"width / heads is {width // heads}, which is no multiple of {divisor}: 2D RoPE needs one")
+
+
+def _explain(name: str, detail: Any) -> str:
+    """Turn one pydantic error into 'FILE: KEY: what is wrong: remedy'."""
+    location = [str(part) for part in detail["loc"] if not _is_union_tag(part)]
+    key = ".".join(location)
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        siblings = _field_names(location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"
+        return f"{name}: {key}: unknown key: {remedy}"
+    if kind == "missing":
+        return f"{name}: {key}: missing: add it (see the presets folder for complete files)"
+    if kind == "value_error":
+        return ": ".join(part for part in (name, key, str(detail["ctx"]["error"])) if part)
+    if kind == "model_type":
+        return f"{name}: {key}: must be a mapping with the keys {', '.join(_field_names(location))}"
+    message = detail["msg"][:1].lower() + detail["msg"][1:]
+    return f"{name}: {key}: {message}, got {detail['input']!r}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    # pydantic puts the branch of a union (int, list[int], constrained-int...) into the location.
+    return isinstance(part, str) and (
+        part in {"int", "str", "float", "none"} or "[" in part or part.startswith("constrained")
+    )
+
+
+def _field_names(location: Iterable[str]) -> list[str]:
+    model: type[BaseModel] = Params
+    for part in location:
+        field = next((f for n, f in model.model_fields.items() if (f.alias or n) == part), None)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,96 @@
+"""What a person sees of a stage: a line with rate and time left in the terminal, and the same in its log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+logger = logging.getLogger("crt")
+
+_TERMINAL_SECONDS = 0.2
+_LOG_SECONDS = 10.0
+
+
+def start_logging(log_file: str | Path | None, rank: int = 0) -> None:
+    """Send the package's log to stderr and append it, with times, to `log_file`.
+
+    Ranks other than 0 only report warnings, prefixed with their rank.
+    """
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger.addHandler(stream)
+    if log_file is not None and rank == 0:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(file)
+
+
+class Progress:
+    """Progress of one long loop.
+
+    In a terminal one line is redrawn; elsewhere, and in the log file, a line is written every ten seconds
+    and at the end. The rate counts only the work done since this object was made, so that a continued
+    stage does not promise the speed of work done yesterday.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.first = self.done = done
+        self.started = self.drawn = time.monotonic()
+        self.logged = self.started - _LOG_SECONDS + 2.0
+        self.terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
+        if done:
+            logger.info("%s: continues at %d of %d %s", label, done, total, unit)
+
+    def update(self, done: int, **figures: float) -> None:
+        """Show that `done` of the total is done, with named figures such as loss=0.5."""
+        self.done = done
+        now = time.monotonic()
+        finished = done >= self.total
+        if not finished and now - self.drawn < _TERMINAL_SECONDS:
+            return
+        self.drawn = now
+        line = self.line(now, figures)
+        if self.terminal:
+            sys.stderr.write(f"\r\x1b[K{line}" if not finished else "\r\x1b[K")
+            sys.stderr.flush()
+        if finished or now - self.logged >= _LOG_SECONDS:
+            self.logged = now
+            for handler in logger.handlers:
+                if isinstance(handler, logging.FileHandler) or not self.terminal or finished:
+                    handler.handle(logging.LogRecord("crt", logging.INFO, "", 0, line, None, None))
+
+    def line(self, now: float, figures: dict[str, float]) -> str:
+        """The progress line: share, rate, time left (or taken), figures."""
+        elapsed = max(now - self.started, 1e-9)
+        rate = (self.done - self.first) / elapsed
+        share = 100 * self.done / max(self.total, 1)
+        if self.done >= self.total:
+            clock = f"took {duration(elapsed)}"
+        else:
+            clock = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else "time left unknown"
+        parts = [
+            f"{self.label}: {self.done}/{self.total} {self.unit} ({share:.0f}%)",
+            f"{rate:.4g} {self.unit}/s",
+            clock,
+        ]
+        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 45s, 3m20s, 2h05m, 4d03h."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"

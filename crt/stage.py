@@ -1,0 +1,348 @@
+"""The contract of a stage: what it is handed, where it works, and how its result appears.
+
+A stage reads the params keys that dvc.yaml lists for it and the output folders of earlier stages,
+works in a folder of its own that survives a kill, and publishes its output folder in one rename.
+Beside its files the folder holds `manifest.json` (what made it, from what, with a checksum per file)
+and an empty stamp whose name bears the recipe's fingerprint. A folder without its stamp is not a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from crt.errors import UserError
+from crt.params import load_params
+from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage says of its own output, read from `manifest.json`."""
+
+    stage: str
+    version: int
+    fingerprint: str
+    """Of the recipe: stage, version, params and the fingerprints of its inputs."""
+    content: str
+    """Of the files themselves."""
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    """By stage name: fingerprint, content, params and inputs of each folder that was read."""
+    files: Mapping[str, Any]
+    """By relative path: bytes and sha256."""
+    summary: Mapping[str, Any]
+    """Figures of the result that other stages and tools may show."""
+
+    @property
+    def ancestry(self) -> dict[str, Any]:
+        """What a later stage's manifest records of this one."""
+        return {
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "content": self.content,
+            "params": self.params,
+            "inputs": self.inputs,
+        }
+
+
+@dataclass
+class StageRun:
+    """One run of one stage: its params, inputs and folders.
+
+    `params` carries only the keys that dvc.yaml lists for the stage (`lambda` as `lambda_`); reading
+    another one raises AttributeError, so the listed keys are exactly the keys read.
+    """
+
+    name: str
+    params: Any
+    inputs: dict[str, Path]
+    manifests: dict[str, Manifest]
+    out: Path
+    fingerprint: str
+    recipe: dict[str, Any]
+    metrics: Path | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Folder for what must survive a kill; keyed by the recipe, so another run's state is never resumed."""
+        return self.out.parent / ".work" / f"{self.out.name}-{self.fingerprint[:16]}"
+
+    @property
+    def staging(self) -> Path:
+        """Folder whose content becomes the output."""
+        return self.work / "staging"
+
+    def is_current(self) -> bool:
+        """Whether the output folder already is the complete result of this recipe on these inputs."""
+        manifest = _read_manifest_or_none(self.out)
+        return (
+            manifest is not None
+            and manifest.fingerprint == self.fingerprint
+            and (self.out / stamp_name(self.fingerprint)).exists()
+            and all(manifest.inputs[name]["content"] == m.content for name, m in self.manifests.items())
+            and all(_size(self.out / path) == entry["bytes"] for path, entry in manifest.files.items())
+        )
+
+
+def open_run(
+    name: str,
+    params_file: str | Path,
+    inputs: Mapping[str, str | Path],
+    out: str | Path,
+    metrics: str | Path | None = None,
+) -> StageRun:
+    """Check params and inputs and set up a run of stage `name`; writes nothing.
+
+    Args:
+        name: the stage, as in dvc.yaml.
+        params_file: the whole params file; all of it is checked.
+        inputs: output folders of earlier stages, by the command line's name for them (data, tokenizer...).
+        out: the output folder.
+        metrics: where a copy of the output's metrics.json goes, for the stage that has one.
+
+    Raises:
+        UserError: bad params, or an input that is missing, incomplete, or made with other params.
+    """
+    params = load_params(params_file)
+    keys = load_stages()[name].keys
+    values = params.model_dump(by_alias=True)
+    manifests = {key: read_current(path, values, params_file) for key, path in inputs.items()}
+    _check_one_lineage(manifests, {key: Path(path) for key, path in inputs.items()})
+    recipe = {
+        "stage": name,
+        "version": stage_version(name),
+        "params": {key: values[key] for key in keys},
+        "inputs": {manifest.stage: manifest.fingerprint for manifest in manifests.values()},
+    }
+    attributes = {_attribute(key): getattr(params, _attribute(key)) for key in keys}
+    return StageRun(
+        name=name,
+        params=SimpleNamespace(**attributes),
+        inputs={key: Path(path) for key, path in inputs.items()},
+        manifests={manifest.stage: manifest for manifest in manifests.values()},
+        out=Path(out),
+        fingerprint=recipe_fingerprint(**recipe),
+        recipe=recipe,
+        metrics=Path(metrics) if metrics else None,
+    )
+
+
+@contextmanager
+def exclusive(run: StageRun) -> Iterator[None]:
+    """Hold the output for this process alone, so that a job submitted twice cannot mix its writes.
+
+    Raises:
+        UserError: another process is writing the same output.
+    """
+    path = run.out.parent / ".work" / f"{run.out.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{run.out}: another process is writing it (lock {path}): wait for it, or stop it") from None
+
+
+def publish(run: StageRun) -> Manifest:
+    """Turn the staging folder into the output: manifest and stamp are written, then one rename shows all.
+
+    A kill at any moment leaves either the old output, none, or the new one complete; never a mixture.
+    """
+    files = {
+        str(path.relative_to(run.staging)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(run.staging.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, stamp_name(run.fingerprint))
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "stage": run.name,
+        "version": run.recipe["version"],
+        "fingerprint": run.fingerprint,
+        "content": hashlib.sha256(canonical_json(files).encode()).hexdigest(),
+        "params": run.recipe["params"],
+        "inputs": {name: manifest.ancestry for name, manifest in run.manifests.items()},
+        "summary": run.summary,
+        "files": files,
+    }
+    write_json(run.staging / MANIFEST, manifest)
+    (run.staging / stamp_name(run.fingerprint)).touch()
+    old = run.work / "replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if run.out.exists():
+        os.replace(run.out, old)
+    os.replace(run.staging, run.out)
+    publish_metrics(run)
+    shutil.rmtree(run.work)
+    return read_manifest(run.out)
+
+
+def publish_metrics(run: StageRun) -> None:
+    """Copy the output's metrics.json to where DVC and people look for it."""
+    if run.metrics is not None:
+        source = run.out / "metrics.json"
+        if not run.metrics.exists() or run.metrics.read_bytes() != source.read_bytes():
+            write_json(run.metrics, json.loads(source.read_text()))
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check a stage's output folder: the manifest, its stamp, and every file's size.
+
+    Raises:
+        UserError: the folder is missing, is no stage's output, or is incomplete.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not found: make it first with {_renew_command(folder)}")
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        schema = values.pop("schema")
+        manifest = Manifest(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: missing or damaged: delete {folder} and run {_renew_command(folder)}") from None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: delete {folder} and make it again")
+    for name, entry in manifest.files.items():
+        size = _size(folder / name)
+        if size != entry["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+            raise UserError(
+                f"{folder / name}: {state}: delete {folder} and run {_renew_command(folder, manifest.stage)}"
+            )
+    if not (folder / stamp_name(manifest.fingerprint)).exists():
+        raise UserError(f"{folder}: incomplete, no stamp: run {_renew_command(folder, manifest.stage)}")
+    return manifest
+
+
+def read_current(folder: str | Path, values: Mapping[str, Any], params_file: str | Path) -> Manifest:
+    """`read_manifest`, and check that the folder and all that it was made from agree with the params in force.
+
+    Args:
+        folder: a stage's output.
+        values: the params in force, as a plain mapping.
+        params_file: their file, for messages.
+
+    Raises:
+        UserError: as `read_manifest`; or some key has another value now, which the message names.
+    """
+    manifest = read_manifest(folder)
+    stale = _first_difference({manifest.stage: manifest.ancestry}, values)
+    if stale:
+        stage, key, then, now = stale
+        raise UserError(
+            f"{folder}: stale: {stage} was run with {key} = {then}, {params_file} now says {now}: "
+            f"renew it with {_renew_command(Path(folder), manifest.stage)}"
+        )
+    outdated = _first_old_version({manifest.stage: manifest.ancestry})
+    if outdated:
+        raise UserError(
+            f"{folder}: stale: made by an earlier version of stage {outdated}: "
+            f"renew it with {_renew_command(Path(folder), manifest.stage)}"
+        )
+    return manifest
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON under a temporary name, flush it to disk, and rename: a reader sees all of it or none."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest_or_none(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except UserError:
+        return None
+
+
+def _check_one_lineage(manifests: Mapping[str, Manifest], folders: Mapping[str, Path]) -> None:
+    """Refuse inputs that disagree about a common ancestor, such as codes made by another tokenizer."""
+    known = {manifest.stage: (folders[key], manifest.content) for key, manifest in manifests.items()}
+
+    def walk(folder: Path, stage: str, inputs: Mapping[str, Any]) -> None:
+        for name, ancestor in inputs.items():
+            if name in known and known[name][1] != ancestor["content"]:
+                raise UserError(
+                    f"{folder}: was made from another {name} result than the one in {known[name][0]}: "
+                    f"renew it with {_renew_command(folder, stage)}"
+                )
+            walk(folder, stage, ancestor["inputs"])
+
+    for key, manifest in manifests.items():
+        walk(folders[key], manifest.stage, manifest.inputs)
+
+
+def _first_difference(stages: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str, Any, Any] | None:
+    """The first (stage, key, then, now) in which a result's ancestry differs from the params in force."""
+    for stage, record in stages.items():
+        earlier = _first_difference(record["inputs"], values)
+        if earlier:
+            return earlier
+        for key, then in record["params"].items():
+            difference = _differing_key(key, then, values.get(key))
+            if difference:
+                return stage, *difference
+    return None
+
+
+def _differing_key(key: str, then: Any, now: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in {**then, **now}:
+            difference = _differing_key(f"{key}.{name}", then.get(name), now.get(name))
+            if difference:
+                return difference
+        return None
+    return None if canonical_json(then) == canonical_json(now) else (key, then, now)
+
+
+def _first_old_version(stages: Mapping[str, Any]) -> str | None:
+    for stage, record in stages.items():
+        older = _first_old_version(record["inputs"])
+        if older or record["version"] != stage_version(stage):
+            return older or stage
+    return None
+
+
+def _renew_command(folder: Path, stage: str | None = None) -> str:
+    """The command that makes `folder` again: its stage's name where known, else the whole pipeline."""
+    if stage is None:
+        stage = next((spec.name for spec in load_stages().values() if Path(spec.output) == folder), None)
+    return f"`snakemake --cores all {stage or 'all'}` or `dvc repro{' ' + stage if stage else ''}`"
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _attribute(key: str) -> str:
+    return "lambda_" if key == "lambda" else key
