@@ -29,8 +29,8 @@ class World:
 def environment_rank() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun state them; (0, 1, 0) for a process alone."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return (
             int(os.environ["SLURM_PROCID"]),
             int(os.environ["SLURM_STEP_NUM_TASKS"]),

@@ -34,6 +34,8 @@ class Section(BaseModel):
 
 
 class PrepareData(Section):
+    """Where the images come from and how they are stored."""
+
     source: Literal["digits", "cifar10", "imagefolder", "imagenet"]
     path: str | None
     storage: Literal["pixels", "encoded"]
@@ -58,6 +60,8 @@ class PrepareData(Section):
 
 
 class Architecture(Section):
+    """Encoder and decoder of the tokenizer."""
+
     encoder_channels: PositiveInt
     decoder_channels: PositiveInt
     channel_multipliers: Annotated[list[PositiveInt], Field(min_length=1)]
@@ -87,6 +91,8 @@ class Architecture(Section):
 
 
 class Quantizer(Section):
+    """Codebook and how it learns."""
+
     codebook_size: Annotated[int, Field(ge=2, le=2**31)]
     codebook_dim: PositiveInt
     l2_normalize: bool
@@ -96,6 +102,8 @@ class Quantizer(Section):
 
 
 class Loss(Section):
+    """Terms of the tokenizer's loss other than the adversarial one and the regularizer's."""
+
     pixel: Literal["l2", "l1"]
     pixel_weight: NonNegativeFloat
     lpips_weight: NonNegativeFloat
@@ -106,6 +114,8 @@ class Loss(Section):
 
 
 class Discriminator(Section):
+    """Adversary of the decoder."""
+
     kind: Literal["none", "patchgan", "stylegan"]
     channels: PositiveInt
     layers: PositiveInt
@@ -116,6 +126,8 @@ class Discriminator(Section):
 
 
 class Regularizer(Section):
+    """The causal regularizer; its weight is the top-level lambda."""
+
     kind: Literal["none", "l2", "cross_entropy", "larp"]
     layers: Annotated[int, Field(ge=0, le=12)]
     width: PositiveInt
@@ -133,6 +145,8 @@ class Regularizer(Section):
 
 
 class Optimizer(Section):
+    """AdamW, its clipping and its learning-rate schedule."""
+
     learning_rate: PositiveFloat
     betas: Betas
     weight_decay: NonNegativeFloat
@@ -143,6 +157,8 @@ class Optimizer(Section):
 
 
 class TrainTokenizer(Section):
+    """Stage 1."""
+
     image_size: PositiveInt
     architecture: Architecture
     quantizer: Quantizer
@@ -173,6 +189,8 @@ class TrainTokenizer(Section):
 
 
 class Tokenize(Section):
+    """The token cache."""
+
     views: Annotated[list[str], Field(min_length=1)]
     batch_size: PositiveInt
     precision: Literal["float32", "bf16"]
@@ -213,6 +231,8 @@ def parse_view(view: str) -> tuple[str, float]:
 
 
 class ARModel(Section):
+    """Llama-style transformer of stage 2; codebook, grid and classes come from the token cache."""
+
     layers: PositiveInt
     heads: PositiveInt
     width: PositiveInt
@@ -231,6 +251,8 @@ class ARModel(Section):
 
 
 class TrainAR(Section):
+    """Stage 2."""
+
     model: ARModel
     optimizer: Optimizer
     steps: PositiveInt
@@ -260,6 +282,8 @@ class TrainAR(Section):
 
 
 class Sample(Section):
+    """Images to draw."""
+
     num_images: PositiveInt
     labels: Annotated[list[NonNegativeInt], Field(min_length=1)] | None
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -271,6 +295,8 @@ class Sample(Section):
 
 
 class Classifier(Section):
+    """Small classifier trained on the prepared data: features offline, and judge of class agreement."""
+
     channels: PositiveInt
     steps: PositiveInt
     batch_size: PositiveInt
@@ -280,6 +306,8 @@ class Classifier(Section):
 
 
 class Evaluate(Section):
+    """Metrics."""
+
     features: Literal["classifier", "inception"]
     inception_weights: str | None
     generation_reference: Literal["val", "train", "adm_train"]
@@ -300,6 +328,8 @@ class Evaluate(Section):
 
 
 class Params(Section):
+    """The whole file."""
+
     # 'lambda' is a Python keyword: the attribute is lambda_, the key in the file is lambda.
     lambda_: Annotated[float, Field(ge=0, allow_inf_nan=False, alias="lambda")]
     seed: Annotated[int, Field(ge=0, lt=2**32)]

@@ -72,8 +72,10 @@ class StageRun:
     inputs: dict[str, Path]
     manifests: dict[str, Manifest]
     out: Path
+    version: int
     fingerprint: str
-    recipe: dict[str, Any]
+    values: dict[str, Any]
+    """The params that the stage reads, as plain values."""
     metrics: Path | None = None
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -123,12 +125,8 @@ def open_run(
     values = params.model_dump(by_alias=True)
     manifests = {key: read_current(path, values, params_file) for key, path in inputs.items()}
     _check_one_lineage(manifests, {key: Path(path) for key, path in inputs.items()})
-    recipe = {
-        "stage": name,
-        "version": stage_version(name),
-        "params": {key: values[key] for key in keys},
-        "inputs": {manifest.stage: manifest.fingerprint for manifest in manifests.values()},
-    }
+    version, own_values = stage_version(name), {key: values[key] for key in keys}
+    input_fingerprints = {manifest.stage: manifest.fingerprint for manifest in manifests.values()}
     attributes = {_attribute(key): getattr(params, _attribute(key)) for key in keys}
     return StageRun(
         name=name,
@@ -136,8 +134,9 @@ def open_run(
         inputs={key: Path(path) for key, path in inputs.items()},
         manifests={manifest.stage: manifest for manifest in manifests.values()},
         out=Path(out),
-        fingerprint=recipe_fingerprint(**recipe),
-        recipe=recipe,
+        version=version,
+        values=own_values,
+        fingerprint=recipe_fingerprint(name, version, own_values, input_fingerprints),
         metrics=Path(metrics) if metrics else None,
     )
 
@@ -171,10 +170,10 @@ def publish(run: StageRun) -> Manifest:
     manifest = {
         "schema": SCHEMA,
         "stage": run.name,
-        "version": run.recipe["version"],
+        "version": run.version,
         "fingerprint": run.fingerprint,
         "content": hashlib.sha256(canonical_json(files).encode()).hexdigest(),
-        "params": run.recipe["params"],
+        "params": run.values,
         "inputs": {name: manifest.ancestry for name, manifest in run.manifests.items()},
         "summary": run.summary,
         "files": files,

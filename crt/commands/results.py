@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from crt.commands.check import add_arguments as add_arguments
+from crt.commands.check import add_arguments  # noqa: F401
 from crt.params import load_params
 from crt.pipeline import load_stages
 from crt.stage import read_current

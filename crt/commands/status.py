@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crt.commands.check import add_arguments as add_arguments
+from crt.commands.check import add_arguments  # noqa: F401
 from crt.errors import UserError
 from crt.params import load_params
 from crt.pipeline import load_stages
