@@ -13,10 +13,17 @@ try:
     STAGES = load_stages()
     FINGERPRINTS = expected_fingerprints(VALUES)
 except UserError as error:
-    print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+    print(
+        *(f"error: {line}" for line in str(error).splitlines()),
+        sep="\n",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
-STAMPS = {stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}" for name, stage in STAGES.items()}
+STAMPS = {
+    stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}"
+    for name, stage in STAGES.items()
+}
 
 
 rule all:
@@ -38,10 +45,10 @@ for stage in STAGES.values():
             *stage.metrics,
         log:
             stage.log,
-        params:
-            command=stage.command,
         threads: workflow.cores or 1
         resources:
             **stage.resources,
+        params:
+            command=stage.command,
         shell:
             "{params.command}"

@@ -1,11 +1,14 @@
-"""Shared by all tests: where the real test images are, and torch kept to one thread per process."""
+"""Shared by all tests: where the real test images are, params files with overrides, one thread per process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 # Two test workers on two cores: more threads each would only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,18 +17,75 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
+# The smallest run of the whole pipeline on the real digits: some seconds of work per stage.
+TINY = {
+    "prepare_data.max_images_per_class": 12,
+    "train_tokenizer.architecture.encoder_channels": 16,
+    "train_tokenizer.architecture.decoder_channels": 16,
+    "train_tokenizer.quantizer.codebook_size": 64,
+    "train_tokenizer.regularizer.anneal_steps": 5,
+    "train_tokenizer.steps": 20,
+    "train_tokenizer.batch_size": 16,
+    "train_tokenizer.validate_every": 10,
+    "train_tokenizer.checkpoint_every": 5,
+    "train_ar.model.layers": 1,
+    "train_ar.model.width": 32,
+    "train_ar.steps": 20,
+    "train_ar.batch_size": 16,
+    "train_ar.validate_every": 10,
+    "train_ar.checkpoint_every": 5,
+    "sample.num_images": 20,
+    "sample.batch_size": 10,
+    "evaluate.classifier.steps": 10,
+    "evaluate.batch_size": 20,
+}
 
-@pytest.fixture
-def cifar10_archive() -> Path:
-    path = SHARED_DATA / "cifar10.tar.gz"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
+
+def override(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Set dotted keys, which must exist, and return `values`."""
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        assert key in section, f"{dotted} is no key of params.yaml"
+        section[key] = value
+    return values
+
+
+def write_params(path: Path, changes: dict[str, Any], base: Path = ROOT / "params.yaml") -> Path:
+    """Copy a params file with dotted keys changed; comments survive."""
+    yaml = YAML()
+    yaml.width = 4096
+    values = override(yaml.load(base.read_text(encoding="utf-8")), changes)
+    with open(path, "w", encoding="utf-8") as file:
+        yaml.dump(values, file)
     return path
 
 
 @pytest.fixture
+def params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Make a params file of the tiny run with further changes; stages are run from the project's root."""
+    monkeypatch.chdir(ROOT)
+    return lambda **changes: write_params(
+        tmp_path / "params.yaml", TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+@pytest.fixture
+def cifar10_archive() -> Path:
+    """60,000 real JPEG files in class folders; skips where absent."""
+    return _shared("cifar10.tar.gz")
+
+
+@pytest.fixture
 def imagenet_sample() -> Path:
-    path = SHARED_DATA / "imagenet-sample"
+    """103 real ImageNet JPEG files by synset, some of them grayscale; skips where absent."""
+    return _shared("imagenet-sample")
+
+
+def _shared(name: str) -> Path:
+    path = SHARED_DATA / name
     if not path.exists():
         pytest.skip(f"{path} is absent")
     return path

@@ -1,0 +1,129 @@
+"""crt/params.py against the files that ship and against mistakes that users make."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from crt.errors import UserError
+from crt.params import load_params, parse_view, read_yaml, validate_params
+from tests.conftest import ROOT, override
+
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    return read_yaml(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shipped_files_are_complete_and_valid(path):
+    params = load_params(path)
+    assert params.model_dump(by_alias=True) == read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train_ar.steps": -1}, "train_ar.steps: input should be greater than 0, got -1"),
+        ({"train_ar.steps": "100"}, "train_ar.steps: input should be a valid integer, got '100'"),
+        ({"train_ar.steps": True}, "train_ar.steps: input should be a valid integer, got True"),
+        ({"lambda": -0.1}, "lambda: input should be greater than or equal to 0"),
+        ({"lambda": float("nan")}, "lambda: input should be"),
+        ({"train_ar.zero_stage": 4}, "train_ar.zero_stage: input should be 0, 1, 2 or 3"),
+        ({"train_ar.model.heads": 3}, "train_ar.model: width 128 is not divisible by heads 3"),
+        ({"train_ar.model.heads": 64}, "2D RoPE"),
+        ({"train_ar.micro_batch_size": 100}, "micro_batch_size 100 does not divide batch_size 128"),
+        ({"train_ar.offload": "optimizer_and_parameters"}, "needs zero_stage 3"),
+        ({"train_tokenizer.image_size": 18}, "not divisible by the downsampling 4"),
+        ({"train_tokenizer.image_size": 32}, "both must be equal"),
+        ({"train_tokenizer.architecture.norm_groups": 24}, "norm_groups 24 does not divide"),
+        ({"train_tokenizer.regularizer.kind": "none"}, "set lambda to 0 or choose a regularizer"),
+        ({"tokenize.views": ["centre"]}, "unknown view 'centre'"),
+        ({"tokenize.views": ["ten_crop@1.1"]}, "set prepare_data.storage to 'encoded'"),
+        ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 256"),
+        ({"sample.guidance_scale": 0.5}, "sample.guidance_scale"),
+        ({"prepare_data.source": "imagefolder"}, "set prepare_data.path"),
+        ({"prepare_data.source": "mnist"}, "prepare_data.source: input should be 'digits', 'cifar10'"),
+        ({"evaluate.generation_reference": "adm_train"}, "set evaluate.adm_reference"),
+        ({"train_ar.model": 3}, "train_ar.model: must be a mapping with the keys layers"),
+    ],
+)
+def test_bad_values_are_refused_by_key_and_remedy(values, change, expected):
+    with pytest.raises(UserError) as caught:
+        validate_params(override(copy.deepcopy(values), change), "params.yaml")
+    message = str(caught.value)
+    assert message.startswith("params.yaml: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "expected"),
+    [
+        (None, "lamda", "lamda: unknown key: did you mean 'lambda'?"),
+        ("train_ar", "step", "train_ar.step: unknown key: did you mean 'steps'?"),
+        ("sample", "zzz", "sample.zzz: unknown key: known keys: num_images"),
+    ],
+)
+def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, key, expected):
+    changed = copy.deepcopy(values)
+    (changed if section is None else changed[section])[key] = 1
+    with pytest.raises(UserError, match=f"^params.yaml: {expected.replace('?', '[?]')}"):
+        validate_params(changed, "params.yaml")
+
+
+def test_every_wrong_key_gets_its_own_line(values):
+    changed = override(copy.deepcopy(values), {"train_ar.steps": 0, "sample.top_p": 2.0})
+    del changed["seed"]
+    with pytest.raises(UserError) as caught:
+        validate_params(changed, "p")
+    assert {line.split(": ")[1] for line in str(caught.value).splitlines()} == {
+        "seed",
+        "train_ar.steps",
+        "sample.top_p",
+    }
+
+
+def test_numbers_are_read_as_dvc_writes_them(tmp_path):
+    # DVC writes 1e-5 as 1e-05, which PyYAML reads as text.
+    (tmp_path / "p.yaml").write_text("rate: 1e-05\nflag: yes\n")
+    assert read_yaml(tmp_path / "p.yaml") == {"rate": 1e-5, "flag": "yes"}
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "a: 1\na: 2\n"])
+def test_broken_yaml_is_one_line(tmp_path, text):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_params(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_check_is_fast_and_loads_no_torch():
+    script = "import sys; from crt.params import load_params; load_params('params.yaml'); print('torch' in sys.modules)"
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+    # The promise is two seconds; a loaded test machine may double what a quiet one needs (0.4 s).
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("view", "parsed"), [("center", ("center", 1.0)), ("flip", ("flip", 1.0)), ("ten_crop@1.05", ("ten_crop", 1.05))]
+)
+def test_view_names(view, parsed):
+    assert parse_view(view) == parsed
+
+
+@pytest.mark.parametrize("view", ["", "ten_crop", "center@1.1", "ten_crop@0.5", "ten_crop@x", "ten_crop@nan"])
+def test_bad_view_names(view):
+    with pytest.raises(ValueError, match="unknown view"):
+        parse_view(view)

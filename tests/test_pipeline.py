@@ -1,0 +1,82 @@
+"""crt/pipeline.py against DVC's own reading of dvc.yaml, and the two engines' graphs against each other."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+
+import pytest
+from dvc.repo import Repo
+
+from crt.__main__ import STAGES
+from crt.params import load_params, read_yaml
+from crt.pipeline import PARAMS_FILE, canonical_json, expected_fingerprints, load_stages
+from tests.conftest import ROOT, override
+
+
+def test_stages_are_read_as_dvc_reads_them():
+    ours = load_stages(ROOT)
+    index = {stage.name: stage for stage in Repo(str(ROOT)).index.stages if stage.name}
+    assert list(ours) == list(STAGES)
+    assert set(ours) == set(index)
+    for name, stage in ours.items():
+        theirs = index[name]
+        assert stage.command == theirs.cmd
+        assert {str(dep) for dep in theirs.deps} - {PARAMS_FILE, "crt/stage_versions.yaml"} == set(stage.inputs)
+        assert [str(out) for out in theirs.outs] == [stage.output, *stage.metrics]
+        keys = {str(params): tuple(params.params) for params in theirs.params}
+        assert keys == {PARAMS_FILE: stage.keys, "crt/stage_versions.yaml": (name,)}
+
+
+def test_both_engines_show_the_same_stages_and_edges():
+    run = {"cwd": ROOT, "capture_output": True, "text": True}
+    dvc_text = subprocess.run([sys.executable, "-m", "dvc", "dag", "--mermaid"], check=True, **run).stdout
+    smk_text = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "1", "--rulegraph", "mermaid-js"], check=True, **run
+    ).stdout
+
+    def edges(text: str, label: str, arrow: str) -> tuple[set[str], set[tuple[str, str]]]:
+        names = dict(re.findall(label, text))
+        return set(names.values()), {(names[a], names[b]) for a, b in re.findall(arrow, text)}
+
+    dvc_names, dvc_edges = edges(dvc_text, r'(node\d+)\["(\w+)"\]', r"(node\d+)-->(node\d+)")
+    smk_names, smk_edges = edges(smk_text, r"(id\d+)\[(\w+)\]", r"(id\d+) --> (id\d+)")
+    assert dvc_names == smk_names - {"all"} == set(load_stages(ROOT))
+    assert dvc_edges == {(a, b) for a, b in smk_edges if b != "all"}
+    assert len(dvc_edges) == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"sample.guidance_scale": 3.0}, {"sample", "evaluate"}),
+        ({"lambda": 0.25}, {"train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"}),
+        ({"train_ar.model.layers": 2}, {"train_ar", "sample", "evaluate"}),
+        ({"evaluate.batch_size": 10}, {"evaluate"}),
+        ({"prepare_data.val_fraction": 0.3}, set(STAGES)),
+        ({"train_tokenizer.loss.pixel_weight": 1}, set()),
+    ],
+)
+def test_a_changed_key_changes_exactly_the_fingerprints_downstream(change, changed):
+    values = read_yaml(ROOT / PARAMS_FILE)
+    before = expected_fingerprints(values, ROOT)
+    after = expected_fingerprints(override(copy.deepcopy(values), change), ROOT)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_fingerprints_do_not_depend_on_how_the_params_were_read():
+    assert expected_fingerprints(read_yaml(ROOT / PARAMS_FILE), ROOT) == expected_fingerprints(
+        load_params(ROOT / PARAMS_FILE).model_dump(by_alias=True), ROOT
+    )
+
+
+def test_canonical_json_has_one_spelling_per_value():
+    assert (
+        canonical_json({"b": 1.0, "a": [True, None]})
+        == canonical_json({"a": (True, None), "b": 1})
+        == '{"a":[true,null],"b":1}'
+    )
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("inf"))

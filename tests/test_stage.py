@@ -1,0 +1,152 @@
+"""The stage contract: what counts as a result, what is refused as an input, what a kill can leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from crt.errors import UserError
+from crt.stage import MANIFEST, exclusive, open_run, publish, read_manifest
+from tests.conftest import write_params
+
+
+@pytest.fixture
+def chain(tmp_path, params_file):
+    """Publish made-up files as the results of the first three stages; returns a function that opens the next."""
+    params = params_file()
+
+    def make(name, inputs, text="x"):
+        run = open_run(name, params, {key: tmp_path / key for key in inputs}, tmp_path / OUT[name])
+        run.staging.mkdir(parents=True)
+        (run.staging / "folder").mkdir()
+        (run.staging / "folder" / "file.txt").write_text(text)
+        run.summary["length"] = len(text)
+        publish(run)
+        return run
+
+    make("prepare_data", ())
+    make("train_tokenizer", ("data",))
+    make("tokenize", ("data", "tokenizer"))
+    return make, params
+
+
+OUT = {"prepare_data": "data", "train_tokenizer": "tokenizer", "tokenize": "tokens", "train_ar": "ar"}
+
+
+def test_published_folder_describes_itself(tmp_path, chain):
+    manifest = read_manifest(tmp_path / "tokens")
+    assert manifest.stage == "tokenize"
+    assert set(manifest.params) == {"tokenize"}
+    assert set(manifest.inputs) == {"prepare_data", "train_tokenizer"}
+    assert set(manifest.inputs["train_tokenizer"]["params"]) == {"lambda", "seed", "train_tokenizer"}
+    assert manifest.files["folder/file.txt"]["bytes"] == manifest.summary["length"] == 1
+    assert not list((tmp_path / ".work").glob("*-*"))
+
+
+def test_a_stage_is_handed_exactly_its_keys(tmp_path, chain):
+    run = open_run("tokenize", chain[1], {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    assert run.params.tokenize.batch_size > 0
+    with pytest.raises(AttributeError):
+        run.params.seed  # noqa: B018
+
+
+def test_a_current_result_is_recognised_and_a_changed_one_is_not(tmp_path, chain):
+    _make, params = chain
+
+    def is_current():
+        return open_run(
+            "tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens"
+        ).is_current()
+
+    assert is_current()
+    write_params(params, {"sample.guidance_scale": 9.0}, base=params)
+    assert is_current()
+    stamp = next((tmp_path / "tokens").glob("complete-*"))
+    stamp.unlink()
+    assert not is_current()
+    stamp.touch()
+    (tmp_path / "tokens" / "folder" / "file.txt").write_text("longer")
+    assert not is_current()
+
+
+def test_inputs_made_with_other_params_are_refused_with_the_command_that_renews_them(tmp_path, chain):
+    _make, params = chain
+    write_params(params, {"lambda": 0.75}, base=params)
+    with pytest.raises(UserError) as caught:
+        open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    assert str(caught.value) == (
+        f"{tmp_path}/tokens: stale: train_tokenizer was run with lambda = 0.5, {params} now says 0.75: "
+        "renew it with `snakemake --cores all tokenize` or `dvc repro tokenize`"
+    )
+
+
+def test_a_key_of_a_later_stage_does_not_matter(tmp_path, chain):
+    _make, params = chain
+    write_params(params, {"train_ar.steps": 7, "evaluate.batch_size": 5}, base=params)
+    open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+
+
+def test_codes_of_another_tokenizer_are_refused(tmp_path, chain):
+    make, params = chain
+    shutil.rmtree(tmp_path / "tokenizer")
+    make("train_tokenizer", ("data",), text="trained again, with other weights")
+    with pytest.raises(UserError, match="tokens: was made from another train_tokenizer result"):
+        open_run(
+            "evaluate", params, {k: tmp_path / k for k in ("data", "tokenizer", "tokens")}, tmp_path / "evaluation"
+        )
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (shutil.rmtree, "not found: make it first with"),
+        (lambda folder: (folder / MANIFEST).unlink(), "missing or damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "missing or damaged"),
+        (lambda folder: next(folder.glob("complete-*")).unlink(), "incomplete, no stamp"),
+        (lambda folder: (folder / "folder" / "file.txt").unlink(), "file.txt: is missing"),
+        (lambda folder: (folder / "folder" / "file.txt").write_text(""), "has 0 bytes instead of 1"),
+    ],
+)
+def test_damaged_inputs_are_refused_in_one_line(tmp_path, chain, damage, expected):
+    damage(tmp_path / "tokens")
+    with pytest.raises(UserError) as caught:
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_of_another_schema_is_refused(tmp_path, chain):
+    path = tmp_path / "tokens" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    with pytest.raises(UserError, match="has schema 99"):
+        read_manifest(tmp_path / "tokens")
+
+
+def test_only_one_process_writes_an_output(tmp_path, chain):
+    run = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    again = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    with exclusive(run), pytest.raises(UserError, match="another process is writing it"), exclusive(again):
+        pass
+    with exclusive(again):
+        pass
+
+
+def test_working_state_of_other_params_is_not_resumed(tmp_path, chain):
+    _make, params = chain
+    first = open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    write_params(params, {"seed": 1}, base=params)
+    with pytest.raises(UserError, match="seed = 0"):
+        open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    write_params(params, {"seed": 0, "train_ar.steps": 9}, base=params)
+    second = open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    assert first.work != second.work
+
+
+def test_publishing_replaces_the_old_result_as_a_whole(tmp_path, chain):
+    make, _params = chain
+    (tmp_path / "tokens" / "left over").touch()
+    make("tokenize", ("data", "tokenizer"), text="new")
+    assert (tmp_path / "tokens" / "folder" / "file.txt").read_text() == "new"
+    assert not (tmp_path / "tokens" / "left over").exists()
