@@ -19,6 +19,7 @@ from pathlib import Path
 
 from crt import __version__, interrupt
 from crt.errors import UserError
+from crt.launch import launch_command
 from crt.progress import duration, logger, start_logging
 from crt.stage import exclusive, open_run, publish, publish_metrics
 
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command in STAGES:
             log_file = args.out.with_name(args.out.name + ".log")
-            return _run_stage(args, log_file)
+            return _run_stage(args, arguments, log_file)
         return int(args.function(args) or 0)
     except UserError as error:
         for line in str(error).splitlines():
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _run_stage(args: argparse.Namespace, log_file: Path) -> int:
+def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -> int:
     name = args.command
     inputs = {key: getattr(args, key) for key in STAGES[name][1]}
     run = open_run(name, args.params, inputs, args.out, getattr(args, "metrics", None))
@@ -84,6 +85,9 @@ def _run_stage(args: argparse.Namespace, log_file: Path) -> int:
         publish_metrics(run)
         print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
         return 0
+    command = launch_command(name, arguments)
+    if command is not None:
+        os.execvp(command[0], command)
     from crt.distributed import environment_rank
 
     rank = environment_rank()[0]

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from crt.launch import slurm_rendezvous
+
 
 @dataclass(frozen=True)
 class World:
@@ -52,6 +54,11 @@ def join_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     started = size > 1 and not dist.is_initialized()
     if started:
+        if "MASTER_ADDR" not in os.environ:  # srun, unlike torchrun, names no meeting point
+            address, port = slurm_rendezvous(os.environ)
+            os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+            # DeepSpeed reads its place from torchrun's names.
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(minutes=30))
     try:
         yield World(rank, size, local_rank, device)

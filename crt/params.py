@@ -310,9 +310,15 @@ class Evaluate(Section):
 
     features: Literal["classifier", "inception"]
     inception_weights: str | None
+    inception_resize: Literal["clean", "legacy_tensorflow"]
     generation_reference: Literal["val", "train", "adm_train"]
     adm_reference: str | None
     classifier: Classifier
+    neighbours: PositiveInt
+    kernel_subsets: PositiveInt
+    kernel_subset_size: Annotated[int, Field(ge=2)]
+    pairwise_images: PositiveInt
+    inception_score_splits: PositiveInt
     batch_size: PositiveInt
     grid_classes: PositiveInt
     grid_images_per_class: PositiveInt

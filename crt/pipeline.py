@@ -42,8 +42,12 @@ class StageSpec:
         return f"{self.output}.log"
 
 
-def load_stages(root: str | Path = ".") -> dict[str, StageSpec]:
+def load_stages(root: str | Path = ".", paths: Mapping[str, str] | None = None) -> dict[str, StageSpec]:
     """Read dvc.yaml in `root`, in its own (topological) order.
+
+    Args:
+        root: the project's folder.
+        paths: other values for some of dvc.yaml's `paths`, for a run beside the main one.
 
     Raises:
         UserError: there is no readable dvc.yaml in `root`.
@@ -52,7 +56,7 @@ def load_stages(root: str | Path = ".") -> dict[str, StageSpec]:
     if not path.is_file():
         raise UserError(f"{path}: not found: run from the project's root folder, where {PIPELINE_FILE} stands")
     text = read_yaml(path)
-    variables = {f"paths.{key}": value for block in text["vars"] for key, value in block["paths"].items()}
+    variables = {f"paths.{key}": value for key, value in (text["vars"][0]["paths"] | dict(paths or {})).items()}
 
     def resolve(value: str) -> str:
         return re.sub(r"\$\{([\w.]+)\}", lambda match: variables[match.group(1)], value)

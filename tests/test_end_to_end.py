@@ -1,0 +1,227 @@
+"""The smallest real run of the whole pipeline, through both engines, and what each recognises of the other's results.
+
+One project folder is made once, as a user would have it (a git repository with DVC), and the tests go through
+its life in order: run, change, run with the other engine, copy, kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from crt.__main__ import STAGES
+from crt.pipeline import load_stages
+from tests.conftest import ROOT, TINY, write_params
+
+NAMES = (
+    "fd_classifier_rec",
+    "fd_classifier_gen",
+    "psnr",
+    "codebook_usage",
+    "bits_per_image",
+    "stage2_val_loss",
+    "class_agreement",
+)
+RESULTS = ("data/prepared", "out", "metrics.json")
+
+
+class Project:
+    """A clone of this repository with its own params."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.params = root / "params.yaml"
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(root),
+            "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
+        }  # fmt: skip
+
+    def run(self, *command: str, status: int = 0) -> str:
+        """Run a command in the project, check its exit status, and return all that it printed."""
+        result = subprocess.run(
+            command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            check=False,
+        )  # fmt: skip
+        assert result.returncode == status, f"{command} ended with {result.returncode}:\n{result.stdout}"
+        return result.stdout
+
+    def planned(self) -> set[str]:
+        """Stages that Snakemake would run."""
+        text = self.run("snakemake", "--cores", "2", "-n", "all")
+        return set(re.findall(r"^rule (\w+):", text, re.MULTILINE)) - {"all"}
+
+    def contents(self) -> dict[str, str]:
+        """Content digest of each stage's result."""
+        stages = load_stages(self.root).values()
+        return {s.name: json.loads((self.root / s.output / "manifest.json").read_text())["content"] for s in stages}
+
+    def command(self, stage: str) -> list[str]:
+        return load_stages(self.root)[stage].command.split()
+
+
+def make_project(root: Path, changes: dict) -> Project:
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if name in ("dvc.lock", "metrics.json") or not (ROOT / name).exists():
+            continue
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
+    project = Project(root)
+    write_params(project.params, changes)
+    project.run("git", "init", "-q")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "start")
+    return project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    project = make_project(tmp_path_factory.mktemp("project"), TINY)
+    project.run("snakemake", "--cores", "2", "all")
+    return project
+
+
+def test_results_and_pictures_are_there(project):
+    metrics = json.loads((project.root / "metrics.json").read_text())
+    for name in NAMES:
+        assert isinstance(metrics[name], (int, float)), name
+    assert "ssim" in metrics or "ms_ssim" in metrics
+    assert not {"rfid", "gfid"} & set(metrics), "a classifier's distance must not be called FID"
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(project.root / "out/evaluation" / name) as image:
+            assert len(image.convert("RGB").getcolors(2**24)) > 2
+    text = project.run("python", "-m", "crt", "results")
+    assert "class_agreement" in text
+    assert "out/evaluation/samples.png" in text
+    assert project.run("python", "-m", "crt", "status").count(" current ") == len(STAGES)
+
+
+def test_every_stage_leaves_a_log_with_rate_and_time(project):
+    for stage in load_stages(project.root).values():
+        log = (project.root / stage.log).read_text()
+        assert re.search(r"\d+/\d+ \w+ \(100%\), [\d.e+]+ \w+/s, took ", log), log
+        assert f"{stage.name}: done in" in log
+
+
+def test_a_comment_reruns_nothing(project):
+    project.params.write_text(project.params.read_text() + "# a remark\n")
+    assert project.planned() == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sample.guidance_scale": 3.0}, {"sample", "evaluate"}),
+        ({"train_ar.model.layers": 2}, {"train_ar", "sample", "evaluate"}),
+        ({"lambda": 0.3}, {"train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"}),
+    ],
+)
+def test_a_changed_key_reruns_what_depends_on_it(project, changes, expected):
+    before = project.params.read_text()
+    write_params(project.params, changes, base=project.params)
+    try:
+        assert project.planned() == expected
+    finally:
+        project.params.write_text(before)
+
+
+def test_stale_inputs_are_refused_with_the_renewing_command(project):
+    before = project.params.read_text()
+    write_params(project.params, {"lambda": 0.3}, base=project.params)
+    try:
+        text = project.run(*project.command("sample"), status=2)
+        assert "Traceback" not in text
+        assert "train_tokenizer was run with lambda = 0.5, params.yaml now says 0.3" in text
+        assert "`dvc repro train_tokenizer`" in text
+        assert "stale" in project.run("python", "-m", "crt", "status", status=1)
+        project.run("python", "-m", "crt", "results", status=2)
+    finally:
+        project.params.write_text(before)
+
+
+def test_dvc_recognises_what_snakemake_made(project):
+    before = project.contents()
+    text = project.run("dvc", "repro")
+    assert text.count("is current") == len(STAGES)
+    assert project.contents() == before
+    assert "up to date" in project.run("dvc", "status")
+    assert "class_agreement" in project.run("dvc", "metrics", "show")
+
+
+def test_snakemake_recognises_what_dvc_made(project):
+    write_params(project.params, {"sample.temperature": 0.9}, base=project.params)
+    text = project.run("dvc", "repro")
+    assert set(re.findall(r"Running stage '(\w+)'", text)) == {"sample", "evaluate"}
+    assert "is current" not in text
+    assert project.planned() == set()
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "temperature")
+
+
+def test_a_fresh_clone_with_copied_results_is_current_in_both_engines(project, tmp_path):
+    project.run("git", "clone", "-q", str(project.root), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    (clone.root / "dvc.lock").unlink()
+    for name in RESULTS:
+        source = project.root / name
+        # copytree without times: files appear in any order, as a download would leave them
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(
+            source,
+            clone.root / name,
+            **({"copy_function": shutil.copyfile, "dirs_exist_ok": True} if source.is_dir() else {}),
+        )
+    assert clone.planned() == set()
+    assert clone.run("dvc", "repro").count("is current") == len(STAGES)
+    assert "up to date" in clone.run("dvc", "status")
+    assert clone.planned() == set()
+
+
+def test_an_experiment_shows_the_effect_of_lambda(project):
+    project.run("dvc", "exp", "run", "-S", "lambda=0.0", "-S", "train_ar.steps=10")
+    row = json.loads(project.run("dvc", "metrics", "diff", "--json"))["diff"]["metrics.json"]
+    assert row["psnr"]["old"] != row["psnr"]["new"]
+    assert row["stage2_val_loss"]["old"] != row["stage2_val_loss"]["new"]
+    shown = project.run("dvc", "exp", "show", "--csv")
+    assert "lambda" in shown
+    assert "stage2_val_loss" in shown
+    assert project.planned() == set()
+    project.run("git", "checkout", "-q", "params.yaml", "dvc.lock", "metrics.json")
+
+
+def test_going_back_to_older_params_never_passes_the_newer_results_off(project):
+    assert project.planned() == {"train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"}
+    assert "stale" in project.run("python", "-m", "crt", "status", status=1)
+    # DVC has the older results in its cache: no stage computes anything.
+    project.run("dvc", "checkout")
+    assert project.planned() == set()
+
+
+def test_a_killed_stage_leaves_no_result_and_ends_with_the_same_bytes(project):
+    before = project.contents()
+    shutil.rmtree(project.root / "out/ar")
+    process = subprocess.Popen(project.command("train_ar"), cwd=project.root, env=project.environment)
+    deadline = time.monotonic() + 120
+    while not any((project.root / "out/.work").glob("ar-*/checkpoint*")) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before a checkpoint was seen"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (project.root / "out/ar").exists()
+    assert project.planned() == {"train_ar"}
+    assert "out/ar: not found" in project.run(*project.command("sample"), status=2)
+    project.run("snakemake", "--cores", "2", "all")
+    assert "continues at" in (project.root / "out/ar.log").read_text()
+    assert project.contents() == before
