@@ -7,6 +7,7 @@ holds the two against each other.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -52,11 +53,8 @@ def load_stages(root: str | Path = ".", paths: Mapping[str, str] | None = None) 
     Raises:
         UserError: there is no readable dvc.yaml in `root`.
     """
-    path = Path(root) / PIPELINE_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: not found: run from the project's root folder, where {PIPELINE_FILE} stands")
-    text = read_yaml(path)
-    variables = {f"paths.{key}": value for key, value in (text["vars"][0]["paths"] | dict(paths or {})).items()}
+    text = _read_once(Path(root) / PIPELINE_FILE)
+    variables = {f"paths.{key}": value for key, value in (path_variables(root) | dict(paths or {})).items()}
 
     def resolve(value: str) -> str:
         return re.sub(r"\$\{([\w.]+)\}", lambda match: variables[match.group(1)], value)
@@ -78,9 +76,14 @@ def load_stages(root: str | Path = ".", paths: Mapping[str, str] | None = None) 
     }
 
 
+def path_variables(root: str | Path = ".") -> dict[str, str]:
+    """dvc.yaml's `paths`: the files and folders of the main run, by name."""
+    return dict(_read_once(Path(root) / PIPELINE_FILE)["vars"][0]["paths"])
+
+
 def stage_version(name: str, root: str | Path = ".") -> int:
     """The version of a stage's code, part of the fingerprint of what it makes."""
-    return int(read_yaml(Path(root) / VERSIONS_FILE)[name])
+    return int(_read_once(Path(root) / VERSIONS_FILE)[name])
 
 
 def recipe_fingerprint(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -132,3 +135,15 @@ def canonical_json(value: Any) -> str:
         return item
 
     return json.dumps(normal(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _read_once(path: Path) -> dict[str, Any]:
+    # A study reads the graph once per run; only a changed file is parsed again.
+    if not path.is_file():
+        raise UserError(f"{path}: not found: run from the project's root folder, where {PIPELINE_FILE} stands")
+    return _parse(path.resolve(), path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _parse(path: Path, mtime_ns: int) -> dict[str, Any]:
+    return read_yaml(path)

@@ -1,0 +1,144 @@
+"""Studies: grids of runs declared in studies/*.yaml, unrolled into stages that are shared by what makes them.
+
+A study names a base params file, axes of named overrides, and seeds. Every stage of every run lives in a folder
+named by its recipe's fingerprint, `out/runs/STAGE/FINGERPRINT`, so runs, studies and restarts share each tokenizer,
+cache and model that has the same recipe, and a value added to an axis runs only what is new.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+
+from crt.errors import UserError
+from crt.params import Section, read_yaml, validate_params
+from crt.pipeline import StageSpec, expected_fingerprints, load_stages, path_variables, stamp_name
+
+STUDY_FOLDER = Path("studies")
+RUN_FOLDER = Path("out/runs")
+REPORT_FOLDER = Path("out/studies")
+
+Overrides = dict[str, Any]
+
+
+class Scale(Section):
+    """One size at which a study can be run."""
+
+    overrides: Overrides
+    axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)]
+
+
+class Study(Section):
+    """A study file."""
+
+    question: str
+    base: str
+    compare: list[str]
+    scales: Annotated[dict[str, Scale], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One cell of a study's grid with one seed."""
+
+    choices: Mapping[str, str]
+    """Name of the chosen value, by axis."""
+    seed: int
+    values: Mapping[str, Any]
+    stages: Mapping[str, StageSpec]
+    """With the paths of this run."""
+    fingerprints: Mapping[str, str]
+
+    @property
+    def metrics_file(self) -> Path:
+        """The run's metrics.json."""
+        return Path(self.stages["evaluate"].output) / "metrics.json"
+
+    def stamp(self, stage: str) -> str:
+        """The file that shows that a stage of this run is complete."""
+        return f"{self.stages[stage].output}/{stamp_name(self.fingerprints[stage])}"
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        UserError: unreadable, or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        return Study.model_validate(read_yaml(path))
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
+    """Unroll a study at one scale: every combination of its axes with every seed, in order.
+
+    Raises:
+        UserError: a bad study file, an override of a key that params do not have, or params that are refused.
+    """
+    study = load_study(path)
+    size = study.scales[scale]
+    base = read_yaml(study.base)
+    runs = []
+    for cell in itertools.product(*([(axis, name) for name in values] for axis, values in size.axes.items())):
+        for seed in size.seeds:
+            values = copy.deepcopy(base)
+            for overrides in (size.overrides, *(size.axes[axis][name] for axis, name in cell), {"seed": seed}):
+                for key, value in overrides.items():
+                    _set(values, key, value, path)
+            validate_params(values, f"{path} at {', '.join(f'{axis} {name}' for axis, name in cell)}")
+            runs.append(_make_run(dict(cell), seed, values))
+    return runs
+
+
+def write_params_files(run: StudyRun) -> None:
+    """Write the params file of each stage of a run, once: stages are shared, so the first run's file serves all."""
+    for stage in run.stages.values():
+        path = _params_file(stage.output)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                YAML(typ="safe", pure=True).dump(dict(run.values), file)
+            temporary.rename(path)
+
+
+def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> StudyRun:
+    fingerprints = expected_fingerprints(values)
+    names = {stage.output: stage.name for stage in load_stages().values()}
+    variables = path_variables()
+    folders = {
+        variable: str(RUN_FOLDER / names[path] / fingerprints[names[path]][:16])
+        for variable, path in variables.items()
+        if path in names
+    }
+    stages = {}
+    for name in names.values():
+        output = next(folder for variable, folder in folders.items() if names[variables[variable]] == name)
+        own = {"params": str(_params_file(output)), "metrics": f"{output}.json"}
+        stages[name] = load_stages(paths=folders | own)[name]
+    return StudyRun(choices, seed, values, stages, fingerprints)
+
+
+def _params_file(output: str) -> Path:
+    return Path(f"{output}.yaml")
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any, path: str | Path) -> None:
+    *sections, key = dotted.split(".")
+    section: Any = values
+    for name in sections:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or key not in section:
+        raise UserError(f"{path}: {dotted}: params have no such key: correct its spelling")
+    section[key] = value

@@ -1,0 +1,69 @@
+"""The scaling-law fit against laws that are known because the points were made from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crt.analysis.scaling import Undetermined, compute_saved, fit_scaling_law, pareto_frontier
+
+
+def law(compute, loss_min, alpha, lambda_0):
+    return loss_min + np.exp(lambda_0 + alpha * np.log(compute))
+
+
+@pytest.mark.parametrize(("loss_min", "alpha", "lambda_0"), [(2.0, -0.65, 26.0), (1.2, -0.3, 12.0), (0.0, -0.73, 30.0)])
+def test_known_parameters_are_recovered_exactly_without_noise(loss_min, alpha, lambda_0):
+    compute = np.geomspace(1e17, 1e21, 12)
+    fit = fit_scaling_law(compute, law(compute, loss_min, alpha, lambda_0), resamples=50)
+    assert fit.alpha == pytest.approx(alpha, abs=1e-4)
+    assert fit.loss_min == pytest.approx(loss_min, abs=1e-3)
+    assert fit.lambda_0 == pytest.approx(lambda_0, abs=5e-3)
+    assert fit.undetermined is None
+    assert fit.predict(1e22) == pytest.approx(law(1e22, loss_min, alpha, lambda_0), rel=1e-3)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    compute = np.repeat(np.geomspace(1e17, 1e20, 8), 4)
+    covered = 0
+    for trial in range(40):
+        noise = np.random.default_rng(trial).normal(0, 0.05, compute.size)
+        fit = fit_scaling_law(compute, law(compute, 2.0, -0.5, 20.0) + noise, resamples=120, seed=trial)
+        covered += fit.alpha_interval[0] <= -0.5 <= fit.alpha_interval[1]
+    # Binomial(40, 0.95) falls below 31 with probability 2e-4; a percentile bootstrap is a little narrow.
+    assert covered >= 31
+
+
+@pytest.mark.parametrize(
+    ("compute", "loss", "reason"),
+    [
+        ([1e18, 1e19, 1e20], [5.0, 4.0, 3.5], "only 3 distinct"),
+        ([1e18, 1.5e18, 2e18, 3e18], [5.0, 4.8, 4.7, 4.6], "span only a factor of 3"),
+        (np.geomspace(1e17, 1e20, 8), [3.0, 3.1, 2.9, 3.0, 3.1, 2.95, 3.02, 3.0], "exponent"),
+    ],
+)
+def test_points_that_do_not_determine_the_law_are_not_extrapolated(compute, loss, reason):
+    fit = fit_scaling_law(compute, loss, resamples=100)
+    assert reason in fit.undetermined
+    assert np.isfinite(fit.predict(compute[1]))
+    with pytest.raises(Undetermined, match="no extrapolation"):
+        fit.predict(1e23)
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(Undetermined, match="2 distinct computes"):
+        fit_scaling_law([1e18, 1e18, 1e19], [3.0, 3.1, 2.0])
+
+
+def test_frontier_keeps_exactly_the_runs_that_nothing_cheaper_beats():
+    compute, loss = np.array([1.0, 2.0, 2.0, 3.0, 4.0, 0.5]), np.array([5.0, 6.0, 4.0, 4.5, 1.0, 9.0])
+    expected = [i for i in range(6) if not any((compute[j] <= compute[i]) and (loss[j] < loss[i]) for j in range(6))]
+    assert sorted(pareto_frontier(compute, loss)) == sorted(expected)
+
+
+def test_compute_saved_is_the_shift_between_two_laws():
+    compute = np.geomspace(1e17, 1e20, 40)
+    _levels, saved = compute_saved((compute, law(compute, 2, -0.5, 20)), (compute / 2.5, law(compute, 2, -0.5, 20)))
+    assert saved == pytest.approx(2.5, rel=1e-6)
+    with pytest.raises(Undetermined, match="share no level"):
+        compute_saved(([1.0, 2.0], [5.0, 4.0]), ([1.0, 2.0], [2.0, 1.0]))
