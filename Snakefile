@@ -2,16 +2,62 @@
 # both engines run the same graph. Each rule's output is the stamp in the stage's folder whose name bears the
 # fingerprint of everything that the result depends on: where the stamp is, the result is current, whoever made
 # it; where a param changed, another stamp is asked for. Times of files and Snakemake's own records decide nothing.
+# Studies (studies/*.yaml) are the same stages unrolled over a grid, see crt/study.py: `snakemake study_NAME`.
 import sys
 
 from crt.errors import UserError
 from crt.params import load_params
 from crt.pipeline import PARAMS_FILE, expected_fingerprints, load_stages, stamp_name
+from crt.study import (
+    STUDY_FOLDER,
+    load_study,
+    study_runs,
+    study_stamp,
+    study_target,
+    write_params_files,
+)
 
 try:
     VALUES = load_params(PARAMS_FILE).model_dump(by_alias=True)
-    STAGES = load_stages()
     FINGERPRINTS = expected_fingerprints(VALUES)
+    # Rule name, stage, stamp, stamps of its inputs.
+    JOBS = {}
+    STAMPS = {
+        stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}"
+        for name, stage in load_stages().items()
+    }
+    for name, stage in load_stages().items():
+        JOBS[name] = (
+            stage,
+            STAMPS[stage.output],
+            [STAMPS[path] for path in stage.inputs],
+        )
+    STUDIES = {}
+    # Unrolling hundreds of runs takes a while: only where a study is asked for, here or by the job's parent.
+    if any("study_" in argument or "run_" in argument for argument in sys.argv):
+        for file in sorted(STUDY_FOLDER.glob("*.yaml")):
+            study = load_study(file)
+            for scale in study.scales:
+                if not any(
+                    study_target(file, scale, study) in sys.argv or "run_" in word
+                    for word in sys.argv
+                ):
+                    continue
+                runs = study_runs(file, scale)
+                STUDIES[study_target(file, scale, study)] = (file, scale, runs)
+                for run in runs:
+                    write_params_files(run)
+                    stamps = {
+                        stage.output: run.stamp(name)
+                        for name, stage in run.stages.items()
+                    }
+                    for name, stage in run.stages.items():
+                        job = f"run_{name}_{run.fingerprints[name][:16]}"
+                        JOBS[job] = (
+                            stage,
+                            stamps[stage.output],
+                            [stamps[path] for path in stage.inputs],
+                        )
 except UserError as error:
     print(
         *(f"error: {line}" for line in str(error).splitlines()),
@@ -20,11 +66,6 @@ except UserError as error:
     )
     sys.exit(2)
 
-STAMPS = {
-    stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}"
-    for name, stage in STAGES.items()
-}
-
 
 rule all:
     default_target: True
@@ -32,23 +73,38 @@ rule all:
         *STAMPS.values(),
 
 
-for stage in STAGES.values():
+for name, (stage, stamp, inputs) in JOBS.items():
 
     rule:
         name:
-            stage.name
+            name
         input:
             # ancient: a newer file time alone makes nothing stale, the fingerprint does.
-            [ancient(STAMPS[path]) for path in stage.inputs],
+            [ancient(path) for path in inputs],
         output:
-            STAMPS[stage.output],
+            stamp,
             *stage.metrics,
         log:
             stage.log,
-        threads: workflow.cores or 1
+        threads: 1 if name.startswith("run_") else (workflow.cores or 1)
         resources:
             **stage.resources,
         params:
             command=stage.command,
+        shell:
+            "{params.command}"
+
+
+for name, (file, scale, runs) in STUDIES.items():
+
+    rule:
+        name:
+            name
+        input:
+            [ancient(run.stamp("evaluate")) for run in runs],
+        output:
+            study_stamp(file, scale, runs),
+        params:
+            command=f"python -m crt study --study {file} --scale {scale}",
         shell:
             "{params.command}"

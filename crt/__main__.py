@@ -39,6 +39,11 @@ COMMANDS = {
     "check": "check a params file",
     "status": "say which stages' results are current",
     "results": "print the results of the last evaluation",
+    "study": "write the page of a study whose runs are complete",
+    "import_llamagen": "turn a checkpoint of LlamaGen into this project's format",
+    "inspect": "show what a token cache holds, in figures and a picture",
+    "verify": "check every block of a token cache",
+    "import_codes": "turn a LlamaGen code folder into a token cache",
 }
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space",

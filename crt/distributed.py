@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from crt import interrupt
+from crt.errors import UserError
 from crt.launch import slurm_rendezvous
 
 
@@ -67,3 +69,22 @@ def join_world() -> Iterator[World]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def stop_signal(world: World) -> int:
+    """The signal that asked any of the processes to stop, or 0. A collective call: all processes must make it."""
+    signum = torch.tensor(interrupt.stop_requested() or 0, device=world.device)
+    if dist.is_initialized():
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return int(signum)
+
+
+@contextmanager
+def reported_once(world: World) -> Iterator[None]:
+    """Let rank 0 alone report a mistake that every process meets: the others end with the same status, silently."""
+    try:
+        yield
+    except UserError:
+        if world.is_main:
+            raise
+        raise SystemExit(2) from None

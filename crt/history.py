@@ -7,6 +7,7 @@ uninterrupted one. DVC plots the files as they are.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,10 +24,13 @@ class History:
     def __init__(self, path: str | Path, columns: list[str], resume_step: int = 0) -> None:
         self.path, self.columns = Path(path), ["step", *columns]
         kept = [row for row in read_history(self.path) if row["step"] <= resume_step] if self.path.exists() else []
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
+        # Under a temporary name: a kill while the kept rows are written must not lose them.
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, "step": int(row["step"])} for row in kept)
+        os.replace(temporary, self.path)
 
     def append(self, step: int, figures: Mapping[str, float]) -> None:
         """Add one row and hand it to the operating system."""

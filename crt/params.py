@@ -111,6 +111,7 @@ class Loss(Section):
     codebook_weight: NonNegativeFloat
     commitment_weight: NonNegativeFloat
     entropy_weight: NonNegativeFloat
+    entropy_temperature: PositiveFloat
 
 
 class Discriminator(Section):
@@ -185,7 +186,22 @@ class TrainTokenizer(Section):
                 f"image_size {self.image_size} is not divisible by the downsampling {factor} "
                 f"of {len(self.architecture.channel_multipliers)} channel_multipliers"
             )
+        self._check_discriminator()
         return self
+
+    def _check_discriminator(self) -> None:
+        kind, layers, factor = self.discriminator.kind, self.discriminator.layers, 2**self.discriminator.layers
+        # After its halvings PatchGAN still has two 4x4 convolutions, each of which takes a pixel off.
+        if kind == "patchgan" and self.image_size // factor < 3:
+            raise ValueError(
+                f"discriminator.layers {layers} leave no patch of an image of {self.image_size} px: "
+                "lower train_tokenizer.discriminator.layers"
+            )
+        if kind == "stylegan" and self.image_size % factor:
+            raise ValueError(
+                f"discriminator.layers {layers} halve the image's {self.image_size} px to a fraction: "
+                "lower train_tokenizer.discriminator.layers"
+            )
 
 
 class Tokenize(Section):
@@ -319,6 +335,8 @@ class Evaluate(Section):
     kernel_subset_size: Annotated[int, Field(ge=2)]
     pairwise_images: PositiveInt
     inception_score_splits: PositiveInt
+    lpips: bool
+    lpips_weights: str | None
     batch_size: PositiveInt
     grid_classes: PositiveInt
     grid_images_per_class: PositiveInt

@@ -51,6 +51,8 @@ class Progress:
     def update(self, done: int, **figures: float) -> None:
         """Show that `done` of the total is done, with named figures such as loss=0.5."""
         self.done = done
+        if not logger.isEnabledFor(logging.INFO):  # ranks other than 0
+            return
         now = time.monotonic()
         finished = done >= self.total
         if not finished and now - self.drawn < _TERMINAL_SECONDS:

@@ -157,6 +157,19 @@ def exclusive(run: StageRun) -> Iterator[None]:
         raise UserError(f"{run.out}: another process is writing it (lock {path}): wait for it, or stop it") from None
 
 
+def forget_other_inputs(run: StageRun) -> None:
+    """Drop working state that the same recipe left with other inputs (an input made again may differ in its bytes).
+
+    For rank 0 only, before any process looks into `run.work`.
+    """
+    record = run.work / "inputs.json"
+    contents = {name: manifest.content for name, manifest in run.manifests.items()}
+    if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != contents:
+        shutil.rmtree(run.work, ignore_errors=True)
+        run.staging.mkdir(parents=True, exist_ok=True)  # another process may have been quicker
+        write_json(record, contents)
+
+
 def publish(run: StageRun) -> Manifest:
     """Turn the staging folder into the output: manifest and stamp are written, then one rename shows all.
 

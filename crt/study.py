@@ -8,6 +8,7 @@ cache and model that has the same recipe, and a value added to an axis runs only
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,29 @@ from ruamel.yaml import YAML
 
 from crt.errors import UserError
 from crt.params import Section, read_yaml, validate_params
-from crt.pipeline import StageSpec, expected_fingerprints, load_stages, path_variables, stamp_name
+from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
 
 STUDY_FOLDER = Path("studies")
+STUDY_VERSION = 1
 RUN_FOLDER = Path("out/runs")
 REPORT_FOLDER = Path("out/studies")
 
 Overrides = dict[str, Any]
+
+
+class Contrast(Section):
+    """The axis whose values are compared pair by pair over seeds, and the value that the others are held against."""
+
+    axis: str
+    baseline: str
+
+
+class Figure(Section):
+    """One picture: a metric over a metric, a line for each value of an axis."""
+
+    x: str
+    y: str
+    lines: str
 
 
 class Scale(Section):
@@ -41,7 +58,9 @@ class Study(Section):
 
     question: str
     base: str
-    compare: list[str]
+    metrics: Annotated[list[str], Field(min_length=1)]
+    contrast: Contrast | None
+    figures: list[Figure]
     scales: Annotated[dict[str, Scale], Field(min_length=1)]
 
 
@@ -113,6 +132,19 @@ def write_params_files(run: StudyRun) -> None:
             temporary.rename(path)
 
 
+def study_target(path: Path, scale: str, study: Study) -> str:
+    """Name of the rule that runs a study: its first scale needs no suffix."""
+    return f"study_{path.stem}" + ("" if scale == next(iter(study.scales)) else f"_{scale}")
+
+
+def study_stamp(path: Path, scale: str, runs: list[StudyRun]) -> str:
+    """The file that shows that a study's page is complete and of these runs."""
+    fingerprints = [run.fingerprints["evaluate"] for run in runs]
+    recipe = canonical_json({"version": STUDY_VERSION, "study": read_yaml(path), "scale": scale, "runs": fingerprints})
+    folder = REPORT_FOLDER / f"{path.stem}-{scale}"
+    return f"{folder}/{stamp_name(hashlib.sha256(recipe.encode()).hexdigest())}"
+
+
 def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> StudyRun:
     fingerprints = expected_fingerprints(values)
     names = {stage.output: stage.name for stage in load_stages().values()}
@@ -123,8 +155,8 @@ def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> Stu
         if path in names
     }
     stages = {}
-    for name in names.values():
-        output = next(folder for variable, folder in folders.items() if names[variables[variable]] == name)
+    for variable, output in folders.items():
+        name = names[variables[variable]]
         own = {"params": str(_params_file(output)), "metrics": f"{output}.json"}
         stages[name] = load_stages(paths=folders | own)[name]
     return StudyRun(choices, seed, values, stages, fingerprints)

@@ -1,0 +1,50 @@
+"""Comparing runs that share a seed: paired differences with their t test and confidence interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of other - baseline over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    """95% interval of the mean, from Student's t; NaN with a single pair."""
+    p_value: float
+    """Two-sided paired t test; NaN with a single pair, or where all differences are equal."""
+    pairs: int
+
+
+def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference:
+    """Compare two methods on the seeds that both have.
+
+    Args:
+        baseline, other: value of a metric by seed.
+
+    Raises:
+        ValueError: they share no seed.
+    """
+    seeds = sorted(set(baseline) & set(other))
+    if not seeds:
+        raise ValueError("the two methods share no seed")
+    differences = np.array([other[seed] - baseline[seed] for seed in seeds])
+    mean = float(differences.mean())
+    if len(seeds) < 2:
+        return PairedDifference(mean, float("nan"), float("nan"), float("nan"), len(seeds))
+    error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
+    half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
+    p_value = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error > 0 else float("nan")
+    return PairedDifference(mean, mean - half, mean + half, p_value, len(seeds))
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0

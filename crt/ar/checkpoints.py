@@ -1,0 +1,196 @@
+"""Resume state of a training run: written so that a kill at any moment leaves the last complete one usable.
+
+DeepSpeed writes one file per process. They go to a folder with a temporary name; when all are there, rank 0 adds
+`complete.json` (what the state belongs to, and the size of each file) and renames the folder. A folder without that
+file, or with a file of another size, is not a checkpoint. Nothing here is a result: it lies in the stage's working
+folder and goes when the stage is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from crt.ar.engine import quiet
+from crt.distributed import World
+from crt.errors import UserError
+from crt.progress import logger
+from crt.stage import write_json
+
+SCHEMA = 1
+_MARK = "complete.json"
+_STATE = "state"
+_UNIVERSAL = "universal"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+    world_size: int
+    zero_stage: int
+    owner: dict[str, Any]
+    files: dict[str, int]
+    """Bytes by relative path."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        folder: theirs alone.
+        world: this process among all.
+        zero_stage: of the run.
+        owner: what the state belongs to, as JSON values: the model. State of another owner is refused.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, world: World, zero_stage: int, owner: dict[str, Any], keep: int) -> None:
+        self.folder, self.world, self.zero_stage, self.keep = folder, world, zero_stage, keep
+        self.owner = json.loads(json.dumps(owner))
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, the same on all processes. A collective call.
+
+        Raises:
+            UserError: it belongs to another model; on all processes.
+        """
+        # Rank 0 looks and the others take its word: a shared file system may show them different things.
+        found = self._complete() if self.world.is_main else []
+        step = torch.tensor(found[-1].step if found else -1, device=self.world.device)
+        dist.broadcast(step, 0)
+        if int(step) < 0:
+            return None
+        checkpoint = _read(self._place(int(step)))
+        if checkpoint.owner != self.owner or checkpoint.zero_stage != self.zero_stage:
+            raise UserError(
+                f"{checkpoint.folder}: is a checkpoint of another model or ZeRO stage: delete {self.folder}"
+            )
+        return checkpoint
+
+    def save(self, engine: Any, step: int) -> None:
+        """Write the state after `step` steps. A collective call."""
+        place = self._place(step)
+        temporary = place.with_suffix(".partial")
+        if self.world.is_main:
+            for stale in (temporary, place):
+                shutil.rmtree(stale, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        with quiet():
+            engine.save_checkpoint(str(temporary), tag=_STATE, client_state={"step": step}, save_latest=False)
+        dist.barrier()
+        if self.world.is_main:
+            mark = {
+                "schema": SCHEMA,
+                "step": step,
+                "world_size": self.world.size,
+                "zero_stage": self.zero_stage,
+                "owner": self.owner,
+                "files": _flush_files(temporary),
+            }
+            write_json(temporary / _MARK, mark)
+            os.replace(temporary, place)
+            for older in self._complete()[: -self.keep]:
+                _remove(older.folder)
+        dist.barrier()
+
+    def restore(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Put the engine into a checkpoint's state. A collective call.
+
+        Args:
+            engine: freshly built, with `universal` as `needs_conversion` says.
+            checkpoint: from `latest`.
+        """
+        universal = self.needs_conversion(checkpoint)
+        tag = _UNIVERSAL if universal else _STATE
+        with quiet():
+            path, state = engine.load_checkpoint(str(checkpoint.folder), tag=tag)
+        if path is None or state["step"] != checkpoint.step:
+            raise UserError(f"{checkpoint.folder}: cannot be loaded: delete it, the run continues at an earlier one")
+
+    def needs_conversion(self, checkpoint: Checkpoint) -> bool:
+        """Whether the state is split over another number of processes than there are now."""
+        return checkpoint.world_size != self.world.size and self.zero_stage > 0
+
+    def convert(self, checkpoint: Checkpoint) -> None:
+        """Regroup a checkpoint into DeepSpeed's universal format, which any number of processes loads. Collective.
+
+        Raises:
+            UserError: it failed; on all processes.
+        """
+        result = checkpoint.folder / _UNIVERSAL
+        if self.world.is_main and not result.exists():
+            logger.info("train_ar: regroups the state of %d processes for %d", checkpoint.world_size, self.world.size)
+            _to_universal(checkpoint.folder)
+        dist.barrier()
+        if not result.exists():
+            raise UserError(
+                f"{checkpoint.folder}: cannot be regrouped: continue with {checkpoint.world_size} processes"
+            )
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _complete(self) -> list[Checkpoint]:
+        """All complete checkpoints, oldest first."""
+        folders = (f for f in sorted(self.folder.glob("step_*")) if not f.suffix and (f / _MARK).exists())
+        return [checkpoint for checkpoint in map(_read, folders) if _is_whole(checkpoint)]
+
+
+def _read(folder: Path) -> Checkpoint:
+    mark = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+    if mark.pop("schema") != SCHEMA:
+        raise UserError(f"{folder}: is a checkpoint of another version of this program: delete {folder.parent}")
+    return Checkpoint(folder=folder, **mark)
+
+
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    for name, size in checkpoint.files.items():
+        path = checkpoint.folder / name
+        if not path.exists() or path.stat().st_size != size:
+            logger.warning("%s: missing or damaged: the checkpoint is ignored", path)
+            return False
+    return True
+
+
+def _flush_files(folder: Path) -> dict[str, int]:
+    """Force the files of a checkpoint onto the disk; their sizes by relative path."""
+    sizes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill halfway leaves nothing that looks like one."""
+    doomed = folder.with_suffix(".old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _to_universal(folder: Path) -> None:
+    """Write `folder`/universal from `folder`/state, complete or not at all; DeepSpeed's tool is a program."""
+    temporary = folder / f"{_UNIVERSAL}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(folder / _STATE), "--output_folder", str(temporary)]
+    result = subprocess.run([*tool, *folders], capture_output=True, text=True, check=False)
+    if result.returncode:
+        logger.error("%s", result.stderr.strip())
+    else:
+        os.replace(temporary, folder / _UNIVERSAL)

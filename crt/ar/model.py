@@ -1,0 +1,386 @@
+"""The stage-2 model: a class-conditional, Llama-style transformer over the codes of an image in raster order.
+
+Architecture of LlamaGen (arXiv 2406.06525), which the CRT paper (arXiv 2412.16326) builds on: pre-norm blocks,
+RMSNorm, SwiGLU, 2D rotary positions, no biases, untied head. The model reads [class, code_0 .. code_{T-2}] and
+predicts code_0 .. code_{T-1}; row t of its output sees the class and the codes before t only.
+
+Shapes: B images, T codes per image (grid rows x columns), C width, H heads, D = C / H channels per head,
+F hidden width of the feed-forward layer, K codes in the codebook, N classes (row N of the class table is the
+null class, which stands for a dropped label).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crt.errors import UserError
+from crt.stage import write_json
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """Everything that fixes the model, and what its codes and classes stand for. Stored as config.json."""
+
+    layers: int
+    heads: int
+    width: int
+    ffn_multiple: int
+    """The feed-forward layer's hidden width is rounded up to a multiple of this (256 in the paper's models)."""
+    norm_eps: float
+    rope_base: float
+    dropout: float
+    """Of embeddings, attention outputs and feed-forward outputs while training; never of attention weights."""
+    init_std: float
+    codebook_size: int
+    grid: tuple[int, int]
+    """Rows and columns of codes of one image."""
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    tokenizer_content: str | None
+    """Digest of the tokenizer's output folder that made the codes; None where unknown (imported models)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, codes per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_width(self) -> int:
+        """D, channels per head."""
+        return self.width // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """F: two thirds of 4 C, rounded up to a multiple of `ffn_multiple`."""
+        return -(-(8 * self.width // 3) // self.ffn_multiple) * self.ffn_multiple
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no label."""
+        return self.num_classes
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json into `folder`."""
+        write_json(Path(folder) / CONFIG_FILE, {"schema": SCHEMA, "kind": "crt_ar", **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ARConfig:
+        """Read config.json of a `train_ar` output folder.
+
+        Raises:
+            UserError: the file is missing, damaged, or describes something else.
+        """
+        path = Path(folder) / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            schema, kind = values.pop("schema"), values.pop("kind")
+            if kind != "crt_ar" or schema != SCHEMA:
+                raise UserError(f"{path}: holds kind {kind!r}, schema {schema}: expected 'crt_ar', schema {SCHEMA}")
+            names = values.pop("class_names")
+            return cls(
+                **values | {"grid": tuple(values["grid"]), "class_names": None if names is None else tuple(names)}
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(
+                f"{path}: missing or damaged: give the output folder of train_ar or import_llamagen"
+            ) from None
+
+
+def config_from_params(model: Any, codes: Any) -> ARConfig:
+    """The model that `train_ar.model` describes, for the codes of one token cache.
+
+    Args:
+        model: the section `train_ar.model` of the params (`crt.params.ARModel`).
+        codes: the cache (`crt.tokens.cache.TokenCache`), which knows codebook, grid and classes.
+    """
+    return ARConfig(
+        layers=model.layers,
+        heads=model.heads,
+        width=model.width,
+        ffn_multiple=model.ffn_multiple,
+        norm_eps=model.norm_eps,
+        rope_base=model.rope_base,
+        dropout=model.dropout,
+        init_std=model.init_std,
+        codebook_size=codes.codebook_size,
+        grid=tuple(codes.grid),
+        num_classes=codes.num_classes,
+        class_names=tuple(codes.class_names),
+        tokenizer_content=codes.tokenizer_content,
+    )
+
+
+class ARTransformer(nn.Module):
+    """The transformer. Calling it gives losses; `logits` and `next_logits` give predictions.
+
+    Args:
+        config: sizes.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ARConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.class_embedding = Embedding(config.num_classes + 1, config.width, config.init_std)
+        self.code_embedding = Embedding(config.codebook_size, config.width, config.init_std)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        # Zero, so that training starts at the uniform distribution: loss ln K.
+        self.head = Linear(config.width, config.codebook_size, std=0.0)
+        self._rotations: dict[torch.device, Tensor] = {}
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Losses in nats of each code given the class and the codes before it.
+
+        Args:
+            codes: (B, T) int64.
+            labels: (B,) int64, `null_class` for a dropped label.
+
+        Returns:
+            (B, T) float32.
+        """
+        logits = self.logits(codes, labels).flatten(0, 1)  # B T, K
+        return F.cross_entropy(logits.float(), codes.flatten(), reduction="none").view_as(codes)
+
+    def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Predictions of every code at once: (B, T) and (B,) int64 to (B, T, K); the last code is not read."""
+        inputs = (self.class_embedding(labels)[:, None], self.code_embedding(codes[:, :-1]))
+        x = self.dropout(torch.cat(inputs, dim=1))  # B, T, C
+        rotation = self.rotation(x.device)  # T, D/2, 2
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                # The block's dropout is drawn again: the generator's state is put back for the second pass.
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation)
+        return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def next_logits(self, previous: Tensor, position: int, cache: Tensor) -> Tensor:
+        """Predictions of the code at `position` alone, from the code before it and the cache of all earlier ones.
+
+        Args:
+            previous: (B,) int64: the labels at position 0, else the codes at `position - 1`.
+            position: 0 to T - 1; call once for each, in order, with the same cache.
+            cache: from `empty_cache`, updated in place.
+
+        Returns:
+            (B, K) logits.
+        """
+        table = self.class_embedding if position == 0 else self.code_embedding
+        x = table(previous)[:, None]  # B, 1, C
+        rotation = self.rotation(x.device)[position : position + 1]
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            x = block(x, rotation, block_cache, position)
+        return self.head(self.norm(x[:, 0]))
+
+    def empty_cache(self, batch_size: int) -> Tensor:
+        """Keys and values for `batch_size` images, at their full length from the start: (layers, 2, B, H, T, D)."""
+        c, weight = self.config, self.head.weight
+        shape = (c.layers, 2, batch_size, c.heads, c.num_tokens, c.head_width)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def rotation(self, device: torch.device) -> Tensor:
+        """`rotary_table` on `device`.
+
+        Kept beside the module's state, as a buffer would be cast to bfloat16 along with the weights.
+        """
+        if device not in self._rotations:
+            c = self.config
+            self._rotations[device] = rotary_table(c.grid, c.head_width, c.rope_base).to(device)
+        return self._rotations[device]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: ARConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C): a whole sequence, or with a cache (2, B, H, T, D) the one position (B, 1, C)."""
+        x = x + self.attention(self.attention_norm(x), rotation, cache, position)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ARConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.width, 3 * config.width, config.init_std)
+        self.out = Linear(config.width, config.width, config.init_std)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        """(B, T, C) to (B, T, C): a whole sequence, or with a cache (2, B, H, T, D) the one position (B, 1, C)."""
+        q, k, v = self.project(x, rotation)  # B, H, T, D
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            cache[0, :, :, position : position + 1] = k
+            cache[1, :, :, position : position + 1] = v
+            keys, values = cache[..., : position + 1, :]
+            y = F.scaled_dot_product_attention(q, keys, values)
+        return self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) to rotated queries, rotated keys and values, each (B, H, T, D)."""
+        qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
+        q, k = rotate(qk, rotation).transpose(1, 2).chunk(2, dim=1)
+        return q, k, v.transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), with gate and up as one matrix."""
+
+    def __init__(self, config: ARConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.width, 2 * config.ffn_width, config.init_std)
+        self.down = Linear(config.ffn_width, config.width, config.init_std)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # B, T, F each
+        return self.dropout(self.down(F.silu(gate) * up))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """Matrix without bias, drawn from N(0, std).
+
+    Drawn while it is made, not afterwards: ZeRO-3 splits each module over the processes as soon as it exists.
+    """
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        self.std = std
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Embedding(nn.Embedding):
+    """Table of vectors, drawn from N(0, std); see `Linear`."""
+
+    def __init__(self, rows: int, width: int, std: float) -> None:
+        self.std = std
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+def rotary_table(grid: tuple[int, int], head_width: int, base: float) -> Tensor:
+    """Cosine and sine by which each position turns each pair of channels: 2D RoPE.
+
+    The first half of the pairs turns by the row of the code, the second half by its column, pair j of a half by
+    row (or column) * base^(-4 j / D). Position 0 is the class and position 1 + i the code i, so the code that is
+    read at a position sets its angle. At the class cosine and sine are both zero, as in LlamaGen: its query and
+    key vanish, and every other position attends to it with score zero.
+
+    Returns:
+        (T, D/2, 2) float32.
+    """
+    rows, columns = grid
+    pairs = head_width // 4
+    frequency = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    row_angle = torch.outer(torch.arange(rows, dtype=torch.float64), frequency)  # rows, D/4
+    column_angle = torch.outer(torch.arange(columns, dtype=torch.float64), frequency)
+    angle = torch.cat(
+        (row_angle[:, None].expand(rows, columns, pairs), column_angle[None].expand(rows, columns, pairs)), dim=-1
+    ).flatten(0, 1)  # T, D/2
+    table = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return torch.cat((torch.zeros_like(table[:1]), table[:-1])).float()
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn neighbouring pairs of channels: (B, T, heads, D) by (T, D/2, 2), in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # B, T, heads, D/2
+    cos, sin = rotation[:, None].unbind(-1)  # T, 1, D/2
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def count_parameters(config: ARConfig) -> int:
+    """Number of parameters, without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ARTransformer(config).parameters())
+
+
+def save_model(weights: Mapping[str, Tensor], config: ARConfig, folder: str | Path) -> None:
+    """Write config.json and model.safetensors, each complete or not at all.
+
+    Args:
+        weights: the state of an `ARTransformer`, on the CPU.
+        config: its sizes.
+        folder: an existing folder.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    config.save(folder)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> ARTransformer:
+    """Read a model for inference: evaluation mode, no gradients.
+
+    Raises:
+        UserError: files are missing or damaged, or the weights are not those of config.json's model.
+    """
+    config = ARConfig.load(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    with torch.device("meta"):
+        model = ARTransformer(config)
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}): make the folder again") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{path}: {name} has shape {found.get(name)}, the model of {CONFIG_FILE} needs {expected.get(name)}: "
+                "the two files belong to different models, make the folder again"
+            )
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,67 @@
+"""`python -m crt import_llamagen FILE FOLDER`: LlamaGen's tokenizer or transformer in this project's format."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
+from crt.errors import UserError
+from crt.tokenizer.import_llamagen import import_llamagen_tokenizer, is_llamagen_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint, such as vq_ds16_c2i.pt or c2i_B_256.pt")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the result goes; must not exist yet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import one checkpoint; what it holds is seen from its weights.
+
+    Raises:
+        UserError: the file is missing, damaged or none of LlamaGen's, or the folder exists.
+    """
+    if args.folder.exists():
+        raise UserError(f"{args.folder}: exists: delete it, or name another folder")
+    state = _read(args.file)
+    temporary = args.folder.with_name(args.folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if is_llamagen_tokenizer(state):
+            config: Any = import_llamagen_tokenizer(state, temporary)
+        elif is_llamagen_ar(state):
+            config = import_llamagen_ar(state, temporary)
+        else:
+            raise UserError("checkpoint: neither a LlamaGen tokenizer nor a class-conditional transformer")
+        os.replace(temporary, args.folder)
+    except UserError as error:
+        raise UserError(f"{args.file}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{args.folder}: {config}", file=sys.stderr)
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Load a foreign pickle without running any code of its own."""
+    try:
+        # LlamaGen's training checkpoints carry their command line, a plain record.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found: download LlamaGen's checkpoint first") from None
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: no readable checkpoint ({reason}): download it again") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds {type(state).__name__}, not a checkpoint: name one of LlamaGen's files")
+    return state

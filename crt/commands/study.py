@@ -1,0 +1,61 @@
+"""`python -m crt study`: the table, figures and page of a study whose runs are complete; `snakemake study_NAME` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from crt.analysis.study_page import (
+    contrast_table,
+    draw_figure,
+    read_results,
+    scaling_lines,
+    summary_table,
+    write_page,
+    write_results,
+)
+from crt.study import load_study, study_runs, study_stamp
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the study."""
+    parser.add_argument("--study", type=Path, required=True, metavar="FILE", help="a file of studies/")
+    parser.add_argument("--scale", required=True, help="one of the study's scales")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write results.csv, the figures and index.html into the study's folder, and print the table.
+
+    Raises:
+        UserError: a bad study file, or a run that has no results yet.
+    """
+    study = load_study(args.study)
+    runs = study_runs(args.study, args.scale)
+    rows, axes = read_results(runs, study), list(study.scales[args.scale].axes)
+    stamp = Path(study_stamp(args.study, args.scale, runs))
+    folder = stamp.parent
+    work = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_results(rows, work / "results.csv")
+    table = summary_table(rows, axes, study.metrics)
+    sections: dict[str, list[list[str]] | list[str] | Path] = {"Results, mean and standard deviation over seeds": table}
+    if study.contrast is not None:
+        sections["Paired differences"] = contrast_table(rows, axes, study)
+    for number, figure in enumerate(study.figures):
+        picture = work / f"figure_{number}.png"
+        draw_figure(rows, figure, picture)
+        sections[f"{figure.y} over {figure.x}"] = picture
+        if "flops" in figure.x:
+            sections[f"Scaling law of {figure.y}: L(C) = L_min + C^alpha e^lambda_0"] = scaling_lines(rows, figure)
+    write_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
+    (work / stamp.name).touch()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(work, folder)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    print(f"\npage: {folder / 'index.html'}")
+    return 0

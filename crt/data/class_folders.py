@@ -1,0 +1,166 @@
+"""Images in class folders: `CLASS/.../IMAGE`, or the same below train/ and val/ (or test/).
+
+A class folder's own folders are walked; its name is the class. Classes are numbered in the order of
+their folders' names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from crt.data.listing import Listing, sorted_listing
+from crt.data.source import Source
+from crt.data.synsets import class_names
+from crt.data.tree import Tree, open_tree
+from crt.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+# Folders that hold a validation split, the first that is there counts.
+_VAL_FOLDERS = ("val", "valid", "validation", "test")
+
+
+def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None) -> Source:
+    """A folder or archive of class folders.
+
+    Args:
+        path: the folder or archive.
+        work: see `crt.data.tree.open_tree`.
+        only: the class folders that may be there; None: any.
+
+    Raises:
+        UserError: it is missing, damaged, empty, or laid out otherwise; or validation has a class that
+            training lacks.
+    """
+    tree = open_tree(path, "prepare_data.path", work)
+    if not tree.files and not tree.folders:
+        raise UserError(f"{path}: empty: it must hold class folders with images")
+    notes: list[str] = []
+    roots = _split_roots(tree, notes)
+    found = {split: images_by_class(tree, root, notes) for split, root in roots.items()}
+    classes = sorted(found.get("train", found.get("all", {})))
+    if only is not None:
+        check_classes(tree.name, classes, only)
+    if "val" in found:
+        check_val_classes(tree.name, classes, sorted(found["val"]), notes)
+    splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}
+    return Source(classes, class_names(classes), [tree.container], splits, notes)
+
+
+def listing_by_class(tree: Tree, by_class: dict[str, list[int]], classes: Sequence[str]) -> Listing:
+    """A listing of the files that `images_by_class` found; labels are places in `classes`."""
+    rows = [row for name in classes for row in by_class.get(name, [])]
+    return listing_of(tree, rows, [label for label, name in enumerate(classes) for _ in by_class.get(name, [])])
+
+
+def listing_of(tree: Tree, rows: Sequence[int], labels: Sequence[int]) -> Listing:
+    """A listing of the files at `rows` of a tree."""
+    places = tree.places[np.array(rows, np.int64)]
+    return sorted_listing([tree.files[row] for row in rows], np.array(labels, np.int64), places)
+
+
+def images_by_class(tree: Tree, root: str, notes: list[str]) -> dict[str, list[int]]:
+    """Rows of the image files below each class folder of `root` (empty, or ending in `/`).
+
+    Raises:
+        UserError: an image lies outside the class folders, one of which is empty, or there is none.
+    """
+    where = f"{tree.name}/{root}" if root else tree.name
+    found: dict[str, list[int]] = {
+        name[len(root) :]: [] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]
+    }
+    ignored: Counter[str] = Counter()
+    for row, name in enumerate(tree.files):
+        if not name.startswith(root):
+            continue
+        if not is_image(name):
+            ignored[PurePosixPath(name).suffix.lower() or "no extension"] += 1
+            continue
+        folder, inner, _ = name[len(root) :].partition("/")
+        if not inner:
+            raise UserError(f"{tree.name}: image {name} lies outside the class folders: move it into one, or delete it")
+        found[folder].append(row)
+    if not found:
+        raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class")
+    empty = sorted(name for name, rows in found.items() if not rows)
+    if empty:
+        raise UserError(
+            f"{tree.name}: class folder {root}{empty[0]} holds no images ({', '.join(EXTENSIONS)}): "
+            "add some, or delete the folder"
+        )
+    if ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+        notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image by its name; its content is another matter."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def check_classes(name: str, classes: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse class folders other than those that a source has."""
+    strange = sorted(set(classes) - set(known))
+    if strange:
+        raise UserError(
+            f"{name}: folder {strange[0]} is no class of this source ({known[0]} to {known[-1]}): "
+            "remove it, or set prepare_data.source to imagefolder"
+        )
+
+
+def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[str], notes: list[str]) -> None:
+    """Refuse validation classes without training images; note classes without validation images."""
+    strange = sorted(set(val_classes) - set(classes))
+    if strange:
+        raise UserError(f"{name}: class {strange[0]} has validation images, but no training images: add some")
+    missing = sorted(set(classes) - set(val_classes))
+    if missing:
+        notes.append(f"{name}: {len(missing)} classes have no validation images: {', '.join(missing[:3])}")
+
+
+def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
+    """Where each split's class folders are, as prefixes of paths.
+
+    A folder that only wraps the whole (archives often have one) is entered. train/ and val/ count as splits
+    where nothing stands beside them; a class may be called "train".
+    """
+    root = ""
+    while True:
+        top = {name[len(root) :] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]}
+        val = [name for name in _VAL_FOLDERS if name in top]
+        if "train" in top and top <= {"train", *_VAL_FOLDERS}:
+            if not val:
+                notes.append(f"{tree.name}: has train/ only: validation images are set aside from it")
+                return {"all": f"{root}train/"}
+            if len(val) > 1:
+                notes.append(f"{tree.name}: validation images are those of {val[0]}/; {', '.join(val[1:])} unused")
+            return {"train": f"{root}train/", "val": f"{root}{val[0]}/"}
+        if "train" in top and val:
+            strange = min(top - {"train", *_VAL_FOLDERS})
+            raise UserError(
+                f"{tree.name}: folder {root}{strange} beside train/ and {val[0]}/: neither split nor class: move it"
+            )
+        if top and top <= set(_VAL_FOLDERS):
+            raise UserError(
+                f"{tree.name}: holds {root}{val[0]}/ but no train/: add it, or give the class folders alone"
+            )
+        if not _wraps(tree, root, top):
+            return {"all": root}
+        root += min(top) + "/"
+        notes.append(f"{tree.name}: class folders are those in {root}")
+
+
+def _wraps(tree: Tree, root: str, top: set[str]) -> bool:
+    """Whether `root` holds a single folder that in turn holds several folders, and no image beside either."""
+    if len(top) != 1:
+        return False
+    inner = f"{root}{min(top)}/"
+    folders = [name for name in tree.folders if name.startswith(inner) and "/" not in name[len(inner) :]]
+    images = (name for name in tree.files if is_image(name))
+    return len(folders) > 1 and not any(
+        "/" not in name[len(root) :] or (name.startswith(inner) and "/" not in name[len(inner) :]) for name in images
+    )

@@ -1,0 +1,124 @@
+"""Which images a source holds and where their bytes are."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from crt.data.decode import Undecodable
+from crt.errors import UserError
+
+# Where one image lies: which container, the first byte and the number of bytes, and a zip member's checksum.
+PLACE = np.dtype([("container", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8")])
+_ZIP_HEADER_BYTES = 30
+_DEFLATED = 8
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file that holds images at known offsets, or a folder of image files.
+
+    Layouts: "folder" (an image's id is its path in it); "tar" (image files, whole); "zip" (image files
+    behind a local header, as they are or deflated); "raw" (uint8 RGB pixels of one `shape`).
+    """
+
+    path: str
+    layout: Literal["folder", "tar", "zip", "raw"]
+    shape: tuple[int, int] = (0, 0)
+    """(height, width) of raw pixels."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images of one split in storage order: by class, then by id."""
+
+    ids: list[str]
+    labels: np.ndarray
+    """(n,) int64 class indices."""
+    places: np.ndarray
+    """(n,) of type PLACE."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: np.ndarray) -> Listing:
+        """The images at `rows`, in that order."""
+        return Listing([self.ids[row] for row in rows], self.labels[rows], self.places[rows])
+
+
+def sorted_listing(ids: Sequence[str], labels: np.ndarray, places: np.ndarray) -> Listing:
+    """A listing in storage order."""
+    order = np.array(sorted(range(len(ids)), key=lambda row: (labels[row], ids[row])), np.int64)
+    return Listing(list(ids), labels, places).select(order)
+
+
+def read_entry(containers: Sequence[Container], name: str, place: np.void) -> bytes | np.ndarray:
+    """The bytes of one image file, or (H, W, 3) uint8 pixels from a container of raw pixels.
+
+    Raises:
+        Undecodable: the file has vanished, or its part of an archive is damaged.
+        UserError: the file system refuses to read it.
+    """
+    container = containers[int(place["container"])]
+    path = os.path.join(container.path, name) if container.layout == "folder" else container.path
+    try:
+        if container.layout == "folder":
+            with open(path, "rb") as file:
+                return file.read()
+        data = _read_at(_opened(path), int(place["offset"]), int(place["size"]), container.layout == "zip")
+    except FileNotFoundError:
+        raise Undecodable("file not found (a broken link?)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+    if container.layout == "zip":
+        return _unzipped(data, int(place["crc"]))
+    if container.layout == "tar":
+        return data
+    return np.frombuffer(data, np.uint8).reshape(*container.shape, 3)
+
+
+@lru_cache(maxsize=16)
+def _opened(path: str) -> int:
+    """File descriptor of a container, kept open for the life of the process."""
+    return os.open(path, os.O_RDONLY)
+
+
+def _read_at(file: int, offset: int, size: int, zip_member: bool) -> bytes:
+    if zip_member:
+        # The local header's own lengths count: its extra field may differ from the central directory's.
+        header = os.pread(file, _ZIP_HEADER_BYTES, offset)
+        if len(header) < _ZIP_HEADER_BYTES or header[:4] != b"PK\x03\x04":
+            raise Undecodable("damaged zip header")
+        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        method = header[8:10]
+        return method + _read_fully(file, offset + _ZIP_HEADER_BYTES + skip, size)
+    return _read_fully(file, offset, size)
+
+
+def _read_fully(file: int, offset: int, size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.pread(file, size, offset)
+        if not part:
+            raise Undecodable("archive ends inside the file")
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)
+
+
+def _unzipped(data: bytes, crc: int) -> bytes:
+    """Content of a zip member from its method (2 bytes) and stored bytes."""
+    method, content = int.from_bytes(data[:2], "little"), data[2:]
+    try:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content) if method == _DEFLATED else content
+    except zlib.error as error:
+        raise Undecodable(f"corrupt in the archive: {error}") from None
+    if zlib.crc32(content) != crc:
+        raise Undecodable("corrupt in the archive: wrong checksum")
+    return content

@@ -1,0 +1,231 @@
+"""The packed data set: `index.json` and HDF5 shards, written by prepare_data and read by everything else.
+
+A shard holds, for n images of one split:
+
+    labels      (n,) int32         class index
+    source_ids  (n,) UTF-8 text    path inside the source, padded to one length
+    sha256      (n, 32) uint8      of the pixels as a reader gets them, see `pixel_digest`
+    pixels      (n, S, S, 3) uint8          storage "pixels": RGB of one size
+    blob        (bytes,) uint8              storage "encoded": image files one behind the other,
+    offsets     (n + 1,) int64                image i is blob[offsets[i]:offsets[i + 1]]
+
+All data sets are contiguous and uncompressed, so images are read through memory maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from crt.data.decode import decode
+from crt.errors import UserError
+
+INDEX = "index.json"
+SCHEMA = 1
+SPLITS = ("train", "val")
+
+
+class PackedImages:
+    """One split of a packed data set.
+
+    Files are opened at first use in each process, so an object may be handed to forked or spawned workers.
+
+    Args:
+        folder: output of prepare_data.
+        split: "train" or "val".
+
+    Raises:
+        UserError: the folder holds no packed data set, or the split has no images.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        index = read_index(folder)
+        if split not in index["splits"]:
+            raise UserError(f"{self.folder}: has no split {split!r}: choose one of {', '.join(index['splits'])}")
+        shards = index["splits"][split]["shards"]
+        if not shards:
+            remedy = "raise prepare_data.val_fraction or add images" if split == "val" else "add images"
+            raise UserError(f"{self.folder}: split {split!r} holds no images: {remedy} and run prepare_data again")
+        self.storage: str = index["storage"]
+        self.image_size: int | None = index["image_size"]
+        self.class_names: list[str] = [entry["name"] for entry in index["classes"]]
+        self._files = [self.folder / shard["file"] for shard in shards]
+        self._starts = np.cumsum([0, *(shard["images"] for shard in shards)])
+        self.labels: np.ndarray = self._column("labels").astype(np.int64)
+        self._maps: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, whether or not this split has images of each."""
+        return len(self.class_names)
+
+    def image(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB of one image; all of one size for storage "pixels"."""
+        if self.storage == "pixels":
+            return self.pixels([index])[0]
+        return decode(self.encoded(index))
+
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(B, S, S, 3) uint8 RGB of the images at `indices`; for storage "pixels" only."""
+        if self.storage != "pixels":
+            raise ValueError("images of one size need storage 'pixels'")
+        rows = self._checked(indices)
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        images = np.empty((len(rows), *self._mapped(0)[0].shape[1:]), np.uint8)
+        for shard in np.unique(shards):
+            inside = shards == shard
+            images[inside] = self._mapped(int(shard))[0][rows[inside] - self._starts[shard]]
+        return images
+
+    def encoded(self, index: int) -> bytes:
+        """The image file stored for one image; for storage "encoded" only."""
+        if self.storage != "encoded":
+            raise ValueError("image files need storage 'encoded'")
+        shard, row = self._locate(index)
+        blob, offsets = self._mapped(shard)
+        assert offsets is not None
+        return blob[offsets[row] : offsets[row + 1]].tobytes()
+
+    def source_id(self, index: int) -> str:
+        """Path of the image inside the source that it came from."""
+        shard, row = self._locate(index)
+        with h5py.File(self._files[shard], "r") as file:
+            return file["source_ids"].asstr()[row]
+
+    def digests(self) -> np.ndarray:
+        """(N, 32) uint8: `pixel_digest` of every image, as recorded when it was packed."""
+        return self._column("sha256")
+
+    def _column(self, name: str) -> np.ndarray:
+        parts = []
+        for path, expected in zip(self._files, np.diff(self._starts), strict=True):
+            with _open_shard(path) as file:
+                parts.append(file[name][()])
+            if len(parts[-1]) != expected:
+                raise UserError(f"{path}: holds {len(parts[-1])} images instead of {expected}: run prepare_data again")
+        return np.concatenate(parts)
+
+    def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        rows = np.asarray(indices, np.int64)
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"{rows.min()} to {rows.max()} reaches outside the {len(self)} images")
+        return rows
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        row = int(self._checked([index])[0])
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return shard, row - int(self._starts[shard])
+
+    def _mapped(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Memory maps of a shard: (pixels, None) or (blob, offsets)."""
+        if shard not in self._maps:
+            path = self._files[shard]
+            with _open_shard(path) as file:
+                if self.storage == "pixels":
+                    self._maps[shard] = _memory_map(path, file["pixels"]), None
+                else:
+                    self._maps[shard] = _memory_map(path, file["blob"]), file["offsets"][()]
+        return self._maps[shard]
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The checked content of a packed data set's index.json.
+
+    Raises:
+        UserError: it is missing, damaged, or of another schema.
+    """
+    path = Path(folder) / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        schema = index["schema"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: missing or damaged: make the data set with stage prepare_data") from None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: run prepare_data again")
+    return index
+
+
+def pixel_digest(pixels: np.ndarray) -> bytes:
+    """SHA-256 (32 bytes) of an image's shape and pixels: equal for equal images only.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+    """
+    shape = np.array(pixels.shape, "<i8").tobytes()
+    return hashlib.sha256(shape + np.ascontiguousarray(pixels).data).digest()
+
+
+def create_shard(
+    path: Path,
+    *,
+    split: str,
+    storage: str,
+    image_size: int | None,
+    labels: np.ndarray,
+    source_ids: Sequence[str],
+    digests: np.ndarray,
+    payload_bytes: np.ndarray,
+) -> np.ndarray:
+    """Write a shard whose images are still missing: their place is reserved, and told.
+
+    Several processes may then write images into it, in any order. The bytes of the finished file depend
+    on the arguments and images alone.
+
+    Args:
+        labels: (n,) class indices.
+        source_ids: n paths; bytes that are no UTF-8 are written as backslash escapes.
+        digests: (n, 32) uint8.
+        payload_bytes: (n,) bytes of each image, as pixels or as a file.
+
+    Returns:
+        (n,) int64: byte offset in the file at which each image belongs.
+    """
+    offsets = np.concatenate([[0], np.cumsum(payload_bytes, dtype=np.int64)])
+    texts = [text.encode("utf-8", "backslashreplace") for text in source_ids]
+    text_type = h5py.string_dtype("utf-8", max(len(text) for text in texts))
+    with h5py.File(path, "w", libver="v110") as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["split"], file.attrs["storage"] = np.bytes_(split), np.bytes_(storage)
+        file.create_dataset("labels", data=labels.astype(np.int32))
+        file.create_dataset("source_ids", data=np.array(texts, text_type), dtype=text_type)
+        file.create_dataset("sha256", data=digests)
+        if storage == "pixels":
+            name, shape = "pixels", [len(labels), image_size, image_size, 3]
+        else:
+            name, shape = "blob", [int(offsets[-1])]
+            file.create_dataset("offsets", data=offsets)
+        # Reserved at once and not filled, so that it has an address before any image is written.
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        creation.set_layout(h5py.h5d.CONTIGUOUS)
+        creation.set_obj_track_times(False)
+        space = h5py.h5s.create_simple(tuple(shape))
+        data = h5py.h5d.create(file.id, name.encode(), h5py.h5t.NATIVE_UINT8, space, creation)
+        start = data.get_offset()
+    return start + offsets[:-1]
+
+
+def _open_shard(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path}: {reason}: delete {path.parent} and run prepare_data again") from None
+
+
+def _memory_map(path: Path, data: h5py.Dataset) -> np.ndarray:
+    return np.memmap(path, data.dtype, "r", offset=data.id.get_offset(), shape=data.shape)

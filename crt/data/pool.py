@@ -1,0 +1,74 @@
+"""Work spread over processes, with results in order and bounded memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from crt import interrupt
+from crt.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def ordered_map(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
+) -> Generator[Result, None, None]:
+    """`map` over worker processes: results in the order of the tasks, a few tasks per worker in flight.
+
+    Args:
+        function: importable, as are tasks and results; its exceptions reach the caller.
+        tasks: read only as fast as they are worked off.
+        workers: processes; with 1 the work is done in this process.
+
+    Raises:
+        UserError: a worker died.
+    """
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: the caller may run threads. The work given out is self-contained.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, task))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory: free some and run the same command again; "
+            "finished work is kept"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, which on a shared node are fewer than there are."""
+    return len(os.sched_getaffinity(0))
+
+
+def _start_worker() -> None:
+    """Leave signals to the parent, which ends the work in order, and do not outlive it."""
+    for signum in interrupt.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,115 @@
+"""The files of a folder or an archive, as one kind of thing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from crt.data.archives import archive_kind, list_tar, list_zip, unpacked
+from crt.data.listing import PLACE, Container
+from crt.errors import UserError
+
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files and folders by path relative to the root, with `/` between the parts; hidden ones are left out."""
+
+    name: str
+    """How messages call it: the path that the user gave."""
+    container: Container
+    files: list[str]
+    """Sorted."""
+    places: np.ndarray
+    """(n,) of type PLACE, in container 0."""
+    folders: set[str]
+
+
+def open_tree(path: Path, key: str, work: Path) -> Tree:
+    """List a folder or an archive (.tar, also compressed, or .zip, told apart by content).
+
+    Nothing is unpacked, except that a compressed tar is decompressed into `work` as a whole, since it offers
+    no way to reach a file but through all that precede it.
+
+    Args:
+        path: the folder or archive.
+        key: the params key that named it, for messages.
+        work: for the decompressed tar; one that an earlier run left there is used again.
+
+    Raises:
+        UserError: missing, unreadable, no archive, damaged, or with a member that points outside.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: not found: set {key} to a folder or archive that exists") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+    if stat.S_ISDIR(mode):
+        return folder_tree(path)
+    kind = archive_kind(path)
+    if kind == "zip":
+        container, (members, folders) = Container(str(path), "zip"), list_zip(path)
+    else:
+        plain = path if kind == "tar" else unpacked(path, kind, work)
+        container, (members, folders) = Container(str(plain), "tar"), list_tar(plain, str(path))
+    files = sorted(name for name in members if not _is_clutter(name))
+    places = np.array([(0, *members[name]) for name in files], PLACE)
+    parents = {parent for name in files for parent in _parents(name)}
+    return Tree(str(path), container, files, places, parents | {name for name in folders if not _is_clutter(name)})
+
+
+def folder_tree(root: Path) -> Tree:
+    """List a folder; links to folders are followed.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    files: list[str] = []
+    folders: set[str] = set()
+    for name, is_folder in _walk(root, "", (os.path.realpath(root),)):
+        if is_folder:
+            folders.add(name)
+        else:
+            files.append(name)
+    files.sort()
+    places = np.zeros(len(files), PLACE)
+    places["crc"] = -1
+    return Tree(str(root), Container(str(root), "folder"), files, places, folders)
+
+
+def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """(relative path, whether a folder) of all that lies below; a link to a folder that holds it is not followed."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not _is_clutter(entry.name)]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}): make it readable and run again") from None
+    for entry in found:
+        name = prefix + entry.name
+        if not entry.is_dir():
+            # Broken links too: the decoder will list them with the reason.
+            if entry.is_file() or entry.is_symlink():
+                yield name, False
+            continue
+        real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
+        if real not in ancestors:
+            yield name, True
+            yield from _walk(entry.path, name + "/", (*ancestors, real))
+
+
+def _is_clutter(name: str) -> bool:
+    """Whether a path has a hidden part (.DS_Store, ._a.jpg), or one that systems leave behind."""
+    return any(part.startswith(".") or part in _CLUTTER for part in name.split("/"))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name

@@ -1,0 +1,112 @@
+"""Work on many images kept on disk chunk by chunk, so that a stopped evaluation continues and processes share it.
+
+A chunk is one safetensors file of arrays, rows in order. It appears in one rename, so a file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from crt.distributed import World, stop_signal
+from crt.interrupt import Stopped
+from crt.progress import Progress
+
+_CHUNK_IMAGES = 2000
+
+
+class ChunkStore:
+    """Arrays of one pass over `count` images.
+
+    Args:
+        folder: where the chunks lie.
+        count: images in all.
+        batch_size: images worked on at once; chunks are a whole number of batches, so batches do not depend on
+            the number of processes or on where a run was stopped.
+    """
+
+    def __init__(self, folder: Path, count: int, batch_size: int) -> None:
+        self.folder, self.count, self.batch_size = folder, count, batch_size
+        size = batch_size * max(_CHUNK_IMAGES // batch_size, 1)
+        self.bounds = [(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def fill(self, label: str, work: Callable[[int, int], dict[str, np.ndarray]], world: World) -> None:
+        """Do the work for every chunk that is not there yet; process r does every world.size-th chunk.
+
+        Args:
+            label: for the progress line.
+            work: (start, stop) -> arrays of the images [start, stop), each with stop - start rows.
+            world: the processes that share the work; all must call.
+
+        Raises:
+            Stopped: a signal arrived at any process; all of them raise, with finished chunks on disk.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        progress = Progress(label, self.count, "images", done=self._done())
+        _barrier(world)  # all have counted before any works
+        for first in range(0, len(self.bounds), world.size):
+            index = first + world.rank
+            if index < len(self.bounds) and not self._path(self.bounds[index][0]).exists():
+                self._compute(*self.bounds[index], work, progress if world.size == 1 else None)
+            raise_if_any_stopped(world)
+            if world.size > 1 and world.is_main:
+                progress.update(self._done())
+        if progress.first == self.count:  # nothing was left to do
+            progress.update(self.count)
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """One array, a chunk at a time, in the order of the images."""
+        for start, _ in self.bounds:
+            with safe_open(self._path(start), "np") as file:
+                yield file.get_tensor(name)
+
+    def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """One array of all images, or of some rows, which must ascend."""
+        if rows is None:
+            return np.concatenate(list(self.parts(name)))
+        kept = []
+        for (start, stop), values in zip(self.bounds, self.parts(name), strict=True):
+            kept.append(values[rows[(rows >= start) & (rows < stop)] - start])
+        return np.concatenate(kept)
+
+    def _done(self) -> int:
+        return sum(stop - start for start, stop in self.bounds if self._path(start).exists())
+
+    def _compute(
+        self, start: int, stop: int, work: Callable[[int, int], dict[str, np.ndarray]], progress: Progress | None
+    ) -> None:
+        parts = []
+        for first in range(start, stop, self.batch_size):
+            parts.append(work(first, min(first + self.batch_size, stop)))
+            if progress is not None:
+                progress.update(progress.done + len(next(iter(parts[-1].values()))))
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        path = self._path(start)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(arrays, temporary)
+        os.replace(temporary, path)
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"{start:09d}.safetensors"
+
+
+def raise_if_any_stopped(world: World) -> None:
+    """Stop if any process was asked to, so that none waits for one that has left; all processes must call.
+
+    Raises:
+        Stopped: a signal arrived at some process.
+    """
+    signum = stop_signal(world)
+    if signum:
+        raise Stopped(signum)
+
+
+def _barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

@@ -1,0 +1,368 @@
+"""Stage prepare_data: a source of images to a packed, checked, split data set.
+
+Reads the source that the params name. Writes `index.json`, HDF5 shards (see `crt.data.packed`), and two
+lists: `rejected.jsonl`, files that could not be decoded and why, and `duplicates.jsonl`, training images
+left out because validation has them too. Cost: every image is decoded twice (see `crt.data.store`), on all
+CPUs that the process may use.
+
+A first pass checks all images; its results lie under `run.work`, a file per chunk. Then everything about
+the data set is known, and a second pass writes shards, each of which is kept as soon as it is whole. A
+killed run continues behind the last chunk or shard, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from crt import interrupt
+from crt.data.listing import Container, Listing
+from crt.data.packed import INDEX, SCHEMA, SPLITS, create_shard
+from crt.data.pool import available_cpus, ordered_map
+from crt.data.source import Source
+from crt.data.sources import open_source
+from crt.data.splits import shared_with, split_by_content
+from crt.data.store import Checked, Chunk, Form, SourceChanged, check_images, write_images
+from crt.distributed import environment_rank
+from crt.errors import UserError
+from crt.params import PrepareData
+from crt.progress import Progress, logger
+from crt.stage import StageRun, sha256_file, write_json
+
+CHUNK_IMAGES = 256
+
+
+def run(run: StageRun) -> None:
+    """Fill `run.staging` with the packed data set. One process does it; others of the job return at once.
+
+    Raises:
+        UserError: the source is missing or not laid out as it must be, too many of its files cannot be
+            decoded, or no training image is left.
+    """
+    if environment_rank()[0] != 0:
+        return
+    params: PrepareData = run.params.prepare_data
+    source = open_source(params, run.work)
+    for note in source.notes:
+        logger.info("prepare_data: %s", note)
+    splits = {name: _first_per_class(source, name, params) for name in source.splits}
+    form = Form(params.storage, params.image_size, params.resize_filter)
+    checked = {name: _check(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
+    rejected = _rejected(splits, checked, params.max_rejected_fraction)
+    kept = {name: _accepted(splits[name], checked[name]) for name in splits}
+    packed, duplicates = _split(kept, params)
+    if not len(packed["train"].listing):
+        raise UserError(f"{params.path or params.source}: no training image is left: add images")
+
+    shards = _plan(packed, params.images_per_shard)
+    _drop_unexpected(run.staging, {shard.name for shard in shards})
+    try:
+        _pack(shards, source.containers, form, run)
+    except SourceChanged:
+        shutil.rmtree(run.work / "checked", ignore_errors=True)
+        raise
+    _write_lines(run.staging / "rejected.jsonl", rejected)
+    _write_lines(run.staging / "duplicates.jsonl", duplicates)
+    write_json(run.staging / INDEX, _index(source, packed, shards, params))
+    run.summary.update(
+        classes=len(source.class_ids),
+        train_images=len(packed["train"].listing),
+        val_images=len(packed["val"].listing),
+        rejected_files=len(rejected),
+        duplicates_dropped=len(duplicates),
+    )
+    logger.info(
+        "prepare_data: %d classes, %d training and %d validation images, %d files rejected, %d duplicates dropped",
+        *run.summary.values(),
+    )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The images of one split as they go into shards."""
+
+    listing: Listing
+    digests: np.ndarray
+    payload_bytes: np.ndarray
+    checksums: np.ndarray
+
+    def select(self, rows: np.ndarray) -> _Packed:
+        return _Packed(self.listing.select(rows), self.digests[rows], self.payload_bytes[rows], self.checksums[rows])
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file to write."""
+
+    name: str
+    split: str
+    content: _Packed
+
+    def fingerprint(self, form: Form) -> str:
+        """Of everything that its bytes depend on."""
+        parts = [repr((self.split, form)), "\0".join(self.content.listing.ids)]
+        arrays = [self.content.listing.labels, self.content.digests, self.content.checksums]
+        digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape"))
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def _first_per_class(source: Source, split: str, params: PrepareData) -> Listing:
+    """The candidates of one split; where images are yet to be split, the limit per class applies after that."""
+    listing = source.splits[split]
+    if params.max_images_per_class is None or split == "all":
+        return listing
+    return listing.select(_first_rows(listing.labels, params.max_images_per_class))
+
+
+def _first_rows(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Rows of the first `limit` of each class; `labels` is sorted."""
+    starts = np.searchsorted(labels, labels, side="left")
+    return np.flatnonzero(np.arange(len(labels)) - starts < limit)
+
+
+def _check(listing: Listing, containers: list[Container], form: Form, work: Path, name: str) -> Checked:
+    """First pass over one split; chunks checked by an earlier, stopped run are read back."""
+    folder = work / "checked"
+    folder.mkdir(exist_ok=True)
+    total = len(listing)
+    digests, payload_bytes = np.zeros((total, 32), np.uint8), np.zeros(total, np.int64)
+    checksums, reasons = np.zeros(total, np.uint32), dict[int, str]()
+    starts = range(0, total, CHUNK_IMAGES)
+    chunks = [(start, listing.select(np.arange(start, min(start + CHUNK_IMAGES, total)))) for start in starts]
+    files = [folder / f"{name}-{_chunk_key(chunk, form)}.npz" for _, chunk in chunks]
+
+    def keep(start: int, result: Checked) -> None:
+        end = start + len(result.digests)
+        digests[start:end], payload_bytes[start:end] = result.digests, result.payload_bytes
+        checksums[start:end] = result.checksums
+        reasons.update({start + row: reason for row, reason in result.reasons.items()})
+
+    missing = []
+    for (start, chunk), path in zip(chunks, files, strict=True):
+        known = _read_checked(path)
+        if known is None:
+            missing.append((start, chunk, path))
+        else:
+            keep(start, known)
+    done = total - sum(len(chunk) for _, chunk, _ in missing)
+    label = "checking images" if name == "all" else f"checking {name} images"
+    progress = Progress(label, total, "images", done)
+    tasks = (Chunk(containers, chunk.ids, chunk.places, form) for _, chunk, _ in missing)
+    with closing(ordered_map(check_images, tasks, _num_workers(len(missing)))) as results:
+        for (start, chunk, path), result in zip(missing, results, strict=True):
+            _write_checked(path, result)
+            keep(start, result)
+            done += len(chunk)
+            progress.update(done)
+            interrupt.raise_if_stopped()
+    return Checked(digests, payload_bytes, checksums, reasons)
+
+
+def _pack(shards: list[_Shard], containers: list[Container], form: Form, run: StageRun) -> None:
+    """Second pass: write the shards that are not there yet."""
+    records = run.work / "finished"
+    records.mkdir(exist_ok=True)
+    missing = [shard for shard in shards if not _is_finished(shard, form, run.staging, records)]
+    total = sum(len(shard.content.listing) for shard in shards)
+    done = total - sum(len(shard.content.listing) for shard in missing)
+    progress = Progress("packing", total, "images", done)
+    owners: list[tuple[_Shard, bool]] = []  # of each task given out: its shard, and whether it is the shard's last
+
+    def tasks() -> Iterator[tuple[Chunk, np.ndarray, np.ndarray, Path]]:
+        for shard in missing:
+            content, path = shard.content, run.work / (shard.name + ".part")
+            offsets = create_shard(
+                path,
+                split=shard.split,
+                storage=form.storage,
+                image_size=form.image_size,
+                labels=content.listing.labels,
+                source_ids=content.listing.ids,
+                digests=content.digests,
+                payload_bytes=content.payload_bytes,
+            )
+            for start in range(0, len(offsets), CHUNK_IMAGES):
+                rows = np.arange(start, min(start + CHUNK_IMAGES, len(offsets)))
+                part = content.listing.select(rows)
+                owners.append((shard, rows[-1] == len(offsets) - 1))
+                yield Chunk(containers, part.ids, part.places, form), content.checksums[rows], offsets[rows], path
+
+    num_chunks = sum(-(-len(shard.content.listing) // CHUNK_IMAGES) for shard in missing)
+    with closing(ordered_map(write_images, tasks(), _num_workers(num_chunks))) as results:
+        for count, (shard, is_last) in zip(results, owners, strict=False):  # owners grows as tasks are given out
+            done += count
+            progress.update(done)
+            if is_last:
+                _finish(shard, form, run, records)
+            interrupt.raise_if_stopped()
+
+
+def _finish(shard: _Shard, form: Form, run: StageRun, records: Path) -> None:
+    """Give a whole shard its final name, and record what it must look like."""
+    part = run.work / (shard.name + ".part")
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    record = {"fingerprint": shard.fingerprint(form), "sha256": sha256_file(part)}
+    os.replace(part, run.staging / shard.name)
+    write_json(records / f"{shard.name}.json", record)
+
+
+def _is_finished(shard: _Shard, form: Form, staging: Path, records: Path) -> bool:
+    """Whether an earlier run finished this shard and it still is as it was."""
+    try:
+        record = json.loads((records / f"{shard.name}.json").read_text())
+        return record == {"fingerprint": shard.fingerprint(form), "sha256": sha256_file(staging / shard.name)}
+    except (OSError, ValueError):
+        return False
+
+
+def _rejected(splits: dict[str, Listing], checked: dict[str, Checked], max_fraction: float) -> list[dict[str, Any]]:
+    """One record per file that could not be decoded.
+
+    Raises:
+        UserError: they are more than `max_fraction` of all files.
+    """
+    rejected = [
+        {"split": name, "source_id": splits[name].ids[row], "reason": reason}
+        for name in splits
+        for row, reason in sorted(checked[name].reasons.items())
+    ]
+    total = sum(len(listing) for listing in splits.values())
+    if rejected:
+        examples = ", ".join(f"{record['source_id']} ({record['reason']})" for record in rejected[:3])
+        more = ", ..." if len(rejected) > 3 else ""
+        share = f"{len(rejected)} of {total} files ({100 * len(rejected) / total:.3g}%) cannot be decoded"
+        if len(rejected) > max_fraction * total:
+            raise UserError(
+                f"{share}, more than prepare_data.max_rejected_fraction {max_fraction:g} allows: "
+                f"{examples}{more}: mend or delete them, or raise the limit"
+            )
+        logger.warning("prepare_data: %s and are left out: %s%s", share, examples, more)
+    return rejected
+
+
+def _accepted(listing: Listing, checked: Checked) -> _Packed:
+    rows = np.flatnonzero(checked.payload_bytes > 0)
+    return _Packed(listing, checked.digests, checked.payload_bytes, checked.checksums).select(rows)
+
+
+def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Packed], list[dict[str, str]]]:
+    """Training and validation images, and a record per training image dropped because validation has it."""
+    if "all" in kept:
+        everything = kept["all"]
+        in_val = split_by_content(everything.listing.labels, everything.digests, params.val_fraction)
+        train, val = everything.select(np.flatnonzero(~in_val)), everything.select(np.flatnonzero(in_val))
+        limit = params.max_images_per_class
+        if limit is not None:
+            train, val = (part.select(_first_rows(part.listing.labels, limit)) for part in (train, val))
+    else:
+        train, val = kept["train"], kept["val"]
+    shared = shared_with(train.digests, val.digests)
+    duplicates = []
+    if shared.any():
+        twins: dict[bytes, str] = {}
+        for digest, name in zip(val.digests, val.listing.ids, strict=True):
+            twins.setdefault(digest.tobytes(), name)
+        duplicates = [
+            {"source_id": train.listing.ids[row], "same_as": twins[train.digests[row].tobytes()]}
+            for row in np.flatnonzero(shared)
+        ]
+    return {"train": train.select(np.flatnonzero(~shared)), "val": val}, duplicates
+
+
+def _plan(packed: dict[str, _Packed], images_per_shard: int) -> list[_Shard]:
+    shards = []
+    for split in SPLITS:
+        total = len(packed[split].listing)
+        for number, start in enumerate(range(0, total, images_per_shard)):
+            rows = np.arange(start, min(start + images_per_shard, total))
+            shards.append(_Shard(f"{split}-{number:05d}.h5", split, packed[split].select(rows)))
+    return shards
+
+
+def _index(source: Source, packed: dict[str, _Packed], shards: list[_Shard], params: PrepareData) -> dict[str, Any]:
+    num_classes = len(source.class_ids)
+    return {
+        "schema": SCHEMA,
+        "source": params.source,
+        "storage": params.storage,
+        "image_size": params.image_size,
+        "classes": [
+            {"id": _text(name), "name": _text(title)}
+            for name, title in zip(source.class_ids, source.class_names, strict=True)
+        ],
+        "splits": {
+            split: {
+                "images": len(packed[split].listing),
+                "images_per_class": np.bincount(packed[split].listing.labels, minlength=num_classes).tolist(),
+                "shards": [
+                    {"file": shard.name, "images": len(shard.content.listing)}
+                    for shard in shards
+                    if shard.split == split
+                ],
+            }
+            for split in SPLITS
+        },
+    }
+
+
+def _num_workers(num_tasks: int) -> int:
+    return max(min(available_cpus(), num_tasks), 1)
+
+
+def _chunk_key(chunk: Listing, form: Form) -> str:
+    """Names a chunk's result by what it was made from, so that a source that has changed is checked anew."""
+    digest = hashlib.sha256("\0".join([repr(form), *chunk.ids]).encode("utf-8", "surrogateescape"))
+    digest.update(np.ascontiguousarray(chunk.places).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _write_checked(path: Path, result: Checked) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(
+            file,
+            digests=result.digests,
+            payload_bytes=result.payload_bytes,
+            checksums=result.checksums,
+            reasons=np.frombuffer(json.dumps(list(result.reasons.items())).encode(), np.uint8),
+        )
+    os.replace(temporary, path)
+
+
+def _read_checked(path: Path) -> Checked | None:
+    """A chunk's result; None if there is none, or if a crash of the machine tore it."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            reasons = dict(json.loads(stored["reasons"].tobytes()))
+            return Checked(stored["digests"], stored["payload_bytes"], stored["checksums"], reasons)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def _drop_unexpected(staging: Path, expected: set[str]) -> None:
+    for path in staging.iterdir():
+        if path.name not in expected:
+            path.unlink()
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    lines = [json.dumps({key: _text(value) for key, value in record.items()}, ensure_ascii=False) for record in records]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _text(value: str) -> str:
+    """Text of a file name, whose bytes that are no UTF-8 become backslash escapes."""
+    return value.encode("utf-8", "backslashreplace").decode()

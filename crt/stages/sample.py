@@ -1,0 +1,214 @@
+"""Stage `sample`: class-conditional images, drawn code by code with classifier-free guidance and decoded.
+
+Reads the tokenizer and the stage-2 model. Writes `samples.h5`: `images` (N, S, S, 3) uint8, `labels` (N,) int64 and
+`codes` (N, T), with the settings and class names as attributes. By default image i has class i modulo the number of
+classes.
+
+The images are made in chunks of `sample.batch_size`: chunk c holds the images from c * batch_size on, whoever makes it,
+and the last one is drawn in full before it is cut. So an image depends on (seed, index) and on nothing that a restart
+or the number of processes changes (see `crt.ar.generator` for what holds at another batch size), and the first images
+of a larger run are those of a smaller one. Each chunk is safe on disk before the next one starts.
+
+Cost: 2 x parameters FLOPs per code, twice that with guidance; from some hundred images in a batch on this bounds the
+speed, below it reading the weights once per code does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from crt.ar.generator import Generator
+from crt.ar.model import ARConfig
+from crt.data.transforms import to_uint8
+from crt.distributed import World, join_world, reported_once, stop_signal
+from crt.errors import UserError
+from crt.interrupt import Stopped
+from crt.params import Sample
+from crt.progress import Progress
+from crt.stage import StageRun, forget_other_inputs
+from crt.tokenizer.model import Tokenizer
+
+SAMPLES_FILE = "samples.h5"
+SCHEMA = 1
+# Pixels decoded at once: 16 images of 256 px. The decoder's activations need some thousand bytes for each.
+_PIECE_PIXELS = 16 * 256 * 256
+
+
+def run(run: StageRun) -> None:
+    """Draw `sample.num_images` images.
+
+    Raises:
+        UserError: the model's codes are not the tokenizer's, or a label is no class of the model.
+        Stopped: a signal arrived at any process; finished chunks are kept.
+    """
+    params = run.params.sample
+    with join_world() as world:
+        if world.is_main:
+            forget_other_inputs(run)
+        _wait_for_all(world)
+        with reported_once(world):
+            generator = Generator.load(run.inputs["ar"], params.precision, world.device)
+            tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
+            check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)
+            check_labels(params, generator.config)
+
+        chunks = _Chunks(run.work / "chunks", params)
+        missing = _missing_chunks(chunks, world)
+        made = chunks.count - len(missing)
+        progress = Progress("sample", params.num_images, "images", done=min(made * chunks.size, params.num_images))
+        # All processes go round equally often, so that they can agree to stop together.
+        for turn in range(0, len(missing), world.size):
+            if turn + world.rank < len(missing):
+                index = missing[turn + world.rank]
+                indices = np.arange(index * chunks.size, (index + 1) * chunks.size)
+                codes = generator.generate(
+                    labels_of(indices, params, generator.config),
+                    params.guidance_scale,
+                    run.params.seed,
+                    first_index=int(indices[0]),
+                    temperature=params.temperature,
+                    top_k=params.top_k,
+                    top_p=params.top_p,
+                )
+                images = decode(tokenizer, codes.to(world.device), generator.config.grid, params.precision)
+                chunks.save(index, codes, images)
+            made = min(made + world.size, chunks.count)
+            progress.update(min(made * chunks.size, params.num_images))
+            signum = stop_signal(world)
+            if signum:
+                raise Stopped(signum)
+        _wait_for_all(world)
+        if world.is_main:
+            _write_samples(run, chunks, generator.config)
+            run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
+
+
+def labels_of(indices: np.ndarray, params: Sample, config: ARConfig) -> np.ndarray:
+    """The class of each image: `sample.labels` repeated, or all classes in turn: (B,) to (B,) int64."""
+    wanted = np.arange(config.num_classes) if params.labels is None else np.asarray(params.labels)
+    return wanted[indices % len(wanted)].astype(np.int64)
+
+
+def check_labels(params: Sample, config: ARConfig) -> None:
+    """Refuse labels that the model does not know.
+
+    Raises:
+        UserError: there is one.
+    """
+    wrong = [label for label in params.labels or [] if label >= config.num_classes]
+    if wrong:
+        raise UserError(f"sample.labels: {wrong[0]} is no class: the model has classes 0 to {config.num_classes - 1}")
+
+
+def check_same_codes(config: ARConfig, tokenizer: Tokenizer, tokenizer_content: str | None) -> None:
+    """Refuse a model that was trained on another tokenizer's codes: its images would be noise.
+
+    Args:
+        config: of the stage-2 model.
+        tokenizer: which is to decode.
+        tokenizer_content: digest in the manifest of the tokenizer's folder; None if it has none.
+
+    Raises:
+        UserError: codebooks or digests differ.
+    """
+    if config.codebook_size != tokenizer.codebook_size:
+        raise UserError(
+            f"the model was trained on {config.codebook_size} codes, the tokenizer has {tokenizer.codebook_size}: "
+            "give the tokenizer that made the model's token cache"
+        )
+    known = config.tokenizer_content is not None and tokenizer_content is not None
+    if known and config.tokenizer_content != tokenizer_content:
+        raise UserError(
+            "the model was trained on the codes of another tokenizer: give that one, or renew the model with train_ar"
+        )
+
+
+def decode(tokenizer: Tokenizer, codes: Tensor, grid: tuple[int, int], precision: str) -> np.ndarray:
+    """Images of codes, some at a time: (B, T) int64 to (B, S, S, 3) uint8.
+
+    Args:
+        tokenizer: on the codes' device.
+        codes: in raster order.
+        grid: their rows and columns.
+        precision: "float32", or "bf16" for autocast.
+    """
+    pixels = grid[0] * grid[1] * tokenizer.downsampling**2
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        pieces = [to_uint8(tokenizer.decode(p, grid).float()) for p in codes.split(max(1, _PIECE_PIXELS // pixels))]
+    return torch.cat(pieces).cpu().numpy()
+
+
+class _Chunks:
+    """Finished chunks in the stage's working folder, one file each, complete or absent."""
+
+    def __init__(self, folder: Path, params: Sample) -> None:
+        self.folder, self.size = folder, params.batch_size
+        self.count = -(-params.num_images // params.batch_size)
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"chunk_{index:06d}.safetensors"
+
+    def save(self, index: int, codes: Tensor, images: np.ndarray) -> None:
+        """Write one chunk: codes (B, T) int64 and images (B, S, S, 3) uint8."""
+        path = self.path(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"codes": codes.numpy(), "images": images}, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def load(self, index: int) -> dict[str, np.ndarray]:
+        return load_file(self.path(index))
+
+
+def _missing_chunks(chunks: _Chunks, world: World) -> list[int]:
+    """Chunks still to make, the same list on all processes: rank 0 looks, the others take its word."""
+    made = torch.tensor([chunks.path(i).exists() for i in range(chunks.count)], dtype=torch.uint8, device=world.device)
+    if dist.is_initialized():
+        dist.broadcast(made, 0)
+    return torch.nonzero(made == 0)[:, 0].tolist()
+
+
+def _write_samples(run: StageRun, chunks: _Chunks, config: ARConfig) -> None:
+    """Join the chunks to samples.h5, in bounded memory."""
+    params = run.params.sample
+    names = config.class_names or tuple(map(str, range(config.num_classes)))
+    num_images = params.num_images
+    code_type = np.uint16 if config.codebook_size <= 2**16 else np.uint32
+    temporary = run.staging / (SAMPLES_FILE + ".tmp")
+    with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["class_names"] = json.dumps(names, ensure_ascii=False)
+        file.attrs["seed"] = run.params.seed
+        for name in ("guidance_scale", "temperature", "top_k", "top_p", "precision"):
+            file.attrs[name] = getattr(params, name)
+        size = chunks.load(0)["images"].shape[1:]
+        images = file.create_dataset("images", (num_images, *size), np.uint8)
+        codes = file.create_dataset("codes", (num_images, config.num_tokens), code_type)
+        file.create_dataset("labels", data=labels_of(np.arange(num_images), params, config))
+        for index in range(chunks.count):
+            chunk = chunks.load(index)
+            start = index * chunks.size
+            stop = min(start + chunks.size, num_images)
+            images[start:stop] = chunk["images"][: stop - start]
+            codes[start:stop] = chunk["codes"][: stop - start]
+        file.attrs["complete"] = True
+        file.flush()
+    with open(temporary, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, run.staging / SAMPLES_FILE)
+
+
+def _wait_for_all(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

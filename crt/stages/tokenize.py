@@ -1,0 +1,208 @@
+"""Stage `tokenize`: the data set as codes, in HDF5.
+
+Reads the packed data set and the tokenizer. Writes `train.h5` and `val.h5` with their shards (layout:
+`crt.tokens.layout`): of every training image the codes of all `tokenize.views`, of every validation image
+those of its centre. Processes take shards in turn; the files are the same bytes for any number of them, and
+whether or not the run was stopped. Work is safe on disk after every block of some hundred rows.
+
+Cost: the encoder's forward pass over images x views, and 2 bytes per token (ImageNet, ten crops, 256 tokens:
+6.6 GB). The summary says how many codes are in use: a small share of the codebook, or an entropy far below
+log2(codebook size), means a collapsed tokenizer, which generates badly whatever follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from crt import interrupt
+from crt.data.packed import PackedImages
+from crt.distributed import World, join_world, stop_signal
+from crt.errors import UserError
+from crt.progress import Progress, logger
+from crt.stage import StageRun, forget_other_inputs
+from crt.tokenizer.model import Tokenizer
+from crt.tokens.cache import SPLITS, TokenCache
+from crt.tokens.encode import Encoder, rows_per_block, unit_pixels, units
+from crt.tokens.journal import BlockJournal
+from crt.tokens.layout import CacheHeader, read_shard, write_index, write_shard
+from crt.tokens.verify import damaged_blocks
+from crt.tokens.views import view_names
+
+
+@dataclass
+class _ShardWork:
+    """One shard that this process has to make."""
+
+    images: PackedImages
+    header: CacheHeader
+    index: int
+    journal: BlockJournal
+
+
+def run(run: StageRun) -> None:
+    """Make both splits' codes.
+
+    Raises:
+        UserError: a split has no images.
+        Stopped: a signal arrived at any process; finished blocks are kept.
+    """
+    with join_world() as world:
+        if world.is_main:
+            forget_other_inputs(run)
+        _sum(world, 0)  # the others wait until that is done
+        tokenizer = Tokenizer.load(run.inputs["tokenizer"]).to(world.device).eval()
+        params = run.params.tokenize
+        images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
+        headers = {split: _header(run, images[split], tokenizer) for split in SPLITS}
+
+        counts = np.zeros(tokenizer.codebook_size, np.int64)
+        works = [work for work in _own_shards(run, world, images, headers) if not _is_made(run, work, counts)]
+        blocks = [(work, block) for work in works for block in work.journal.blocks[work.journal.done :]]
+        for work in works:
+            if work.journal.complete:  # killed between its last block and its file
+                _finish(run, work, counts)
+
+        total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)
+        remaining = sum(len(block) * len(work.header.views) for work, block in blocks)
+        progress = Progress("tokenize", total, "images", done=total - _sum(world, remaining))
+        with Encoder(tokenizer, params.precision, params.batch_size) as encode:
+            pixels = _pixels(blocks, tokenizer.image_size, params.batch_size)
+            # All processes go round equally often, so that they can agree to stop together.
+            for turn in range(_max(world, len(blocks))):
+                if turn < len(blocks):
+                    work, block = blocks[turn]
+                    parts = []
+                    for _ in units(block, len(work.header.views), params.batch_size):
+                        parts.append(encode(next(pixels)))
+                        if world.size == 1:
+                            progress.update(progress.done + len(parts[-1]))
+                    codes = torch.cat(parts).cpu().numpy()
+                    work.journal.append(codes.reshape(len(block), len(work.header.views), -1))
+                    remaining -= codes.shape[0]
+                    if work.journal.complete:
+                        _finish(run, work, counts)
+                done = total - _sum(world, remaining)
+                if world.size > 1:
+                    progress.update(done)
+                signum = stop_signal(world)
+                if signum:
+                    raise interrupt.Stopped(signum)
+
+        counts = _reduce(world, counts, dist.ReduceOp.SUM)
+        if world.is_main:
+            for split in SPLITS:
+                write_index(run.staging, run.work / "index.tmp", headers[split], images[split].class_names)
+            run.summary.update(_summary(run, counts))
+
+
+def _header(run: StageRun, images: PackedImages, tokenizer: Tokenizer) -> CacheHeader:
+    views = view_names(run.params.tokenize.views) if images.split == "train" else ("center",)
+    return CacheHeader(
+        split=images.split,
+        rows=len(images),
+        views=views,
+        grid=tokenizer.grid,
+        codebook_size=tokenizer.codebook_size,
+        num_classes=images.num_classes,
+        tokenizer_content=run.manifests["train_tokenizer"].content,
+        data_content=run.manifests["prepare_data"].content,
+        block_rows=rows_per_block(len(views), run.params.tokenize.batch_size),
+    )
+
+
+def _own_shards(
+    run: StageRun, world: World, images: dict[str, PackedImages], headers: dict[str, CacheHeader]
+) -> Iterator[_ShardWork]:
+    """Every world.size-th shard, and the blocks of it that an earlier run left."""
+    shards = [(split, index) for split in SPLITS for index in range(headers[split].num_shards)]
+    folder = run.work / "blocks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, index in shards[world.rank :: world.size]:
+        journal = BlockJournal(folder / f"{split}-{index:05d}.blocks", headers[split], index)
+        yield _ShardWork(images[split], headers[split], index, journal)
+
+
+def _is_made(run: StageRun, work: _ShardWork, counts: np.ndarray) -> bool:
+    """Whether an earlier run made the shard; its training codes are then added to `counts`."""
+    path = run.staging / work.header.shard_name(work.index)
+    if not path.exists():
+        return False
+    uses = np.zeros_like(counts)
+    try:
+        shard = read_shard(run.staging, work.header, work.index)
+        damage = damaged_blocks(run.staging, work.header, work.index, shard, uses)
+    except UserError as error:
+        damage = [str(error)]
+    if damage:
+        logger.warning("%s: is made again", damage[0])
+        path.unlink()
+        return False
+    if work.header.split == "train":
+        counts += uses
+    return True
+
+
+def _pixels(blocks: list[tuple[_ShardWork, range]], size: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """The pixels of all units of all blocks, in order."""
+    for split in SPLITS:
+        works = [(work, block) for work, block in blocks if work.header.split == split]
+        if works:
+            header = works[0][0].header
+            rows = [unit for _, block in works for unit in units(block, len(header.views), batch_size)]
+            yield from unit_pixels(works[0][0].images, rows, header.views, size)
+
+
+def _finish(run: StageRun, work: _ShardWork, counts: np.ndarray) -> None:
+    """Turn a complete journal into the shard's file; count the training codes."""
+    rows = work.header.shard_range(work.index)
+    codes = work.journal.codes()
+    source_index = np.arange(rows.start, rows.stop)
+    write_shard(
+        run.staging,
+        work.journal.path.with_suffix(".tmp"),
+        work.header,
+        work.index,
+        codes=codes,
+        labels=work.images.labels[source_index],
+        source_index=source_index,
+    )
+    if work.header.split == "train":
+        counts += np.bincount(codes.reshape(-1), minlength=len(counts))
+    work.journal.path.unlink()
+
+
+def _summary(run: StageRun, counts: np.ndarray) -> dict[str, object]:
+    """Figures for the manifest; `counts`: uses of each code in the training split."""
+    caches = [TokenCache(run.staging, split) for split in SPLITS]
+    tokens = sum(len(cache) * cache.num_views * cache.num_tokens for cache in caches)
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        **{f"{cache.split}_rows": len(cache) for cache in caches},
+        "views": list(caches[0].views),
+        "tokens_per_image": caches[0].num_tokens,
+        "codebook_usage": int((counts > 0).sum()) / len(counts),
+        "code_entropy_bits": float(-(shares * np.log2(shares)).sum()),
+        "bytes_per_token": sum(cache.file_bytes for cache in caches) / tokens,
+    }
+
+
+def _reduce(world: World, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
+    """Sum or maximum of int64 values over all processes."""
+    if world.size == 1:
+        return values
+    tensor = torch.from_numpy(values).to(world.device)
+    dist.all_reduce(tensor, operation)
+    return tensor.cpu().numpy()
+
+
+def _sum(world: World, value: int) -> int:
+    return int(_reduce(world, np.array([value]), dist.ReduceOp.SUM)[0])
+
+
+def _max(world: World, value: int) -> int:
+    return int(_reduce(world, np.array([value]), dist.ReduceOp.MAX)[0])

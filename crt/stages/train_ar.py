@@ -1,0 +1,288 @@
+"""Stage `train_ar`: a class-conditional transformer over the codes, trained under DeepSpeed.
+
+Reads the token cache. Writes the model (`config.json`, `model.safetensors` in float32, read by
+`crt.Generator.load`), `train.csv` (loss, gradient norm and learning rate by step), `validation.csv` (mean loss over
+the whole validation split) and `loss_per_position.csv` (the same for each code of the raster, at the last
+validation). Losses are in nats per code; the untrained model starts at ln(codebook size).
+
+Runs in one process or many (torchrun, srun). Stopped at any moment it continues from its last checkpoint, bit for
+bit at the same number of processes: batches, dropped labels and dropout are functions of (seed, step), and the rest
+is in the checkpoint. (On GPUs the attention's backward pass adds in varying order: there a continued run agrees with
+an uninterrupted one to rounding.) With another number of processes it goes on with the same global batches; only the
+dropout differs, whose draws belong to the process.
+
+Cost: about 6 x parameters FLOPs per code. The default digits run takes one to two minutes on two cores; the paper's
+775M model took 3.5 days on 8 A100 for 375,000 steps of 256 images.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crt.ar.checkpoints import Checkpoints
+from crt.ar.deepspeed_config import micro_batches
+from crt.ar.engine import (
+    deepspeed_engine,
+    deepspeed_session,
+    gather_weights,
+    gradient_norm,
+    set_learning_rate,
+)
+from crt.ar.model import config_from_params, count_parameters, save_model
+from crt.distributed import World, join_world, reported_once
+from crt.errors import UserError
+from crt.history import History, read_history
+from crt.interrupt import Stopped, stop_requested
+from crt.progress import Progress
+from crt.randomness import numpy_generator, seed_torch
+from crt.schedules import learning_rate_factor
+from crt.stage import StageRun, forget_other_inputs
+from crt.tokens.cache import TokenCache
+from crt.tokens.sampler import training_batches
+
+# On a GPU the host runs ahead of the device; looking at a loss makes it wait, so it looks this seldom.
+_GPU_REPORT_STEPS = 20
+# train.csv keeps about so many rows.
+_HISTORY_ROWS = 10_000
+
+
+def run(run: StageRun) -> None:
+    """Train the model of `train_ar.model`.
+
+    Raises:
+        UserError: a batch that does not divide, a damaged cache, a loss that is not finite, too little GPU memory.
+        Stopped: a signal arrived at any process; the state is saved.
+    """
+    with join_world() as world, deepspeed_session(world):
+        if world.is_main:
+            forget_other_inputs(run)
+        dist.barrier()
+        with reported_once(world):
+            train_codes = TokenCache(run.inputs["tokens"], "train")
+            val_codes = TokenCache(run.inputs["tokens"], "val")
+            micro_batches(run.params.train_ar, world.size)
+        try:
+            _train(run, world, train_codes, val_codes)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "train_ar: out of GPU memory: lower train_ar.micro_batch_size, turn on activation_checkpointing, "
+                "raise zero_stage, or set offload"
+            ) from None
+
+
+def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: TokenCache) -> None:
+    params, seed = run.params.train_ar, run.params.seed
+    config = config_from_params(params.model, train_codes)
+    micro, accumulation = micro_batches(params, world.size)
+    share = params.batch_size // world.size
+    report_steps = _GPU_REPORT_STEPS if world.device.type == "cuda" else 1
+
+    checkpoints = Checkpoints(
+        run.work / "checkpoints", world, params.zero_stage, asdict(config), params.keep_checkpoints
+    )
+    with reported_once(world):
+        checkpoint = checkpoints.latest()
+        universal = checkpoint is not None and checkpoints.needs_conversion(checkpoint)
+        if checkpoint is not None and universal:
+            checkpoints.convert(checkpoint)
+    with deepspeed_engine(params, config, seed, world, universal) as engine:
+        if checkpoint is not None:
+            checkpoints.restore(engine, checkpoint)
+        first_step = checkpoint.step if checkpoint is not None else 0
+
+        log = _Log(run, world, first_step)
+        progress = Progress("train_ar", params.steps, "steps", done=first_step)
+        batches = training_batches(
+            train_codes,
+            batch_size=params.batch_size,
+            seed=seed,
+            first_step=first_step,
+            steps=params.steps,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        engine.train()
+        for step in range(first_step, params.steps + 1):  # `step` updates are done
+            last, fresh = step == params.steps, step > first_step
+            if fresh and (last or step % params.validate_every == 0):
+                log.validation(step, validate(engine, val_codes, micro, world))
+                engine.train()
+
+            if fresh and (last or log.stop_signal or step % params.checkpoint_every == 0):
+                checkpoints.save(engine, step)
+            if log.stop_signal:
+                raise Stopped(log.stop_signal)
+            if last:
+                break
+
+            codes, labels = next(batches)
+            dropped = _dropped_labels(seed, step, params.batch_size, params.model.label_dropout)
+            labels[dropped[world.rank * share : (world.rank + 1) * share]] = config.null_class
+            codes, labels = codes.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
+            rate = params.optimizer.learning_rate * learning_rate_factor(
+                step,
+                params.steps,
+                params.optimizer.schedule,
+                params.optimizer.warmup_steps,
+                params.optimizer.final_fraction,
+            )
+            set_learning_rate(engine, rate)
+            step_loss = torch.zeros((), device=world.device)
+            for index in range(accumulation):
+                rows = slice(index * micro, (index + 1) * micro)
+                seed_torch(seed, "dropout", step, index, world.rank)
+                loss = engine(codes[rows], labels[rows]).mean()
+                engine.backward(loss)
+                engine.step()
+                step_loss += loss.detach() / accumulation
+
+            done = step + 1
+            log.training(done, step_loss, gradient_norm(engine), rate)
+            if done % report_steps == 0 or _is_due(done, params):
+                log.flush()
+                progress.update(
+                    done, loss=log.last_loss, tokens_per_second=log.rate(params.batch_size * config.num_tokens)
+                )
+
+        weights = gather_weights(engine, world)
+        if world.is_main:
+            save_model(weights, config, run.staging)
+            run.summary.update(log.summary())
+            run.summary["parameters"] = count_parameters(config)
+            run.summary["tokens_seen"] = params.steps * params.batch_size * config.num_tokens
+
+
+def _is_due(step: int, params: Any) -> bool:
+    """Whether a validation or checkpoint follows, before which the losses so far must be looked at."""
+    return step == params.steps or step % params.validate_every == 0 or step % params.checkpoint_every == 0
+
+
+def _dropped_labels(seed: int, step: int, batch_size: int, probability: float) -> Tensor:
+    """Which rows of the global batch train without their label: (B,) bool, the same for any number of processes."""
+    return torch.from_numpy(numpy_generator(seed, "label_dropout", step).random(batch_size) < probability)
+
+
+@torch.no_grad()
+def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> np.ndarray:
+    """Mean loss of each code of the raster over a whole split, each image in its first view. A collective call.
+
+    Args:
+        engine: the model; left in evaluation mode.
+        codes: the split.
+        batch_size: images per process and forward pass.
+        world: the processes that share the work.
+
+    Returns:
+        (T,) float64, nats.
+    """
+    engine.eval()
+    total = torch.zeros(codes.num_tokens, dtype=torch.float64, device=world.device)
+    # All processes make equally many passes of one size, as ZeRO-3 needs; rows beyond the end count nothing.
+    for start in range(0, len(codes), batch_size * world.size):
+        rows = start + world.rank * batch_size + np.arange(batch_size)
+        inside = torch.from_numpy(rows < len(codes)).to(world.device)
+        rows = np.minimum(rows, len(codes) - 1)
+        batch = torch.from_numpy(codes.codes(rows, 0)).to(world.device)
+        labels = torch.from_numpy(codes.labels[rows]).to(world.device)
+        total += (engine(batch, labels).double() * inside[:, None]).sum(0)
+    dist.all_reduce(total)
+    return (total / len(codes)).cpu().numpy()
+
+
+class _Log:
+    """The run's figures: what has not been looked at yet, and the CSV files of rank 0.
+
+    `flush` brings the losses of all steps since the last one to the host, with one collective for all of them and
+    for the question whether any process was asked to stop.
+    """
+
+    def __init__(self, run: StageRun, world: World, first_step: int) -> None:
+        self.world, self.folder = world, run.staging
+        self.keep_every = math.ceil(run.params.train_ar.steps / _HISTORY_ROWS)
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.stop_signal: int | None = None
+        self.last_loss = math.nan
+        self.steps_since, self.since = 0, time.monotonic()
+        if world.is_main:
+            self.train = History(self.folder / "train.csv", ["loss", "grad_norm", "learning_rate"], first_step)
+            self.val = History(self.folder / "validation.csv", ["loss"], first_step)
+
+    def training(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """Note the figures of one step, still on the device."""
+        self.pending.append((step, loss, grad_norm, learning_rate))
+
+    def flush(self) -> None:
+        """Look at the steps noted since the last call. A collective call.
+
+        Raises:
+            UserError: a loss or gradient is not finite; on rank 0, while the other processes end silently.
+        """
+        steps, losses, norms, rates = zip(*self.pending, strict=True)
+        own_signal = stop_requested()
+        asked = torch.tensor([float(own_signal is not None)], device=self.world.device)
+        sums = torch.cat((torch.stack(losses) / self.world.size, asked))
+        dist.all_reduce(sums)
+        *mean_losses, num_asked = sums.tolist()
+        grad_norms = torch.stack(norms).tolist()
+        if num_asked:
+            self.stop_signal = own_signal or signal.SIGTERM
+        with reported_once(self.world):
+            self._check_finite(steps, mean_losses, grad_norms)
+        if self.world.is_main:
+            for step, loss, norm, rate in zip(steps, mean_losses, grad_norms, rates, strict=True):
+                if step % self.keep_every == 0:
+                    self.train.append(step, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
+        self.last_loss = mean_losses[-1]
+        self.steps_since += len(steps)
+        self.pending.clear()
+
+    def rate(self, tokens_per_step: int) -> float:
+        """Codes trained on per second since the last validation."""
+        return self.steps_since * tokens_per_step / max(time.monotonic() - self.since, 1e-9)
+
+    def validation(self, step: int, loss_per_position: np.ndarray) -> None:
+        """Record a validation."""
+        if self.world.is_main:
+            self.val.append(step, {"loss": float(loss_per_position.mean())})
+            _write_positions(self.folder / "loss_per_position.csv", loss_per_position)
+        self.steps_since, self.since = 0, time.monotonic()
+
+    def summary(self) -> dict[str, float]:
+        """Validation losses for the manifest: the last, and the best with its step. Rank 0 only."""
+        rows = read_history(self.val.path)
+        best = min(rows, key=lambda row: row["loss"])
+        return {
+            "val_loss": rows[-1]["loss"],
+            "best_val_loss": best["loss"],
+            "best_val_step": int(best["step"]),
+        }
+
+    def _check_finite(self, steps: tuple[int, ...], losses: list[float], grad_norms: list[float]) -> None:
+        for step, loss, norm in zip(steps, losses, grad_norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(
+                    f"train_ar: step {step}: loss {loss:g}, gradient norm {norm:g}: the run diverged: "
+                    "lower train_ar.optimizer.learning_rate, or raise warmup_steps, and run again"
+                )
+
+
+def _write_positions(path: Path, losses: np.ndarray) -> None:
+    """CSV of the mean loss at each position of the raster, complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["position", "loss"])
+        writer.writerows((position, float(loss)) for position, loss in enumerate(losses))
+    os.replace(temporary, path)

@@ -1,0 +1,111 @@
+"""Terms of the VQGAN loss that compare images or judge them (Esser et al. 2021)."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crt.errors import UserError
+from crt.tokenizer.collectives import mean_over_ranks
+
+_MAX_ADAPTIVE_WEIGHT = 1e4
+_ADAPTIVE_EPSILON = 1e-4
+
+
+def pixel_loss(reconstructions: Tensor, images: Tensor, kind: Literal["l2", "l1"]) -> Tensor:
+    """Mean squared (l2) or absolute (l1) difference of (B, 3, H, W) images, in float32; pixels span [-1, 1]."""
+    difference = reconstructions.float() - images.float()
+    return difference.square().mean() if kind == "l2" else difference.abs().mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """(mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))) / 2 (Lim and Ye 2017)."""
+    real, fake = real_logits.float(), fake_logits.float()
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """-mean D(fake)."""
+    return -fake_logits.float().mean()
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """Weight that makes both losses pull equally hard on the decoder's last layer (Esser et al. 2021, eq. 7).
+
+    Args:
+        reconstruction_loss: pixels and perceptual term, weighted.
+        adversarial_loss: unweighted.
+        last_layer: weights of the decoder's last convolution.
+
+    Returns:
+        Scalar without gradient, at most 10,000.
+    """
+    losses = (reconstruction_loss, adversarial_loss)
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses]
+    reconstruction, adversarial = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (reconstruction / (adversarial + _ADAPTIVE_EPSILON)).clamp_max(_MAX_ADAPTIVE_WEIGHT).detach()
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS on VGG-16 (Zhang et al. 2018), through the package `lpips`; its dropout is off.
+
+    Args:
+        weights: file of the VGG-16 as torchvision publishes it (vgg16-397923af.pth), or of the package's whole
+            network; None: the package fetches what it needs at first use.
+
+    Raises:
+        UserError: the package is not installed, or the weights cannot be had or do not fit.
+    """
+
+    def __init__(self, weights: str | Path | None) -> None:
+        super().__init__()
+        try:
+            import lpips
+        except ImportError:
+            raise UserError(
+                "train_tokenizer.loss.lpips_weight: LPIPS needs the package lpips: "
+                "install it with `python -m pip install lpips`, or set lpips_weight to 0"
+            ) from None
+        try:
+            network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
+        except OSError as error:
+            raise UserError(
+                f"train_tokenizer.loss.lpips_weights: null, and VGG-16 cannot be fetched ({error}): "
+                "download vgg16-397923af.pth and name it there"
+            ) from None
+        if weights is not None:
+            _load_lpips(network, Path(weights))
+        self.network = network.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """A measuring instrument: it stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Mean over the batch of the distance of (B, 3, H, W) images in [-1, 1]."""
+        return self.network(reconstructions, images).float().mean()
+
+
+def _load_lpips(network: nn.Module, path: Path) -> None:
+    """Fill the package's network from a file, which may hold VGG-16 alone: the package brings the rest."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        own = network.state_dict()
+        if "features.0.weight" in state:
+            # The package keeps torchvision's numbering inside its five slices: net.slice2.5 is features.5.
+            for name in own:
+                if name.startswith("net.slice"):
+                    own[name] = state[f"features.{name.split('.', 2)[2]}"]
+            state = own
+        network.load_state_dict(state)
+    except (OSError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: no weights of LPIPS on VGG-16 ({reason}): name torchvision's vgg16-397923af.pth, "
+            "or set train_tokenizer.loss.lpips_weights to null"
+        ) from None

@@ -1,0 +1,305 @@
+"""The tokenizer: images to codes and back.
+
+    from crt import Tokenizer
+    tokenizer = Tokenizer.load(folder)              # or Tokenizer.from_pretrained("user/name") from the Hub
+    codes = tokenizer.encode(images)                # (B, 3, H, W) float in [-1, 1] to (B, N) int64, raster order
+    images = tokenizer.decode(codes)                # and back
+
+A folder holds config.json (sizes, schema) and model.safetensors (float32 weights).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crt.errors import UserError
+from crt.params import TrainTokenizer
+from crt.stage import write_json
+from crt.tokenizer.autoencoder import Decoder, Encoder
+from crt.tokenizer.quantizer import Quantized, VectorQuantizer, full_precision
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = "crt-tokenizer"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything that determines the shapes of the weights and what the codes mean."""
+
+    image_size: int
+    """Side of the images that it was trained on; it takes any multiple of `downsampling`."""
+    encoder_channels: int
+    decoder_channels: int
+    channel_multipliers: tuple[int, ...]
+    encoder_blocks: int
+    decoder_blocks: int
+    attention: bool
+    norm_groups: int
+    z_channels: int
+    dropout: float
+    codebook_size: int
+    codebook_dim: int
+    l2_normalize: bool
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @classmethod
+    def from_params(cls, params: TrainTokenizer) -> TokenizerConfig:
+        """The config of the tokenizer that section train_tokenizer describes."""
+        architecture = params.architecture.model_dump()
+        architecture["channel_multipliers"] = tuple(architecture["channel_multipliers"])
+        quantizer = {
+            name: getattr(params.quantizer, name) for name in ("codebook_size", "codebook_dim", "l2_normalize")
+        }
+        return cls(image_size=params.image_size, **architecture, **quantizer)
+
+
+class Tokenizer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="crt",
+    tags=["image-tokenizer", "vqgan", "causally-regularized-tokenization"],
+    paper_url="https://arxiv.org/abs/2412.16326",
+):
+    """Encoder, vector quantizer and decoder.
+
+    Args:
+        config: its sizes. Weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        shared: dict[str, Any] = {
+            "channel_multipliers": config.channel_multipliers,
+            "attention": config.attention,
+            "norm_groups": config.norm_groups,
+            "z_channels": config.z_channels,
+            "dropout": config.dropout,
+        }
+        self.encoder = Encoder(channels=config.encoder_channels, num_blocks=config.encoder_blocks, **shared)
+        self.to_latent = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.codebook_dim, config.l2_normalize)
+        self.from_latent = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.decoder = Decoder(channels=config.decoder_channels, num_blocks=config.decoder_blocks, **shared)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes K."""
+        return self.config.codebook_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it was trained on, in pixels."""
+        return self.config.image_size
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each side."""
+        return self.config.downsampling
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes of one image of `image_size`."""
+        side = self.image_size // self.downsampling
+        return side, side
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes per image of `image_size`."""
+        return self.grid[0] * self.grid[1]
+
+    def latents(self, images: Tensor) -> Tensor:
+        """What the quantizer and the causal regularizer see: continuous latents, of unit length where normalised.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, codebook_dim, H / downsampling, W / downsampling) in full precision, also under autocast.
+        """
+        features = self.encoder(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer.project(self.to_latent(full_precision(features)))
+
+    def reconstruct(self, values: Tensor) -> Tensor:
+        """The decoder's (B, 3, H, W) images of (B, codebook_dim, h, w) vectors of codes."""
+        return self.decoder(self.from_latent(values))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Reconstructions (B, 3, H, W) of images in [-1, 1], and how they were quantized."""
+        quantized = self.quantizer(self.latents(images))
+        return self.reconstruct(quantized.values), quantized
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of images.
+
+        Args:
+            images: (B, 3, H, W) float in [-1, 1]; H and W multiples of `downsampling`.
+
+        Returns:
+            (B, H * W / downsampling ** 2) int64 in raster order.
+
+        Raises:
+            ValueError: another shape, or integers.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"images of type {images.dtype}: expected floats in [-1, 1]: scale them to it")
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.downsampling for side in images.shape[2:]):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected (B, 3, H, W) with H and W divisible by "
+                f"{self.downsampling}: resize or crop them"
+            )
+        return self.quantizer.nearest(self.latents(images)).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Images of codes.
+
+        Args:
+            codes: (B, N) int64 in raster order.
+            grid: rows and columns, for images of another size than the tokenizer was trained on; None: `self.grid`.
+
+        Returns:
+            (B, 3, H, W), about in [-1, 1]; not clamped.
+
+        Raises:
+            ValueError: the codes do not fill the grid, or one is none of the codebook's.
+        """
+        rows, columns = grid or self.grid
+        if codes.ndim != 2 or codes.shape[1] != rows * columns:
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)}: expected (B, {rows * columns}) for a grid of "
+                f"{rows} x {columns}: pass the grid that they belong to"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"codes reach outside 0 to {self.codebook_size - 1}: they belong to another tokenizer")
+        return self.reconstruct(self.quantizer.lookup(codes.unflatten(1, (rows, columns))))
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder`, which is made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        temporary = folder / f"{WEIGHTS_FILE}.tmp"
+        save_file(weights, temporary, metadata={"format": "pt"})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / WEIGHTS_FILE)
+        write_json(folder / CONFIG_FILE, {"format": FORMAT, "schema": SCHEMA, **asdict(self.config)})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
+        """Read a folder that `save`, train_tokenizer or import_llamagen wrote; the result is in evaluation mode.
+
+        Raises:
+            UserError: files are missing, damaged, of another kind, or do not belong together.
+        """
+        config = read_config(Path(folder) / CONFIG_FILE)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = _read_weights(Path(folder) / WEIGHTS_FILE, model.state_dict())
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.requires_grad_(True).eval().to(device)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        **_: Any,
+    ) -> Tokenizer:
+        folder = model_id
+        if not os.path.isdir(folder):
+            folder = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+            )
+        return cls.load(folder, map_location)
+
+
+def read_config(path: Path) -> TokenizerConfig:
+    """The checked content of a tokenizer's config.json.
+
+    Raises:
+        UserError: it is missing, damaged, of another kind or schema, or lacks a key.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind, schema = values.pop("format", None), values.pop("schema", None)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found: name the folder of a trained or imported tokenizer") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}): copy or make the tokenizer again") from None
+    if kind != FORMAT:
+        raise UserError(f"{path}: describes no tokenizer (format {kind!r}, not {FORMAT!r}): name a tokenizer's folder")
+    if schema != SCHEMA:
+        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: use the version that wrote it")
+    names = {field.name for field in fields(TokenizerConfig)}
+    for name in sorted(names ^ values.keys()):
+        state = "is missing" if name in names else "is unknown"
+        raise UserError(f"{path}: key {name!r} {state}: copy or make the tokenizer again")
+    return TokenizerConfig(**{**values, "channel_multipliers": tuple(values["channel_multipliers"])})
+
+
+def check_shapes(source: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+    """Compare the shapes of stored weights with those of a model.
+
+    Raises:
+        UserError: naming the first weight, in the model's order, that is missing, left over or of another shape.
+    """
+    for name, tensor in expected.items():
+        if name not in found:
+            raise UserError(f"{source}: of another architecture: weight {name!r} is missing: use the file's own config")
+        if tuple(found[name]) != tuple(tensor.shape):
+            raise UserError(
+                f"{source}: of another architecture: weight {name!r} has shape {tuple(found[name])}, "
+                f"expected {tuple(tensor.shape)}: use the file's own config"
+            )
+    for name in found:
+        if name not in expected:
+            raise UserError(
+                f"{source}: of another architecture: weight {name!r} is left over: use the file's own config"
+            )
+
+
+def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected)  # noqa: SIM118
+            return {name: file.get_tensor(name).float() for name in expected}
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found: name the folder of a trained or imported tokenizer") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: truncated or damaged ({error}): copy or make the tokenizer again") from None

@@ -1,0 +1,179 @@
+"""Everything that tokenizer training changes, in one place: built from the params, saved, and continued bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crt.errors import UserError
+from crt.params import TrainTokenizer
+from crt.randomness import seed_torch
+from crt.tokenizer.collectives import average_gradients
+from crt.tokenizer.discriminator import build_discriminator
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+from crt.tokenizer.quantizer import CodebookUpkeep
+from crt.tokenizer.regularizer import Regularizer, build_regularizer
+
+
+class TrainingState:
+    """Networks, their optimizers, the codebook's upkeep and the averaged weights.
+
+    What is not needed is not built: no regularizer at lambda 0, no discriminator of kind "none".
+
+    Args:
+        params: section train_tokenizer.
+        lambda_: weight of the regularizer.
+        seed: of the initial weights; each network draws from a stream of its own, so none depends on another.
+        device: where to train.
+    """
+
+    def __init__(self, params: TrainTokenizer, lambda_: float, seed: int, device: torch.device) -> None:
+        seed_torch(seed, "tokenizer_init")
+        self.model = Tokenizer(TokenizerConfig.from_params(params))
+        self.regularizer: Regularizer | None = None
+        if lambda_ > 0:
+            seed_torch(seed, "regularizer_init")
+            self.regularizer = build_regularizer(
+                params.regularizer,
+                params.quantizer.codebook_dim,
+                self.model.num_tokens,
+                params.quantizer.codebook_size,
+            )
+        seed_torch(seed, "discriminator_init")
+        self.discriminator = build_discriminator(params.discriminator, params.image_size)
+        for network in self._networks().values():
+            network.to(device)
+            if params.channels_last:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.average_decay = params.weight_ema_decay
+
+        quantizer = params.quantizer
+        ema_decay = quantizer.ema_decay if quantizer.update == "ema" else None
+        self.upkeep = CodebookUpkeep(self.model.quantizer, ema_decay, quantizer.revive_after_steps, seed)
+        self.optimizers = {"tokenizer": _adamw(self.model, params.optimizer, params.optimizer.learning_rate)}
+        if self.discriminator is not None:
+            rate = params.discriminator.learning_rate
+            self.optimizers["discriminator"] = _adamw(self.discriminator, params.optimizer, rate)
+        if self.regularizer is not None:
+            own = params.regularizer
+            self.optimizers["regularizer"] = _adamw(self.regularizer, own, own.learning_rate)
+
+    def compile(self) -> None:
+        """Compile the networks that training runs; their weights keep their names."""
+        self.model.encoder.compile()
+        self.model.decoder.compile()
+        if self.regularizer is not None:
+            self.regularizer.compile()
+        if self.discriminator is not None:
+            self.discriminator.compile()
+
+    @property
+    def learning_rate(self) -> float:
+        """The tokenizer's learning rate, as last set."""
+        return float(self.optimizers["tokenizer"].param_groups[0]["lr"])
+
+    def set_learning_rates(self, factor: float) -> None:
+        """Give every optimizer its own learning rate times `factor`."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+
+    def descend(self, name: str, clip_norm: float) -> Tensor:
+        """One step of one optimizer on gradients averaged over the processes and clipped; clears them.
+
+        Returns:
+            Norm of the network's gradient before clipping, a scalar.
+        """
+        optimizer = self.optimizers[name]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def average_weights(self, step: int, replaced_codes: Tensor) -> None:
+        """Move the averaged weights towards the current ones, after step number `step`.
+
+        The decay grows to its value as min(decay, (1 + step) / (10 + step)), so that the initial weights are soon
+        forgotten; with decay 0 the average is the current weights.
+
+        Args:
+            step: counted from 0.
+            replaced_codes: (R,) codes that became something else altogether, so that averaging makes no sense.
+        """
+        decay = min(self.average_decay, (1 + step) / (10 + step))
+        targets: list[Tensor] = [*self.averaged.parameters()]
+        torch._foreach_lerp_(targets, [parameter.detach() for parameter in self.model.parameters()], 1 - decay)
+        if len(replaced_codes):
+            codebook = self.model.quantizer.codebook
+            self.averaged.quantizer.codebook[replaced_codes] = codebook[replaced_codes]
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state after `step` steps; the file is complete, or the old one stays."""
+        state = {
+            "step": step,
+            "networks": {name: network.state_dict() for name, network in self._networks().items()},
+            "averaged": self.averaged.state_dict(),
+            "upkeep": self.upkeep.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> int:
+        """Continue from a file that `save` wrote.
+
+        Returns:
+            The number of steps done; 0 if there is no file.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not path.exists():
+            return 0
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            for name, network in self._networks().items():
+                network.load_state_dict(state["networks"][name])
+            self.averaged.load_state_dict(state["averaged"])
+            self.upkeep.load_state_dict(state["upkeep"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            return int(state["step"])
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged ({reason}): delete it to train from the start") from None
+
+    def _networks(self) -> dict[str, nn.Module]:
+        networks = {"tokenizer": self.model, "regularizer": self.regularizer, "discriminator": self.discriminator}
+        return {name: network for name, network in networks.items() if network is not None}
+
+
+def _adamw(network: nn.Module, params: Any, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and convolutions only: biases, norms and the codebook are no linear maps."""
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.endswith(("codebook", "positions"))
+
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": params.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=tuple(params.betas), fused=True)
+    for group in optimizer.param_groups:
+        group["base_lr"] = learning_rate
+    return optimizer

@@ -1,0 +1,90 @@
+"""What training shows of a tokenizer: figures over the whole validation split, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crt.data.loader import eval_batches
+from crt.data.packed import PackedImages
+from crt.data.transforms import center_crop, to_uint8, to_unit_range
+from crt.distributed import World
+from crt.evaluation.grids import reconstruction_grid, save_png
+from crt.tokenizer.collectives import sum_over_ranks
+from crt.tokenizer.model import Tokenizer
+from crt.tokenizer.regularizer import Regularizer
+
+_PICTURE_IMAGES = 16
+_MAX_PSNR = 100.0
+
+
+@torch.no_grad()
+def validate(
+    model: Tokenizer, regularizer: Regularizer | None, images: PackedImages, batch_size: int, world: World
+) -> dict[str, float]:
+    """Reconstruct a whole split in float32, with the nearest codes. A collective call.
+
+    Args:
+        model: in evaluation mode.
+        regularizer: to measure too, if there is one.
+        images: the split; each process takes a share of it.
+        batch_size: per process.
+        world: the processes.
+
+    Returns:
+        mse: mean squared error of pixels in [-1, 1];
+        psnr: mean over images, in dB, of pixels rounded to 0..255;
+        codebook_usage: share of the codes that occur at all;
+        code_entropy: of the codes' frequencies, in bits per token;
+        perplexity: 2 ** code_entropy, the number of equally frequent codes that would have this entropy;
+        regularizer: its mean over images, if there is one.
+    """
+    counts = torch.zeros(model.codebook_size, dtype=torch.int64, device=world.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for pixels, _ in eval_batches(images, model.image_size, batch_size, world.rank, world.size):
+        originals = to_unit_range(pixels.to(world.device))
+        latents = model.latents(originals)
+        quantized = model.quantizer(latents)
+        reconstructions = model.reconstruct(quantized.values)
+        error = to_uint8(reconstructions).double() - pixels.to(world.device).double()
+        psnr = 10 * torch.log10(255.0**2 / error.square().mean((1, 2, 3)))
+        sums[0] += (reconstructions - originals).double().square().mean((1, 2, 3)).sum()
+        sums[1] += psnr.clamp_max(_MAX_PSNR).sum()
+        counts += torch.bincount(quantized.codes.flatten(), minlength=len(counts))
+        if regularizer is not None:
+            raster = latents.flatten(2).transpose(1, 2)
+            loss = regularizer(raster, quantized.codes.flatten(1), model.quantizer.vectors())
+            sums[2] += loss.double() * len(pixels)
+    mse, psnr_mean, loss_mean = (sum_over_ranks(sums) / len(images)).tolist()
+    figures = {"mse": mse, "psnr": psnr_mean, **code_statistics(sum_over_ranks(counts))}
+    return figures if regularizer is None else {**figures, "regularizer": loss_mean}
+
+
+def code_statistics(counts: Tensor) -> dict[str, float]:
+    """Usage, entropy and perplexity of codes, exact for any codebook.
+
+    Args:
+        counts: (K,) int64, how often each code occurs; at least one does.
+    """
+    shares = counts.double() / counts.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum().item() / np.log(2)
+    return {
+        "codebook_usage": (counts > 0).double().mean().item(),
+        "perplexity": float(2**entropy),
+        "code_entropy": float(entropy),
+    }
+
+
+@torch.no_grad()
+def save_picture(model: Tokenizer, images: PackedImages, device: torch.device, path: Path) -> None:
+    """Write a PNG of the split's first images above their reconstructions."""
+    first = range(min(_PICTURE_IMAGES, len(images)))
+    originals = np.stack([center_crop(images.image(index), model.image_size) for index in first])
+    unit = to_unit_range(torch.from_numpy(originals).to(device))
+    reconstructions = torch.cat([model(image[None])[0] for image in unit])
+    temporary = path.with_suffix(".tmp")
+    save_png(reconstruction_grid(originals, to_uint8(reconstructions).cpu().numpy()), temporary)
+    temporary.replace(path)

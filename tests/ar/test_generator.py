@@ -1,0 +1,130 @@
+"""Draws against the model's own distribution; what an image may and may not depend on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from crt.ar.generator import Generator, distribution, draw, image_uniforms
+from crt.errors import UserError
+from tests.ar.conftest import CODEBOOK, small_model
+
+LABELS = [0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator(small_model(scale=2.0))
+
+
+def test_codes_are_those_of_uncached_decoding(generator: Generator) -> None:
+    """Oracle: at every position the whole sequence anew, guidance as two separate passes, a plain inversion."""
+    guidance = 2.5
+    codes = generator.generate(LABELS, guidance=guidance, seed=3, first_index=11)
+    uniforms = image_uniforms(3, range(11, 11 + len(LABELS)), 16)
+    labels = torch.tensor(LABELS)
+    drawn = torch.zeros_like(codes)
+    for position in range(16):
+        conditional = generator.model.logits(drawn, labels)[:, position]
+        unconditional = generator.model.logits(drawn, torch.full_like(labels, 5))[:, position]
+        probabilities = (unconditional + guidance * (conditional - unconditional)).softmax(-1)
+        for row in range(len(LABELS)):
+            cumulative = np.cumsum(probabilities[row].double().numpy())
+            drawn[row, position] = int(np.argmax(cumulative > uniforms[row, position].item() * cumulative[-1]))
+    assert torch.equal(codes, drawn)
+
+
+def test_guidance_of_one_is_no_guidance(generator: Generator) -> None:
+    """Oracle: the codes are likely under the conditional model alone, and the null class is not even read."""
+    blind = small_model(scale=2.0)
+    with torch.no_grad():
+        blind.class_embedding.weight[5] = torch.nan
+    assert torch.equal(Generator(blind).generate(LABELS), generator.generate(LABELS, guidance=1.0))
+    near = generator.generate(LABELS, guidance=1.0 + 1e-9)
+    assert torch.equal(near, generator.generate(LABELS, guidance=1.0))
+
+
+def test_an_image_depends_on_seed_and_index_alone(generator: Generator) -> None:
+    whole = generator.generate(LABELS, guidance=2.0, seed=1)
+    assert torch.equal(generator.generate(LABELS, guidance=2.0, seed=1, batch_size=3), whole)
+    for index, label in enumerate(LABELS):
+        assert torch.equal(generator.generate([label], guidance=2.0, seed=1, first_index=index)[0], whole[index])
+    assert not torch.equal(generator.generate(LABELS, guidance=2.0, seed=2), whole)
+    assert len({tuple(row) for row in generator.generate([0] * 8).tolist()}) == 8
+
+
+@pytest.mark.parametrize(
+    ("guidance", "temperature", "top_k", "top_p"),
+    [(1.0, 1.0, 0, 1.0), (1.0, 0.7, 5, 1.0), (1.0, 1.3, 0, 0.6), (2.0, 1.0, 12, 0.8)],
+)
+def test_draws_follow_the_distribution(
+    generator: Generator, guidance: float, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Chi-square of the first code of 4,000 images of a class against the definition of top-k and top-p."""
+    count, label = 4000, 2
+    codes = generator.generate(
+        [label] * count, guidance=guidance, seed=5, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    none = torch.zeros(1, 16, dtype=torch.int64)
+    conditional = generator.model.logits(none, torch.tensor([label]))[0, 0].double().numpy()
+    unconditional = generator.model.logits(none, torch.tensor([5]))[0, 0].double().numpy()
+    logits = (unconditional + guidance * (conditional - unconditional)) / temperature
+    order = np.argsort(-logits)
+    kept = order[: top_k or CODEBOOK]
+    probabilities = np.exp(logits[kept]) / np.exp(logits[kept]).sum()
+    nucleus = int(np.argmax(np.cumsum(probabilities) >= top_p - 1e-12)) + 1
+    kept, probabilities = kept[:nucleus], probabilities[:nucleus] / probabilities[:nucleus].sum()
+    observed = np.bincount(codes[:, 0].numpy(), minlength=CODEBOOK)
+    assert observed.sum() == observed[kept].sum()  # nothing outside
+    assert 1 < len(kept) < CODEBOOK or (top_k, top_p) == (0, 1.0)
+    assert stats.chisquare(observed[kept], count * probabilities).pvalue > 1e-3
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
+    codes = draw(probabilities.expand(6, 6), uniforms)
+    assert codes.tolist() == [1, 1, 3, 3, 4, 4]
+    # Sums that are not exactly 1 in float32, at the very end of the range.
+    rough = torch.full((1, 30_000), 1 / 30_000)
+    assert draw(rough, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 29_999
+
+
+def test_equal_logits_at_the_edge_of_top_k_are_all_kept() -> None:
+    kept = distribution(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=1.0)[0] > 0
+    assert kept.tolist() == [True, True, True, False]
+
+
+def test_uniforms_are_uniform_and_never_shared() -> None:
+    uniforms = image_uniforms(0, range(2000), 8).flatten()
+    assert stats.kstest(uniforms.numpy(), "uniform").pvalue > 1e-3
+    assert len(uniforms.unique()) == len(uniforms)
+    assert torch.equal(image_uniforms(0, [7], 8)[0], image_uniforms(0, range(5, 9), 8)[2])
+    # The image's own numbers do not depend on how many codes follow.
+    assert torch.equal(image_uniforms(0, [7], 4)[0], image_uniforms(0, [7], 8)[0, :4])
+
+
+def test_bf16_draws_from_nearly_the_same_distribution() -> None:
+    model = small_model(scale=1.0)
+    exact = Generator(model).generate([1] * 64, seed=9)
+    rounded = Generator(small_model(scale=1.0).to(torch.bfloat16)).generate([1] * 64, seed=9)
+    assert (exact[:, 0] == rounded[:, 0]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": [5]}, "label 5"),
+        ({"labels": [-1]}, "label -1"),
+        ({"guidance": 0.5}, "guidance 0.5"),
+        ({"temperature": 0.0}, "temperature 0"),
+        ({"top_k": 33}, "top_k 33"),
+        ({"top_p": 0.0}, "top_p 0"),
+    ],
+)
+def test_impossible_requests_are_refused(generator: Generator, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        generator.generate(**{"labels": [0]} | settings)
+    assert "\n" not in str(error.value)

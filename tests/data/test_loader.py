@@ -1,0 +1,138 @@
+"""Oracle: the batches of one process without workers, and the crops and permutations that they are defined by."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import crt.data.loader as loader
+from crt.data.loader import eval_batches, num_workers, training_batches
+from crt.data.packed import PackedImages
+from crt.data.sampler import batch_rows
+from crt.data.transforms import center_crop
+from crt.errors import UserError
+
+COMMON = {"image_size": 16, "batch_size": 12, "min_crop": 0.7, "horizontal_flip": True, "seed": 3}
+
+
+@pytest.fixture
+def encoded(prepare, make, tmp_path) -> PackedImages:
+    root = tmp_path / "images"
+    for number in range(25):
+        make.write(root / "ab"[number % 2] / f"{number}.png", make.encode(make.noise(number, 10 + number, 40)))
+    status, out = prepare(path=root, storage="encoded", image_size=None)
+    assert status == 0
+    return PackedImages(out, "train")
+
+
+@pytest.fixture
+def pixels(prepare) -> PackedImages:
+    status, out = prepare(source="digits", max_images_per_class=5)
+    assert status == 0
+    return PackedImages(out, "train")
+
+
+def batches(images, rank=0, world_size=1, first_step=0, steps=4, **changes) -> torch.Tensor:
+    values = {**COMMON, **changes}
+    found = list(
+        training_batches(images, first_step=first_step, steps=steps, rank=rank, world_size=world_size, **values)
+    )
+    assert all(batch.dtype == torch.uint8 for batch in found)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", ["encoded", "pixels"])
+def test_batches_do_not_depend_on_processes_or_on_where_one_starts(kind, request):
+    images = request.getfixturevalue(kind)
+    whole = batches(images)
+    assert whole.shape == (4, 12, 16, 16, 3)
+    for world_size in (2, 3):
+        parts = [batches(images, rank, world_size) for rank in range(world_size)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert torch.equal(batches(images, first_step=2), whole[2:])
+    assert not torch.equal(batches(images, seed=4), whole)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(encoded, monkeypatch):
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr(loader, "num_workers", lambda world_size, count=count: count)
+        found.append(batches(encoded))
+    assert torch.equal(*found)
+
+
+def test_an_image_is_augmented_by_its_epoch_alone(encoded):
+    """The same (epoch, image) looks the same in batches of another size, and another in the next epoch."""
+    looks: dict[tuple[int, int], torch.Tensor] = {}
+    for size in (12, 8):
+        steps = 2 * len(encoded) // size
+        found = batches(encoded, steps=steps, batch_size=size)
+        for step in range(steps):
+            for row, epoch, image in zip(*batch_rows(len(encoded), size, step, 3), found[step], strict=True):
+                assert torch.equal(looks.setdefault((epoch, row), image), image)
+    both = [row for row in range(len(encoded)) if (0, row) in looks and (1, row) in looks]
+    assert sum(torch.equal(looks[0, row], looks[1, row]) for row in both) < len(both) / 4
+
+
+def test_whole_pixels_are_images_or_their_mirrors(pixels):
+    found = batches(pixels, min_crop=1.0, steps=8)
+    mirrored = 0
+    for step in range(8):
+        originals = pixels.pixels(batch_rows(len(pixels), 12, step, 3)[0])
+        for image, original in zip(found[step].numpy(), originals, strict=True):
+            assert np.array_equal(image, original) or np.array_equal(image, original[:, ::-1])
+            mirrored += np.array_equal(image, original[:, ::-1])
+    assert 25 < mirrored < 71  # 48 of 96 expected, deviation 5
+    plain = batches(pixels, min_crop=1.0, horizontal_flip=False)[1].numpy()
+    assert np.array_equal(plain, pixels.pixels(batch_rows(len(pixels), 12, 1, 3)[0]))
+
+
+@pytest.mark.parametrize("kind, size", [("encoded", 16), ("pixels", 16), ("pixels", 8)])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_sees_every_image_once_in_order(kind, size, world_size, request):
+    images = request.getfixturevalue(kind)
+    seen = []
+    for rank in range(world_size):
+        for batch, rows in eval_batches(images, size, 7, rank, world_size):
+            assert batch.dtype == torch.uint8 and rows.dtype == torch.int64 and len(batch) == len(rows) <= 7
+            for image, row in zip(batch, rows.tolist(), strict=True):
+                assert np.array_equal(image, center_crop(images.image(row), size))
+                seen.append(row)
+    assert seen == list(range(len(images)))
+
+
+def test_a_batch_that_does_not_divide_is_refused(pixels):
+    with pytest.raises(UserError, match="batch_size 12 does not divide among 5 processes"):
+        batches(pixels, world_size=5)
+
+
+def children() -> set[str]:
+    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+        return set(file.read().split())
+
+
+def test_leaving_early_leaves_no_worker_behind(encoded):
+    before = children()
+    stream = training_batches(encoded, first_step=0, steps=1000, rank=0, world_size=1, **COMMON)
+    next(stream)
+    assert children() > before
+    stream.close()
+    assert children() == before
+
+
+def test_workers_share_the_cpus_of_a_node(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert num_workers(1) == 16 and num_workers(8) == 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert num_workers(32) == 15
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    assert num_workers(64) == 11
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert num_workers(1) == 1

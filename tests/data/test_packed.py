@@ -1,0 +1,134 @@
+"""Oracle: what was put in, read back in every way that the reader offers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+
+from crt.data.decode import decode
+from crt.data.packed import PackedImages, create_shard, pixel_digest, read_index
+from crt.errors import UserError
+
+
+def build(folder, contents: list[bytes], storage: str, per_shard: int, size: int | None = None) -> None:
+    """A data set of one class per three images, packed by the writer."""
+    shards = []
+    for number, start in enumerate(range(0, len(contents), per_shard)):
+        part = contents[start : start + per_shard]
+        name = f"train-{number:05d}.h5"
+        offsets = create_shard(
+            folder / name,
+            split="train",
+            storage=storage,
+            image_size=size,
+            labels=np.arange(start, start + len(part)) // 3,
+            source_ids=[f"über/{start + row}.png" for row in range(len(part))],
+            digests=np.stack([np.frombuffer(hashlib.sha256(data).digest(), np.uint8) for data in part]),
+            payload_bytes=np.array([len(data) for data in part]),
+        )
+        with open(folder / name, "r+b") as file:
+            for offset, data in reversed(list(zip(offsets, part, strict=True))):
+                file.seek(offset)
+                file.write(data)
+        shards.append({"file": name, "images": len(part)})
+    index = {
+        "schema": 1,
+        "storage": storage,
+        "image_size": size,
+        "classes": [{"id": str(label), "name": f"class {label}"} for label in range(9)],
+        "splits": {"train": {"shards": shards}, "val": {"shards": []}},
+    }
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def pixels(tmp_path, make):
+    images = np.stack([make.noise(seed, 8, 8) for seed in range(10)])
+    build(tmp_path, [image.tobytes() for image in images], "pixels", 4, 8)
+    return tmp_path, images
+
+
+def test_pixels_come_back_in_any_order_across_shards(pixels):
+    folder, images = pixels
+    packed = PackedImages(folder, "train")
+    assert len(packed) == 10 and packed.storage == "pixels" and packed.image_size == 8
+    for rows in ([9, 0, 4, 4, 3], [2], range(10), np.array([], int)):
+        assert np.array_equal(packed.pixels(rows), images[list(rows)])
+    assert all(np.array_equal(packed.image(row), images[row]) for row in range(10))
+    assert packed.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3] and packed.labels.dtype == np.int64
+    assert packed.num_classes == 9 and packed.class_names[2] == "class 2"
+    assert packed.source_id(7) == "über/7.png"
+    assert packed.digests()[5].tobytes() == hashlib.sha256(images[5].tobytes()).digest()
+
+
+def test_encoded_files_come_back_whole_and_decoded(tmp_path, make):
+    files = [make.encode(make.noise(seed, 5 + seed, 9), "PNG") for seed in range(7)]
+    build(tmp_path, files, "encoded", 3)
+    packed = PackedImages(tmp_path, "train")
+    assert [packed.encoded(row) for row in range(7)] == files
+    assert np.array_equal(packed.image(6), decode(files[6]))
+    with pytest.raises(ValueError, match="storage 'pixels'"):
+        packed.pixels([0])
+
+
+def test_anyone_can_read_a_shard_by_its_data_sets(pixels):
+    folder, images = pixels
+    with h5py.File(folder / "train-00001.h5") as file:
+        assert np.array_equal(file["pixels"][()], images[4:8])
+        assert all(data.chunks is None and data.compression is None for data in file.values())
+        assert file["source_ids"].asstr()[1] == "über/5.png"
+        assert file.attrs["storage"] == b"pixels" and file.attrs["split"] == b"train"
+
+
+def test_rows_outside_are_refused(pixels):
+    packed = PackedImages(pixels[0], "train")
+    for row in (-1, 10):
+        with pytest.raises(IndexError):
+            packed.pixels([row])
+        with pytest.raises(IndexError):
+            packed.source_id(row)
+
+
+def _first(packed: PackedImages) -> np.ndarray:
+    return packed.pixels([0])
+
+
+def test_it_goes_to_other_processes_open_or_not(pixels):
+    folder, images = pixels
+    packed = PackedImages(folder, "train")
+    packed.pixels(range(10))
+    assert len(pickle.dumps(packed)) < 5000  # no memory map went along
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert np.array_equal(pool.apply(_first, (packed,))[0], images[0])
+    assert np.array_equal(pickle.loads(pickle.dumps(packed)).pixels([3])[0], images[3])
+
+
+def test_equal_digests_mean_equal_images(make):
+    image = make.noise(0, 4, 6)
+    assert pixel_digest(image) == pixel_digest(np.asfortranarray(image)) != pixel_digest(image.reshape(6, 4, 3))
+
+
+def test_mistakes_are_named(pixels, tmp_path):
+    folder, _ = pixels
+    with pytest.raises(UserError, match=r"has no split 'test': choose one of train, val"):
+        PackedImages(folder, "test")
+    with pytest.raises(UserError, match=r"'val' holds no images: raise prepare_data\.val_fraction"):
+        PackedImages(folder, "val")
+    with pytest.raises(UserError, match=r"index\.json: missing or damaged"):
+        PackedImages(tmp_path / "nowhere", "train")
+    (folder / "train-00001.h5").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"train-00001\.h5: damaged"):
+        PackedImages(folder, "train")
+    (folder / "train-00001.h5").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.h5: missing"):
+        PackedImages(folder, "train")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"schema": 99}))
+    with pytest.raises(UserError, match="has schema 99, this version reads 1"):
+        read_index(folder)

@@ -1,0 +1,456 @@
+"""The stage as the command line runs it. Oracles: the files that went in, and an undisturbed run in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import crt.stages.prepare_data as stage
+from crt import interrupt
+from crt.__main__ import main
+from crt.data.decode import decode
+from crt.data.packed import PackedImages, pixel_digest, read_index
+from crt.stage import read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def both(out: Path) -> tuple[PackedImages, PackedImages]:
+    return PackedImages(out, "train"), PackedImages(out, "val")
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns(prepare):
+    from sklearn.datasets import load_digits
+
+    status, out = prepare(source="digits", image_size=8, val_fraction=0.2)
+    assert status == 0
+    digits = load_digits()
+    seen = []
+    for packed in both(out):
+        for row in range(len(packed)):
+            label, _, number = packed.source_id(row).partition("/")
+            assert packed.labels[row] == int(label) == digits.target[int(number)]
+            expected = np.rint(digits.images[int(number)] / 16 * 255)
+            assert np.array_equal(packed.image(row), np.repeat(expected[..., None], 3, axis=-1))
+            seen.append(int(number))
+    assert sorted(seen) == list(range(1797))
+    assert packed.class_names == list("0123456789")
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos", "box"])
+def test_stored_pixels_are_pillows_resize_of_the_central_square(prepare, make, tmp_path, name):
+    sizes = [(40, 64), (64, 40), (16, 16), (7, 9), (16, 30)]
+    for number, size in enumerate(sizes):
+        make.write(tmp_path / "images" / "a" / f"{number}.png", make.encode(make.noise(number, *size)))
+    status, out = prepare(path=tmp_path / "images", resize_filter=name, val_fraction=0)
+    assert status == 0
+    packed = PackedImages(out, "train")
+    for row, (height, width) in enumerate(sizes):
+        scale = 16 / min(height, width)
+        size = round(width * scale), round(height * scale)
+        picture = Image.fromarray(make.noise(row, height, width))
+        if (width, height) != size:
+            picture = picture.resize(size, Image.Resampling[name.upper()])
+        left, top = (size[0] - 16) // 2, (size[1] - 16) // 2
+        assert np.array_equal(packed.image(row), np.asarray(picture)[top : top + 16, left : left + 16])
+
+
+def test_encoded_files_are_kept_unless_they_are_too_large(prepare, make, tmp_path):
+    files = {
+        "0.jpg": make.encode(make.noise(0, 16, 40), "JPEG", quality=60),
+        "1.jpg": make.encode(make.noise(1, 10, 12), "JPEG"),
+        "2.jpg": make.encode(make.noise(2, 32, 64), "JPEG", quality=60),
+        "3.png": make.encode(make.noise(3, 32, 64)),
+        "4.webp": make.encode(make.noise(4, 32, 64), "WEBP", lossless=True),
+        "5.webp": make.encode(make.noise(5, 32, 64), "WEBP", quality=80),
+        "6.bmp": make.encode(make.noise(6, 64, 32), "BMP"),
+    }
+    for name, data in files.items():
+        make.write(tmp_path / "images" / "a" / name, data)
+    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=16, val_fraction=0)
+    assert status == 0
+    packed = PackedImages(out, "train")
+    stored = {packed.source_id(row)[2:]: packed.encoded(row) for row in range(len(packed))}
+    assert stored["0.jpg"] == files["0.jpg"] and stored["1.jpg"] == files["1.jpg"]
+    for name in ("3.png", "4.webp", "6.bmp"):
+        assert stored[name].startswith(b"\x89PNG")
+        original = Image.fromarray(decode(files[name]))
+        size = (32, 16) if original.width > original.height else (16, 32)
+        assert np.array_equal(decode(stored[name]), np.asarray(original.resize(size, Image.Resampling.BICUBIC)))
+    for name in ("2.jpg", "5.webp"):
+        assert stored[name].startswith(b"\xff\xd8") and decode(stored[name]).shape == (16, 32, 3)
+    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=None, val_fraction=0)
+    packed = PackedImages(out, "train")
+    assert [packed.encoded(row) for row in range(len(packed))] == list(files.values())
+
+
+@pytest.mark.parametrize("storage, size", [("pixels", 16), ("encoded", 16), ("encoded", None)])
+def test_digests_are_those_of_the_pixels_that_a_reader_gets(prepare, make, tmp_path, storage, size):
+    make.class_folders(tmp_path / "images", {"a": 4, "b": 4})
+    make.write(tmp_path / "images" / "a" / "x.jpg", make.encode(make.noise(77, 50, 60), "JPEG"))
+    status, out = prepare(path=tmp_path / "images", storage=storage, image_size=size)
+    assert status == 0
+    for packed in both(out):
+        for row, digest in enumerate(packed.digests()):
+            assert pixel_digest(packed.image(row)) == digest.tobytes()
+
+
+def test_shards_hold_so_many_images_each(prepare, make, tmp_path):
+    make.class_folders(tmp_path / "images", {"a": 9, "b": 8})
+    status, out = prepare(path=tmp_path / "images", images_per_shard=4, val_fraction=0.2)
+    assert status == 0
+    index = read_index(out)["splits"]
+    assert [shard["images"] for shard in index["train"]["shards"]] == [4, 4, 4, 1]
+    assert [shard["file"] for shard in index["val"]["shards"]] == ["val-00000.h5"]
+    assert index["train"]["images_per_class"] == [7, 6]
+    train, val = both(out)
+    ids = [packed.source_id(row) for packed in (train, val) for row in range(len(packed))]
+    assert len(set(ids)) == 17
+    assert read_manifest(out).summary == {
+        "classes": 2, "train_images": 13, "val_images": 4, "rejected_files": 0, "duplicates_dropped": 0
+    }  # fmt: skip
+
+
+# --- splits -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_an_image_never_lie_on_both_sides(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "images", {"a": 12, "b": 12})
+    for number in range(12):  # the same pixels in another format
+        make.write(root / "a" / f"copy{number}.bmp", make.encode(make.noise(number), "BMP"))
+    status, out = prepare(path=root, val_fraction=0.3)
+    assert status == 0
+    train, val = both(out)
+    assert not {d.tobytes() for d in train.digests()} & {d.tobytes() for d in val.digests()}
+    assert len(train) + len(val) == 36 and make.lines(out / "duplicates.jsonl") == []
+
+
+def test_training_images_that_validation_has_too_are_dropped_and_listed(prepare, make, tmp_path):
+    root = tmp_path / "images"
+    make.class_folders(root / "train", {"a": 4, "b": 4})
+    make.class_folders(root / "val", {"a": 2, "b": 2}, first_seed=50)
+    shutil.copy(root / "val" / "b" / "001.png", root / "train" / "a" / "leak.png")
+    make.write(root / "train" / "b" / "leak.bmp", make.encode(make.noise(50), "BMP"))
+    status, out = prepare(path=root)
+    assert status == 0
+    assert make.lines(out / "duplicates.jsonl") == [
+        {"source_id": "train/a/leak.png", "same_as": "val/b/001.png"},
+        {"source_id": "train/b/leak.bmp", "same_as": "val/a/000.png"},
+    ]
+    train, val = both(out)
+    assert len(train) == 8 and len(val) == 4
+    assert not {d.tobytes() for d in train.digests()} & {d.tobytes() for d in val.digests()}
+    assert read_manifest(out).summary["duplicates_dropped"] == 2
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_limit_keeps_the_first_of_each_class_and_split(prepare, make, tmp_path, official):
+    root = tmp_path / "images"
+    make.class_folders(root / "train" if official else root, {"a": 10, "b": 2})
+    if official:
+        make.class_folders(root / "val", {"a": 4, "b": 1}, first_seed=50)
+    _, whole = prepare(path=root, out=tmp_path / "whole", val_fraction=0.5)
+    status, out = prepare(path=root, out=tmp_path / "limited", max_images_per_class=3, val_fraction=0.5)
+    assert status == 0
+    for full, limited in zip(both(whole), both(out), strict=True):
+        for label in range(2):
+            first = [full.source_id(row) for row in np.flatnonzero(full.labels == label)][:3]
+            assert [limited.source_id(row) for row in np.flatnonzero(limited.labels == label)] == first
+
+
+def test_one_class_is_fine(prepare, make, tmp_path):
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"only": 5}))
+    assert status == 0
+    assert PackedImages(out, "train").num_classes == 1 and len(PackedImages(out, "val")) == 1
+
+
+def test_validation_may_be_empty_by_wish(prepare, make, tmp_path):
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 3}), val_fraction=0)
+    assert status == 0 and len(PackedImages(out, "train")) == 3
+    assert read_index(out)["splits"]["val"]["images"] == 0
+
+
+# --- files that cannot be used ----------------------------------------------------------------------------------
+
+
+def damaged(make, root: Path) -> Path:
+    """Twenty good images and four that are not."""
+    make.class_folders(root, {"a": 10, "b": 10})
+    jpeg = make.encode(make.noise(70), "JPEG")
+    make.write(root / "a" / "cut.jpg", jpeg[: len(jpeg) // 2])
+    make.write(root / "a" / "empty.jpg", b"")
+    make.write(root / "b" / "text.png", b"no image")
+    make.write(root / "b" / "thin.png", make.encode(make.noise(71, 1, 30)))
+    return root
+
+
+def test_what_cannot_be_decoded_is_set_aside_and_listed(prepare, make, tmp_path, capfd):
+    root = damaged(make, tmp_path / "images")
+    make.write(root / "b" / "png inside.JPEG", make.encode(make.noise(72)))
+    status, out = prepare(path=root, max_rejected_fraction=0.2)
+    assert status == 0
+    rejected = {record["source_id"]: record["reason"] for record in make.lines(out / "rejected.jsonl")}
+    assert rejected["a/empty.jpg"] == "empty file" and rejected["b/thin.png"] == "30x1 pixels: too small"
+    assert rejected["a/cut.jpg"].startswith("corrupt: ") and rejected["b/text.png"].startswith("not a JPEG")
+    assert len(rejected) == 4 and sum(map(len, both(out))) == 21
+    assert read_manifest(out).summary["rejected_files"] == 4
+    assert "4 of 25 files (16%) cannot be decoded and are left out: a/cut.jpg" in capfd.readouterr().err
+
+
+def test_too_many_of_them_stop_the_stage(refused, make, tmp_path):
+    message = refused(path=damaged(make, tmp_path / "images"), max_rejected_fraction=0.1)
+    assert "4 of 24 files (16.7%) cannot be decoded, more than prepare_data.max_rejected_fraction 0.1" in message
+    assert "a/cut.jpg" in message and "a/empty.jpg (empty file)" in message and "..." in message
+
+
+def test_hidden_and_foreign_files_are_ignored(prepare, make, tmp_path, capfd):
+    root = make.class_folders(tmp_path / "images", {"a": 3, "b": 3})
+    for name in (".DS_Store", "a/.DS_Store", "a/._000.png", "__MACOSX/a/000.png", ".hidden/x.png", "Thumbs.db"):
+        make.write(root / name, b"clutter")
+    make.write(root / "LICENSE", b"text")
+    make.write(root / "a" / "labels.csv", b"text")
+    status, out = prepare(path=root)
+    assert status == 0 and sum(map(len, both(out))) == 6
+    assert "ignored: 1 .csv, 1 no extension" in capfd.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_escaped(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "images", {"a": 3})
+    data = make.encode(make.noise(9))
+    with open(os.fsencode(root / "a") + b"/caf\xe9.png", "wb") as file:
+        file.write(data)
+    make.write(root / "a" / "empty.png", b"")
+    os.rename(root / "a" / "empty.png", os.fsencode(root / "a") + b"/\xff.png")
+    status, out = prepare(path=root, val_fraction=0, max_rejected_fraction=0.5)
+    assert status == 0
+    assert "a/caf\\udce9.png" in [PackedImages(out, "train").source_id(row) for row in range(4)]
+    assert make.lines(out / "rejected.jsonl")[0]["source_id"] == "a/\\udcff.png"
+
+
+# --- sources that cannot be used --------------------------------------------------------------------------------
+
+
+def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
+    assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    assert "empty: it must hold class folders" in refused(path=tmp_path / "empty")
+    make.write(tmp_path / "text.tar", b"no archive" * 200)
+    assert "text.tar: no archive" in refused(path=tmp_path / "text.tar")
+
+    root = make.class_folders(tmp_path / "images", {"a": 2, "b": 2})
+    (root / "c").mkdir()
+    assert "class folder c holds no images" in refused(path=root)
+    make.write(root / "c" / "notes.txt", b"text")
+    assert "class folder c holds no images" in refused(path=root)
+    shutil.rmtree(root / "c")
+    make.write(root / "stray.png", make.encode(make.noise(50)))
+    assert "image stray.png lies outside the class folders" in refused(path=root)
+
+    flat = tmp_path / "flat"
+    make.write(flat / "1.png", make.encode(make.noise(50)))
+    assert "1.png lies outside the class folders" in refused(path=flat)
+    make.write(tmp_path / "text" / "notes.txt", b"text")
+    assert "holds no class folders" in refused(path=tmp_path / "text")
+
+
+def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 2, "b": 2}).parent
+    make.class_folders(root / "val", {"a": 1, "c": 1}, first_seed=50)
+    assert "class c has validation images, but no training images" in refused(path=root)
+    shutil.rmtree(root / "val" / "c")
+    make.class_folders(root / "extra", {"a": 1}, first_seed=60)
+    assert "folder extra beside train/ and val/" in refused(path=root)
+    shutil.rmtree(root / "extra")
+    shutil.rmtree(root / "train")
+    assert "holds val/ but no train/" in refused(path=root)
+
+
+def test_no_training_image_left_is_refused(refused, make, tmp_path):
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 2}).parent
+    make.class_folders(root / "val", {"a": 2})
+    assert "no training image is left" in refused(path=root)
+    make.write(tmp_path / "bad" / "a" / "1.png", b"no image")
+    assert "no training image is left" in refused(path=tmp_path / "bad", max_rejected_fraction=1.0)
+
+
+def test_an_archive_that_leads_outside_is_refused(refused, make, tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", make.encode(make.noise(0)))
+        archive.writestr("../evil.png", b"evil")
+    assert "member '../evil.png' may lead outside the archive" in refused(path=tmp_path / "x.zip")
+    assert not (tmp_path.parent / "evil.png").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "archive"])
+def test_what_may_not_be_read_is_refused(params_of, make, capfd, what):
+    # Root may read everything, so the stage runs as nobody, in a folder that nobody may write.
+    base = Path(tempfile.mkdtemp())
+    try:
+        root = make.class_folders(base / "images", {"a": 2, "b": 2})
+        archive = make.write(base / "x.tar", b"x")
+        target = {"file": root / "a" / "000.png", "folder": root / "a", "archive": archive}[what]
+        params = base / "params.yaml"
+        shutil.copy(params_of(path=archive if what == "archive" else root), params)
+        for path in [base, *base.rglob("*")]:
+            path.chmod(0o777)
+        target.chmod(0)
+        os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())
+        try:
+            status = main(["prepare_data", "--params", str(params), "--out", str(base / "out")])
+        finally:
+            os.seteuid(os.getuid())
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(errors) == 1
+        assert f"{target}: cannot be read (Permission denied)" in errors[0]
+    finally:
+        shutil.rmtree(base)
+
+
+# --- the same bytes, whatever happens ---------------------------------------------------------------------------
+
+MANY = {"source": "digits", "image_size": 16, "images_per_shard": 300, "val_fraction": 0.2}
+
+
+_UNDISTURBED: dict[str, str] = {}
+
+
+@pytest.fixture
+def undisturbed(prepare, tmp_path, monkeypatch) -> dict[str, str]:
+    """Checksums of the files that one process makes without a break."""
+    monkeypatch.setattr(stage, "available_cpus", lambda: 1)
+    if not _UNDISTURBED:
+        status, out = prepare(out=tmp_path / "undisturbed", **MANY)
+        assert status == 0
+        _UNDISTURBED.update(fingerprint(out))
+    return _UNDISTURBED
+
+
+@pytest.mark.parametrize("cpus", [2, 3])
+def test_any_number_of_workers_makes_the_same_bytes(prepare, tmp_path, monkeypatch, undisturbed, cpus):
+    monkeypatch.setattr(stage, "available_cpus", lambda: cpus)
+    status, out = prepare(out=tmp_path / "other", **MANY)
+    assert status == 0 and fingerprint(out) == undisturbed
+
+
+def test_a_kill_in_the_middle_leaves_no_trace(params_of, tmp_path, undisturbed):
+    out = tmp_path / "killed" / "prepared"
+    command = [sys.executable, "-m", "crt", "prepare_data", "--params", str(params_of(**MANY)), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    records = "killed/.work/*/finished/train-00000.h5.json"
+    while not list(tmp_path.glob(records)):
+        assert process.poll() is None, "it ended before its first shard"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    (work,) = tmp_path.glob("killed/.work/prepared-*")
+    kept = work / "staging" / "train-00000.h5"
+    before = kept.stat()
+    finished = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True)
+    assert "checking images: continues at 1797 of 1797" in finished.stderr
+    assert "packing: continues at " in finished.stderr
+    assert fingerprint(out) == undisturbed
+    after = (out / "train-00000.h5").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # not written again
+
+
+def stopped_after(prepare, monkeypatch, out: Path, calls: int) -> Path:
+    """Run the stage until its `calls`th safe point, as if a signal had arrived there; returns its work folder."""
+    left = [calls]
+
+    def stop() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise interrupt.Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.interrupt, "raise_if_stopped", stop)
+        assert prepare(out=out, **MANY)[0] == 128 + signal.SIGTERM
+    (work,) = (out.parent / ".work").glob(f"{out.name}-*")
+    return work
+
+
+@pytest.mark.parametrize("calls", [1, 5, 8, 9, 13])
+def test_a_stop_at_any_safe_point_leaves_no_trace(prepare, tmp_path, monkeypatch, undisturbed, calls):
+    out = tmp_path / "stopped" / "prepared"
+    stopped_after(prepare, monkeypatch, out, calls)
+    status, out = prepare(out=out, **MANY)
+    assert status == 0 and fingerprint(out) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "checked"])
+def test_torn_state_is_found_and_made_again(prepare, tmp_path, monkeypatch, undisturbed, damage):
+    out = tmp_path / "stopped" / "prepared"
+    work = stopped_after(prepare, monkeypatch, out, 13)
+    shard = work / "staging" / "train-00000.h5"
+    if damage == "cut":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[-100] ^= 1
+        shard.write_bytes(data)
+    elif damage == "foreign":
+        (work / "staging" / "train-00077.h5").write_bytes(b"left by another version")
+    else:
+        for path in sorted((work / "checked").iterdir())[:2]:
+            os.truncate(path, 50)
+    status, out = prepare(out=out, **MANY)
+    assert status == 0 and fingerprint(out) == undisturbed
+
+
+def test_a_source_that_changes_meanwhile_is_noticed_and_checked_anew(prepare, make, tmp_path, monkeypatch, capfd):
+    root = make.class_folders(tmp_path / "images", {"a": 300})
+    left = [2]  # chunks of the first pass
+
+    def change() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            make.write(root / "a" / "007.png", make.encode(make.noise(999)))
+
+    monkeypatch.setattr(stage, "available_cpus", lambda: 1)
+    monkeypatch.setattr(stage.interrupt, "raise_if_stopped", change)
+    assert prepare(path=root)[0] == 2
+    assert "a/007.png: changed while the data set was packed" in capfd.readouterr().err
+    status, out = prepare(path=root)
+    assert status == 0
+    rows = {packed.source_id(row): packed.image(row) for packed in both(out) for row in range(len(packed))}
+    expected = Image.fromarray(make.noise(999)).resize((19, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(rows["a/007.png"], np.asarray(expected)[:, 1:17])
+
+
+def test_only_the_first_process_of_a_job_works(prepare, make, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 3}))
+    assert status == 0 and not out.exists()
+
+
+def test_files_say_nothing_of_where_and_when(prepare, make, tmp_path):
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 3}))
+    assert status == 0
+    for path in out.iterdir():
+        if path.name != "manifest.json":  # it records the params, and so prepare_data.path
+            assert str(tmp_path).encode() not in path.read_bytes()
+    index = json.loads((out / "index.json").read_text())
+    assert index["source"] == "imagefolder" and index["classes"] == [{"id": "a", "name": "a"}]

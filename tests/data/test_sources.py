@@ -1,0 +1,310 @@
+"""Oracle: sources synthesised in the official formats, whose labels and pixels are known."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from crt.data.decode import decode
+from crt.data.packed import PackedImages, read_index
+from crt.data.synsets import imagenet_names
+
+# In the devkit's own order, which is not that of published models; the last is an inner node of the hierarchy.
+DEVKIT_WNIDS = ["n02119789", "n01440764", "n02100735", "n00001740"]
+VAL_NUMBERS = [2, 1, 1, 3, 2]  # the ground truth: the devkit's class number of each validation image
+CLASSES = sorted(DEVKIT_WNIDS[:3])
+
+
+def train_image(make, wnid: str, number: int) -> bytes:
+    return make.encode(make.noise(1000 * DEVKIT_WNIDS.index(wnid) + number, 30, 26), "JPEG")
+
+
+def val_image(make, number: int) -> bytes:
+    return make.encode(make.noise(9000 + number, 28, 40), "JPEG")
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def meta_mat() -> bytes:
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
+    synsets = np.zeros((4, 1), [(name, "O") for name in [*fields, "num_train_images"]])
+    for row, wnid in enumerate(DEVKIT_WNIDS):
+        leaf = row < 3
+        children = np.zeros(0) if leaf else np.array([1.0, 2.0, 3.0])
+        synsets[row, 0] = (row + 1.0, wnid, f"name {row}", "gloss", float(len(children)), children, 0.0, 3.0)
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": synsets})
+    return buffer.getvalue()
+
+
+def official(folder: Path, make) -> Path:
+    """ILSVRC2012's three archives in small."""
+    folder.mkdir()
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in DEVKIT_WNIDS[:3]:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for number in range(4):
+                    add(tar, f"{wnid}_{number}.JPEG", train_image(make, wnid, number))
+            add(outer, f"{wnid}.tar", inner.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in (3, 1, 5, 2, 4):  # not in order
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", val_image(make, number))
+    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        truth = "".join(f"{number}\n" for number in VAL_NUMBERS).encode()
+        add(tar, "ILSVRC2012_devkit_t12/readme.txt", b"...")
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta_mat())
+    return folder
+
+
+def extracted(folder: Path, make, flat_val: bool) -> Path:
+    """The same images as trees of files."""
+    for wnid in DEVKIT_WNIDS[:3]:
+        for number in range(4):
+            make.write(folder / "train" / wnid / f"{wnid}_{number}.JPEG", train_image(make, wnid, number))
+    for number in range(1, 6):
+        wnid = "" if flat_val else DEVKIT_WNIDS[VAL_NUMBERS[number - 1] - 1]
+        make.write(folder / "val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG", val_image(make, number))
+    return folder
+
+
+def check_imagenet(out: Path, make) -> None:
+    assert [entry["id"] for entry in read_index(out)["classes"]] == CLASSES
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    assert train.class_names == [imagenet_names()[wnid] for wnid in CLASSES]
+    assert len(train) == 12 and len(val) == 5
+    for row in range(12):
+        wnid = CLASSES[train.labels[row]]
+        assert train.source_id(row) == f"train/{wnid}/{wnid}_{row % 4}.JPEG"
+        assert train.encoded(row) == train_image(make, wnid, row % 4)
+    for row in range(5):
+        number = int(val.source_id(row)[-10:-5])
+        assert CLASSES[val.labels[row]] == DEVKIT_WNIDS[VAL_NUMBERS[number - 1] - 1]
+        assert val.encoded(row) == val_image(make, number)
+
+
+IMAGENET = {"source": "imagenet", "storage": "encoded", "image_size": None}
+
+
+def test_imagenet_as_downloaded(prepare, make, tmp_path):
+    status, out = prepare(path=official(tmp_path / "imagenet", make), **IMAGENET)
+    assert status == 0
+    check_imagenet(out, make)
+
+
+@pytest.mark.parametrize("flat_val", [True, False])
+def test_imagenet_extracted_is_packed_to_the_same_images(prepare, make, tmp_path, flat_val):
+    folder = official(tmp_path / "imagenet", make)
+    _, from_archives = prepare(path=folder, out=tmp_path / "archives", **IMAGENET)
+    (folder / "ILSVRC2012_img_train.tar").unlink()
+    (folder / "ILSVRC2012_img_val.tar").unlink()
+    if not flat_val:
+        (folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    status, out = prepare(path=extracted(folder, make, flat_val), out=tmp_path / "trees", **IMAGENET)
+    assert status == 0
+    check_imagenet(out, make)
+    for split in ("train", "val"):
+        first, second = PackedImages(from_archives, split), PackedImages(out, split)
+        assert np.array_equal(first.digests(), second.digests()) and np.array_equal(first.labels, second.labels)
+
+
+def test_the_devkit_may_be_extracted(prepare, make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz") as tar:
+        tar.extractall(folder, filter="data")
+    (folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    status, out = prepare(path=folder, **IMAGENET)
+    assert status == 0
+    check_imagenet(out, make)
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+def test_imagenet_says_which_file_is_missing(refused, make, tmp_path, name):
+    folder = official(tmp_path / "imagenet", make)
+    (folder / name).unlink()
+    assert name in refused(path=folder, **IMAGENET)
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
+def test_imagenet_archives_cut_short_are_refused(refused, make, tmp_path, name):
+    path = official(tmp_path / "imagenet", make) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert name in refused(path=path.parent, **IMAGENET)
+
+
+def test_a_folder_that_is_no_synset_is_refused_for_imagenet(refused, make, tmp_path):
+    folder = extracted(tmp_path / "imagenet", make, flat_val=False)
+    make.write(folder / "train" / "cats" / "1.JPEG", val_image(make, 1))
+    assert "folder cats is no class of this source" in refused(path=folder, **IMAGENET)
+
+
+def test_a_validation_class_without_training_images_is_refused(refused, make, tmp_path):
+    folder = extracted(tmp_path / "imagenet", make, flat_val=False)
+    shutil.rmtree(folder / "train" / "n02119789")
+    assert "class n02119789 has validation images, but no training images" in refused(path=folder, **IMAGENET)
+
+
+def test_a_path_that_is_no_folder_is_refused_for_imagenet(refused, make, tmp_path):
+    assert "not found" in refused(path=tmp_path / "gone", **IMAGENET)
+    assert "is no folder" in refused(path=make.write(tmp_path / "file.tar", b"x"), **IMAGENET)
+
+
+def test_a_damaged_devkit_is_refused(refused, make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    make.write(folder / "ILSVRC2012_devkit_t12" / "data" / "meta.mat", b"MATLAB 5.0 MAT-file, or so it says" * 9)
+    assert "meta.mat of the devkit is damaged" in refused(path=folder, **IMAGENET)
+
+
+def cifar_records(seed: int, count: int) -> tuple[np.ndarray, np.ndarray, bytes]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count, np.uint8)
+    pixels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    records = np.concatenate([labels[:, None], pixels.transpose(0, 3, 1, 2).reshape(count, -1)], axis=1)
+    return labels, pixels, records.tobytes()
+
+
+def cifar_binary(path: Path, prefix: str = "cifar-10-batches-bin/") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    batches = {}
+    with tarfile.open(path, "w:gz") as tar:
+        for seed, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+            labels, pixels, data = cifar_records(seed, 12)
+            add(tar, f"{prefix}{name}.bin", data)
+            batches[name] = labels, pixels
+        add(tar, f"{prefix}batches.meta.txt", b"airplane\nautomobile\n")
+    return batches
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("storage", ["pixels", "encoded"])
+def test_cifar10_in_its_binary_version(prepare, tmp_path, as_folder, storage):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    batches = cifar_binary(path)
+    if as_folder:
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "folder", filter="data")
+        path = tmp_path / "folder"
+    status, out = prepare(source="cifar10", path=path, storage=storage, image_size=32)
+    assert status == 0
+    for split, count in (("train", 60), ("val", 12)):
+        packed = PackedImages(out, split)
+        assert len(packed) == count and packed.class_names[3] == "cat"
+        for row in range(count):
+            batch, _, place = packed.source_id(row).partition("/")
+            labels, pixels = batches[batch]
+            assert (batch == "test_batch") == (split == "val")
+            assert packed.labels[row] == labels[int(place)]
+            assert np.array_equal(packed.image(row), pixels[int(place)])
+
+
+def test_cifar10_refuses_pickles_and_torn_batches(refused, make, tmp_path):
+    make.write(tmp_path / "python" / "cifar-10-batches-py" / "data_batch_1", b"\x80\x02}q\x00.")
+    assert "pickles" in refused(source="cifar10", path=tmp_path / "python", image_size=32)
+    cifar_binary(tmp_path / "x.tar.gz")
+    with tarfile.open(tmp_path / "x.tar.gz") as tar:
+        tar.extractall(tmp_path / "binary", filter="data")
+    batch = tmp_path / "binary" / "cifar-10-batches-bin" / "data_batch_4.bin"
+    batch.write_bytes(batch.read_bytes()[:-5])
+    assert "no whole number of records" in refused(source="cifar10", path=tmp_path / "binary", image_size=32)
+    batch.unlink()
+    assert "data_batch_4.bin is missing" in refused(source="cifar10", path=tmp_path / "binary", image_size=32)
+
+
+def test_cifar10_refuses_other_classes(refused, make, tmp_path):
+    make.class_folders(tmp_path / "images", {"cat": 3, "cow": 3})
+    assert "folder cow is no class" in refused(source="cifar10", path=tmp_path / "images")
+
+
+def test_the_real_cifar10_archive(prepare, cifar10_archive):
+    status, out = prepare(source="cifar10", path=cifar10_archive, image_size=32, max_images_per_class=20)
+    assert status == 0
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    assert np.bincount(train.labels).tolist() == [20] * 10 == np.bincount(val.labels).tolist()
+    assert train.class_names == sorted(train.class_names) and train.class_names[0] == "airplane"
+    assert train.source_id(21) == "train/automobile/0001.jpg"
+    with tarfile.open(cifar10_archive) as tar:
+        first = next(member for member in tar if member.name == train.source_id(0))
+        content = tar.extractfile(first).read()
+    assert np.array_equal(train.image(0), decode(content))
+
+
+def test_the_real_imagenet_sample(prepare, imagenet_sample):
+    status, out = prepare(path=imagenet_sample, storage="encoded", image_size=64)
+    assert status == 0
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    files = sorted(imagenet_sample.glob("n*/*"))
+    assert len(train) + len(val) == len(files) and len(val) == round(0.2 * len(files))
+    assert train.class_names[0] == "tench" and train.num_classes == len(files)
+    assert all(min(train.image(row).shape[:2]) <= 64 for row in range(len(train)))
+    # The file's own shape is kept, and the pixels are those of the file, shrunk.
+    for row in range(0, len(train), 9):
+        original = decode((imagenet_sample / train.source_id(row)).read_bytes())
+        shrunk = train.image(row)
+        assert abs(shrunk.shape[0] / shrunk.shape[1] - original.shape[0] / original.shape[1]) < 0.02
+        assert np.abs(shrunk.mean((0, 1)) - original.mean((0, 1))).max() < 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "zip", "wrapped zip"])
+def test_class_folders_from_folders_and_archives_are_the_same(prepare, make, tmp_path, kind):
+    root = make.class_folders(tmp_path / "images", {"a b": 4, "žluť": 5})
+    make.write(root / "a b" / "deep" / "er" / "x.JPG", make.encode(make.noise(99), "JPEG"))
+    _, expected = prepare(path=root, out=tmp_path / "expected")
+    path = tmp_path / f"x.{kind}"
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    if kind == "folder":
+        path = tmp_path / "links"
+        path.mkdir()
+        for folder in root.iterdir():
+            (path / folder.name).symlink_to(folder)
+    elif kind.endswith("zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, ("my data/" if "wrapped" in kind else "") + str(file.relative_to(root)))
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as tar:
+            tar.add(root, ".")
+    status, out = prepare(path=path, out=tmp_path / "found")
+    assert status == 0
+    for split in ("train", "val"):
+        first, second = PackedImages(expected, split), PackedImages(out, split)
+        assert first.class_names == second.class_names == ["a b", "žluť"]
+        assert np.array_equal(first.digests(), second.digests()) and np.array_equal(first.labels, second.labels)
+        ids = [second.source_id(row).removeprefix("my data/") for row in range(len(second))]
+        assert ids == [first.source_id(row) for row in range(len(first))]
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_train_and_val_folders_are_the_splits(prepare, make, tmp_path, val):
+    make.class_folders(tmp_path / "images" / "train", {"a": 3, "b": 4})
+    make.class_folders(tmp_path / "images" / val, {"a": 2, "b": 1}, first_seed=50)
+    status, out = prepare(path=tmp_path / "images")
+    assert status == 0
+    assert np.bincount(PackedImages(out, "train").labels).tolist() == [3, 4]
+    assert np.bincount(PackedImages(out, "val").labels).tolist() == [2, 1]
+    assert PackedImages(out, "val").source_id(0) == f"{val}/a/000.png"
+
+
+def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 5, "b": 5}).parent
+    status, out = prepare(path=root, out=tmp_path / "one")
+    assert status == 0 and len(PackedImages(out, "train")) == 8 and len(PackedImages(out, "val")) == 2
+    make.class_folders(root / "test", {"a": 1, "b": 1}, first_seed=50)
+    make.class_folders(root / "val", {"a": 2, "b": 2}, first_seed=60)
+    status, out = prepare(path=root, out=tmp_path / "two")
+    assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 4
+
+
+def test_a_class_may_be_called_train(prepare, make, tmp_path):
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"bus": 3, "train": 3}))
+    assert status == 0 and PackedImages(out, "train").class_names == ["bus", "train"]

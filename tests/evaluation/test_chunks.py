@@ -1,0 +1,93 @@
+"""Oracle: the same work done in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crt.distributed import World
+from crt.evaluation import chunks as module
+from crt.evaluation.chunks import ChunkStore
+from crt.interrupt import Stopped
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_IMAGES", 6)
+
+
+def work(start: int, stop: int) -> dict[str, np.ndarray]:
+    return {"values": VALUES[start:stop], "rows": np.arange(start, stop)}
+
+
+def test_columns_come_back_in_order(tmp_path):
+    store = ChunkStore(tmp_path, len(VALUES), batch_size=4)
+    store.fill("test", work, ALONE)
+    np.testing.assert_array_equal(store.column("values"), VALUES)
+    np.testing.assert_array_equal(np.concatenate(list(store.parts("rows"))), np.arange(23))
+    for rows in ([0, 5, 6, 22], [], [7]):
+        np.testing.assert_array_equal(store.column("values", np.array(rows, np.int64)), VALUES[rows])
+
+
+def test_a_stopped_pass_continues_with_the_missing_chunks_in_the_same_batches(tmp_path, monkeypatch):
+    store = ChunkStore(tmp_path, len(VALUES), batch_size=3)
+    batches = []
+
+    def failing(start: int, stop: int) -> dict[str, np.ndarray]:
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+        batches.append((start, stop))
+        return work(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.fill("test", failing, ALONE)
+    batches.clear()
+    again = ChunkStore(tmp_path, len(VALUES), batch_size=3)
+    again.fill("test", lambda a, b: batches.append((a, b)) or work(a, b), ALONE)
+    assert batches == [(12, 15), (15, 18), (18, 21), (21, 23)]  # the first two chunks of six images were whole
+    np.testing.assert_array_equal(again.column("values"), VALUES)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_signal_stops_after_a_whole_chunk(tmp_path, monkeypatch):
+    store = ChunkStore(tmp_path, len(VALUES), batch_size=6)
+    monkeypatch.setattr("crt.interrupt._received", [15])
+    with pytest.raises(Stopped):
+        store.fill("test", work, ALONE)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_two_processes_share_the_chunks(tmp_path):
+    """Each does every second chunk; together they leave what one alone leaves, bit for bit."""
+    torch.multiprocessing.spawn(_fill_as_rank, args=(str(tmp_path),), nprocs=2)
+    alone = ChunkStore(tmp_path / "alone", len(VALUES), batch_size=6)
+    alone.fill("test", work, ALONE)
+    names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
+    assert names == [path.name for path in sorted((tmp_path / "shared").iterdir())]
+    for name in names:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+    assert (tmp_path / "rank0").read_text() == "0 6\n12 18\n"
+    assert (tmp_path / "rank1").read_text() == "6 12\n18 23\n"
+
+
+def _fill_as_rank(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    module._CHUNK_IMAGES = 6
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    store = ChunkStore(Path(folder) / "shared", len(VALUES), batch_size=6)
+
+    def logged(start: int, stop: int) -> dict[str, np.ndarray]:
+        with open(f"{folder}/rank{rank}", "a") as file:
+            file.write(f"{start} {stop}\n")
+        return work(start, stop)
+
+    store.fill("test", logged, World(rank, 2, rank, torch.device("cpu")))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,74 @@
+"""Oracles: the real labels of held-out digits, an uninterrupted training run, explicit shifts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift
+from crt.evaluation.precision_recall import class_agreement
+from crt.interrupt import Stopped
+
+
+def test_default_params_read_held_out_digits(digits, classifier_path):
+    """At least 97% on digits that it never saw; agreement of real images with their own labels is that accuracy."""
+    network = ClassifierFeatures(classifier_path, "cpu")
+    features = network(digits.val)
+    probabilities = network.probabilities(features)
+    assert features.shape == (360, network.dimension)
+    assert features.dtype == probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    accuracy = (probabilities.argmax(axis=1) == digits.val_labels).mean()
+    assert accuracy >= 0.97
+    assert class_agreement(probabilities.argmax(axis=1), digits.val_labels) == accuracy
+
+
+def test_training_is_a_function_of_params_and_seed(digits, tmp_path):
+    first = digits.train_classifier(tmp_path / "a/classifier.safetensors", steps=6, channels=4)
+    second = digits.train_classifier(tmp_path / "b/classifier.safetensors", steps=6, channels=4)
+    other = digits.train_classifier(tmp_path / "c/classifier.safetensors", steps=6, channels=4, seed=1)
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+    checksums = {ClassifierFeatures(path, "cpu").checksum for path in (first, second, other)}
+    assert len(checksums) == 2
+
+
+def test_stopped_training_continues_to_the_same_weights(digits, tmp_path, monkeypatch):
+    whole = digits.train_classifier(tmp_path / "whole/classifier.safetensors", steps=12, channels=4)
+    path = tmp_path / "stopped/classifier.safetensors"
+    calls = []
+
+    def stop_at_fifth_checkpoint():
+        calls.append(1)
+        if len(calls) == 5:
+            raise Stopped(15)
+
+    monkeypatch.setattr("crt.evaluation.classifier.raise_if_stopped", stop_at_fifth_checkpoint)
+    with pytest.raises(Stopped):
+        digits.train_classifier(path, steps=12, channels=4)
+    assert not path.exists()
+    digits.train_classifier(path, steps=12, channels=4)
+    assert len(calls) == 11  # went on after the fifth of eleven checkpoints, did not start again
+    assert path.read_bytes() == whole.read_bytes()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("side", [15, 16, 32, 64, 256])
+def test_blocks_see_small_images_whatever_the_side(side):
+    network = ConvClassifier(channels=4, classes=3, image_size=side).eval()
+    images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    assert network.stem(images.permute(0, 3, 1, 2).float()).shape[-1] == min(side, 32)
+    assert network.features(images).shape == (2, 16)
+    assert network(images).shape == (2, 3)
+
+
+def test_shift_moves_each_image_and_repeats_the_border():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 10, 10, 3), np.uint8)
+    offsets = np.random.default_rng(7).integers(-2, 3, (6, 2, 1))
+    shifted = random_shift(images, 0.2, np.random.default_rng(7))
+    for image, result, (dy, dx) in zip(images, shifted, offsets[..., 0], strict=True):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        np.testing.assert_array_equal(result, padded[2 + dy : 12 + dy, 2 + dx : 12 + dx])
+    assert random_shift(images, 0.0, rng) is images

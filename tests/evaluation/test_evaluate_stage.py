@@ -1,0 +1,279 @@
+"""The stage itself, on real digits, with a tokenizer and a transformer as they are before training.
+
+Oracles: the same figures computed from the images in one go, an uninterrupted run, and the text of the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as cleanfid_fid
+from PIL import Image
+
+from crt.__main__ import main
+from crt.ar.model import ARTransformer, config_from_params, save_model
+from crt.commands.results import table
+from crt.data.packed import PackedImages
+from crt.data.transforms import to_uint8, to_unit_range
+from crt.evaluation import chunks
+from crt.evaluation.classifier import ClassifierFeatures
+from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.reconstruction import psnr, ssim
+from crt.history import History
+from crt.params import load_params
+from crt.randomness import seed_torch
+from crt.stage import open_run, publish, sha256_file
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+from crt.tokens.cache import TokenCache
+from tests.conftest import ROOT, TINY, write_params
+
+NAMES = ("data", "tokenizer", "tokens", "ar", "samples")
+# Enough real images for the 16 features of this classifier.
+CHANGES = TINY | {
+    "evaluate.classifier.channels": 4,
+    "evaluate.classifier.steps": 30,
+    "evaluate.batch_size": 10,
+    "sample.num_images": 40,
+}
+
+
+class Pipeline:
+    """Folders of the stages before `evaluate`, and a way to run it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.params = root, root / "params.yaml"
+        write_params(self.params, CHANGES)
+
+    def inputs(self, *names: str) -> dict[str, Path]:
+        return {name: self.root / name for name in names}
+
+    def stage(self, name: str, out: str, *inputs: str) -> int:
+        options = [text for key in inputs for text in (f"--{key}", str(self.root / key))]
+        return main([name, "--params", str(self.params), *options, "--out", str(self.root / out)])
+
+    def evaluate(self, out: str, **changes) -> int:
+        write_params(self.params, CHANGES | {f"evaluate.{name}": value for name, value in changes.items()})
+        return self.stage("evaluate", out, *NAMES)
+
+    def metrics(self, out: str) -> dict:
+        def refuse(text: str) -> None:
+            raise AssertionError(f"{text} in JSON")
+
+        return json.loads((self.root / out / "metrics.json").read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Pipeline:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        made = Pipeline(tmp_path_factory.mktemp("pipeline"))
+        params = load_params(made.params)
+        assert made.stage("prepare_data", "data") == 0
+
+        run = open_run("train_tokenizer", made.params, made.inputs("data"), made.root / "tokenizer")
+        run.staging.mkdir(parents=True)
+        seed_torch(0, "test")
+        Tokenizer(TokenizerConfig.from_params(params.train_tokenizer)).save(run.staging)
+        History(run.staging / "train.csv", ["loss"]).append(1, {"loss": 0.5})
+        publish(run)
+        assert made.stage("tokenize", "tokens", "data", "tokenizer") == 0
+
+        run = open_run("train_ar", made.params, made.inputs("tokens"), made.root / "ar")
+        run.staging.mkdir(parents=True)
+        config = config_from_params(params.train_ar.model, TokenCache(made.root / "tokens", "train"))
+        save_model(ARTransformer(config).state_dict(), config, run.staging)
+        run.summary["val_loss"] = 2.5
+        publish(run)
+        assert made.stage("sample", "samples", "tokenizer", "ar") == 0
+    return made
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def evaluated(pipeline) -> Pipeline:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(chunks, "_CHUNK_IMAGES", 20)
+        assert pipeline.evaluate("evaluation") == 0
+    return pipeline
+
+
+def test_figures_are_those_of_the_images_taken_in_one_go(evaluated):
+    metrics, root = evaluated.metrics("evaluation"), evaluated.root
+    val = PackedImages(root / "data", "val")
+    originals = val.pixels(np.arange(len(val)))
+    tokenizer = Tokenizer.load(root / "tokenizer")
+    codes = tokenizer.encode(to_unit_range(torch.from_numpy(originals)))
+    copies = to_uint8(tokenizer.decode(codes))
+    with h5py.File(root / "samples/samples.h5") as file:
+        samples, labels = file["images"][:], file["labels"][:]
+    network = ClassifierFeatures(root / "evaluation/classifier.safetensors", "cpu")
+    real, made, again = (network(images).astype(float) for images in (originals, samples, copies.numpy()))
+
+    assert metrics["fd_classifier_rec"] == pytest.approx(cleanfid_fid.fid_from_feats(again, real), rel=1e-4)
+    assert metrics["fd_classifier_gen"] == pytest.approx(cleanfid_fid.fid_from_feats(made, real), rel=1e-4)
+    assert metrics["psnr"] == pytest.approx(psnr(torch.from_numpy(originals), copies).mean().item(), rel=1e-6)
+    assert metrics["ssim"] == pytest.approx(ssim(torch.from_numpy(originals), copies).mean().item(), rel=1e-6)
+    assert metrics["class_agreement"] == (network.probabilities(made).argmax(axis=1) == labels).mean()
+    assert metrics["classifier_accuracy"] == (network.probabilities(real).argmax(axis=1) == val.labels).mean()
+    shares = np.bincount(codes.flatten(), minlength=64) / codes.numel()
+    entropy = -(shares[shares > 0] * np.log2(shares[shares > 0])).sum()
+    assert metrics["codebook_usage"] == (shares > 0).mean()
+    assert metrics["codebook_perplexity"] == pytest.approx(2**entropy)
+    assert metrics["bits_per_image"] == 16 * 6
+    assert metrics["bits_per_image_entropy"] == pytest.approx(16 * entropy)
+    assert metrics["bits_per_image_stage2"] == pytest.approx(16 * 2.5 / np.log(2))
+    assert metrics["stage2_val_loss"] == 2.5
+    assert 0 <= metrics["recall"] <= 1
+    assert 0 <= metrics["precision"] <= 1
+
+
+def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated):
+    metrics = evaluated.metrics("evaluation")
+    assert metrics["features"] == "classifier"
+    assert metrics["generation_reference"] == metrics["reconstruction_reference"] == "val"
+    assert metrics["generation_images"] == 40
+    assert metrics["generation_reference_images"] == 120
+    assert len(metrics["features_sha256"]) == len(metrics["generation_reference_sha256"]) == 64
+    assert not {"rfid", "gfid", "kid", "inception_score"} & set(metrics)
+    assert "warnings" not in metrics
+    text = "\n".join(table(metrics))
+    assert f"{metrics['class_agreement']:10.4g}" in text
+    assert "40 samples at guidance 1.5 against the 120 images of val" in text
+
+
+def test_pictures_show_the_samples_of_each_class(evaluated):
+    folder = evaluated.root / "evaluation"
+    for name in ("samples", "reconstructions", "curves", "code_usage"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) >= 64
+    with h5py.File(evaluated.root / "samples/samples.h5") as file:
+        first = file["images"][0]  # class 0: the upper left cell
+    with Image.open(folder / "samples.png") as image:
+        pixels = np.asarray(image)
+    enlarged = first.repeat(4, axis=0).repeat(4, axis=1)
+    left = pixels.shape[1] - 4 * 68  # four images of each class
+    np.testing.assert_array_equal(pixels[4:68, left : left + 64], enlarged)
+
+
+def test_a_stopped_run_ends_with_the_same_bytes(evaluated, monkeypatch, tmp_path):
+    """Stopped by a signal after the first chunk of each pass, again and again."""
+    monkeypatch.setattr(chunks, "_CHUNK_IMAGES", 20)
+    expected = {path.name: path.read_bytes() for path in (evaluated.root / "evaluation").iterdir()}
+    calls = []
+    original = ClassifierFeatures.__call__
+
+    def stop_now_and_then(self, images):
+        calls.append(1)
+        if len(calls) % 9 == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, images)
+
+    monkeypatch.setattr(ClassifierFeatures, "__call__", stop_now_and_then)
+    statuses = []
+    while not statuses or statuses[-1] == 128 + signal.SIGTERM:
+        monkeypatch.setattr("crt.interrupt._received", [])
+        statuses.append(evaluated.evaluate("again"))
+        assert len(statuses) < 20
+    assert len(statuses) > 2
+    assert statuses[-1] == 0
+    assert {path.name: path.read_bytes() for path in (evaluated.root / "again").iterdir()} == expected
+
+
+def test_another_reference_is_named_and_read_to_its_end(evaluated):
+    assert evaluated.evaluate("against_train", generation_reference="train") == 0
+    val, train = evaluated.metrics("evaluation"), evaluated.metrics("against_train")
+    assert train["generation_reference"] == "train"
+    assert train["generation_reference_images"] == 120
+    assert train["fd_classifier_gen"] != val["fd_classifier_gen"]
+    assert train["fd_classifier_rec"] == pytest.approx(val["fd_classifier_rec"], rel=1e-9)
+
+
+def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
+    """128 features, 40 samples, 120 real images."""
+    assert evaluated.evaluate("scarce", **{"classifier.channels": 32, "classifier.steps": 1}) == 0
+    metrics = evaluated.metrics("scarce")
+    for name in ("fd_classifier_gen: 40 samples images and 120 reference images", "fd_classifier_rec: 120 validation"):
+        assert name in metrics["warnings"]
+        assert f"warning: {name}" in capfd.readouterr().err or name.startswith("fd_classifier_rec")
+    assert f"about {metrics['fd_classifier_gen_of_perfect_images']:.3g} instead of 0" in metrics["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"features": "inception", "inception_weights": "/nowhere"},
+            "/nowhere/inception-2015-12-05.pt: not found: put",
+        ),
+        (
+            {"features": "inception", "generation_reference": "adm_train", "adm_reference": "/nowhere/adm.npz"},
+            "/nowhere/adm.npz: not found: fetch",
+        ),
+    ],
+)
+def test_missing_files_are_named_in_one_line(evaluated, capfd, changes, message):
+    assert evaluated.evaluate("refused", **changes) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (evaluated.root / "refused").exists()
+
+
+def test_a_reference_of_another_size_is_refused(evaluated, tmp_path, capfd):
+    np.savez(tmp_path / "adm.npz", np.zeros((5, 32, 32, 3), np.uint8))
+    changes = {"features": "inception", "generation_reference": "adm_train", "adm_reference": str(tmp_path / "adm.npz")}
+    assert evaluated.evaluate("refused", **changes) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "adm_train have 32 pixels a side, the samples 16" in errors[0]
+
+
+def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):
+    if find_spec("lpips"):
+        pytest.skip("lpips is installed")
+    assert evaluated.evaluate("refused", lpips=True) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "evaluate.lpips" in errors[0]
+
+
+@pytest.mark.slow
+def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, tmp_path, monkeypatch):
+    """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
+    with h5py.File(evaluated.root / "samples/samples.h5") as file:
+        samples = file["images"][:]
+    np.savez_compressed(tmp_path / "adm.npz", samples[::-1])
+    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    monkeypatch.setattr("crt.stages.evaluate.InceptionFeatures", partial(InceptionFeatures, sha256=checksum))
+    changes = {
+        "features": "inception",
+        "inception_weights": str(inception_folder),
+        "generation_reference": "adm_train",
+        "adm_reference": str(tmp_path / "adm.npz"),
+    }
+    assert evaluated.evaluate("inception", **changes) == 0
+    metrics = evaluated.metrics("inception")
+    # The reference holds the very samples, in another order.
+    assert metrics["gfid"] == pytest.approx(0, abs=1e-3)
+    assert (metrics["precision"], metrics["recall"]) == (1, 1)
+    assert metrics["rfid"] > 0.01
+    assert metrics["inception_score"] >= 1
+    assert metrics["features_sha256"] == checksum
+    assert metrics["generation_reference"] == "adm_train"
+    assert metrics["generation_reference_sha256"] == sha256_file(tmp_path / "adm.npz")
+    assert "gfid: 40 samples images and 40 reference images" in metrics["warnings"]
+    assert {"kid", "class_agreement", "classifier_accuracy"} <= set(metrics)
+    assert not {"fd_classifier_rec", "fd_classifier_gen"} & set(metrics)

@@ -1,0 +1,123 @@
+"""Oracle: clean-fid's own feature extraction and scores on the same images as PNG files.
+
+The weights of the real Inception network cannot be had offline, so its class runs on a stand-in TorchScript file with
+the same face (layers, output, forward), small enough for a test; the checksum test alone tells the two apart.
+"""
+
+from __future__ import annotations
+
+import io
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from cleanfid import fid as cleanfid_fid
+from cleanfid.inception_torchscript import InceptionV3W
+from PIL import Image
+
+from crt.errors import UserError
+from crt.evaluation.classifier import ClassifierFeatures
+from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.frechet import GaussianStatistics, frechet_distance
+from crt.stage import sha256_file
+
+
+def as_folder(images: np.ndarray, folder) -> str:
+    folder.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:04d}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow"])
+def test_inception_features_are_clean_fids(digits, inception_folder, tmp_path, resize):
+    images = digits.val[:12]
+    network = InceptionFeatures(inception_folder, resize, "cpu", sha256_file(inception_folder / INCEPTION_FILE))
+    theirs = InceptionV3W(str(inception_folder), download=False, resize_inside=resize != "clean").eval()
+    expected = cleanfid_fid.get_folder_features(
+        as_folder(images, tmp_path / "images"), theirs, num_workers=0, mode=resize, device="cpu", verbose=False
+    )
+    features = network(images)
+    assert features.shape == (12, network.dimension)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    assert network.resize == resize
+
+
+def test_inception_probabilities_leave_out_the_outputs_bias(digits, inception_folder):
+    network = InceptionFeatures(inception_folder, "clean", "cpu", sha256_file(inception_folder / INCEPTION_FILE))
+    images = np.random.default_rng(0).integers(0, 256, (3, 299, 299, 3), np.uint8)  # no resize to differ in
+    model = torch.jit.load(inception_folder / INCEPTION_FILE)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images).permute(0, 3, 1, 2), no_output_bias=True).numpy()
+    np.testing.assert_allclose(network.probabilities(network(images)), expected, rtol=1e-4)
+
+
+def test_distance_equals_clean_fids_compute_fid_on_the_same_folders(digits, classifier_path, tmp_path):
+    """The whole way, from PNG folders to the score, with the same features; to 1e-6."""
+    network = ClassifierFeatures(classifier_path, "cpu")
+
+    def extract(batch: torch.Tensor) -> torch.Tensor:
+        # clean-fid hands over float pixels; double keeps its own means from rounding
+        pixels = batch.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return torch.from_numpy(network(pixels)).double()
+
+    sets = digits.val[:200], np.clip(digits.train[:250].astype(int) + 40, 0, 255).astype(np.uint8)
+    expected = cleanfid_fid.compute_fid(
+        *(as_folder(images, tmp_path / name) for name, images in zip("ab", sets, strict=True)),
+        mode="legacy_tensorflow",  # images as they are
+        custom_feat_extractor=extract,
+        batch_size=50,
+        num_workers=0,
+        device="cpu",
+        verbose=False,
+    )
+    statistics = []
+    for images in sets:
+        statistics.append(GaussianStatistics(network.dimension))
+        for start in range(0, len(images), 50):
+            statistics[-1].update(network(images[start : start + 50]))
+    assert expected > 1
+    assert frechet_distance(*statistics) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_missing_inception_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"inception-2015-12-05\.pt: not found: put https") as error:
+        InceptionFeatures(tmp_path, "clean", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_inception_file_is_refused_by_checksum_before_it_is_loaded(inception_folder):
+    with pytest.raises(UserError, match="wrong file, its SHA-256 is") as error:
+        InceptionFeatures(inception_folder, "clean", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_network_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(UserError, match=r"cannot be fetched .*set evaluate\.inception_weights") as error:
+        InceptionFeatures(None, "clean", "cpu")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_fetched_file_is_kept_only_if_it_is_the_right_one(inception_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    right = inception_folder / INCEPTION_FILE
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(right.read_bytes()))
+    with pytest.raises(UserError, match="what was fetched is not"):
+        InceptionFeatures(None, "clean", "cpu")
+    assert not list(tmp_path.rglob("*.pt"))
+    network = InceptionFeatures(None, "clean", "cpu", sha256_file(right))
+    assert len(list(tmp_path.rglob(INCEPTION_FILE))) == 1
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("offline")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    assert InceptionFeatures(None, "clean", "cpu", sha256_file(right)).checksum == network.checksum

@@ -1,0 +1,91 @@
+"""Oracle: the pixels that went in; a picture is decoded again and its cells compared."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from crt.evaluation.curves import _panels, plot_code_usage, plot_losses
+from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
+from crt.history import History
+
+rng = np.random.default_rng(0)
+
+
+def cells(picture: Image.Image, columns: int, cell: int, gap: int = 4) -> list[list[np.ndarray]]:
+    """The images of a grid, found from its right and top edge."""
+    pixels = np.asarray(picture)
+    rows = (pixels.shape[0] - gap) // (cell + gap)
+    left = pixels.shape[1] - columns * (cell + gap)
+    return [
+        [pixels[top : top + cell, start : start + cell] for start in range(left, pixels.shape[1] - gap, cell + gap)]
+        for top in (gap + row * (cell + gap) for row in range(rows))
+    ]
+
+
+def test_small_images_are_enlarged_by_whole_pixels_to_be_seen(tmp_path):
+    images = rng.integers(0, 256, (3, 4, 24, 24, 3), np.uint8)
+    save_png(image_grid(list(images), ["zero", "one", "two"]), tmp_path / "grid.png")
+    grid = cells(Image.open(tmp_path / "grid.png"), columns=4, cell=72)
+    for row, expected_row in zip(grid, images, strict=True):
+        for cell, expected in zip(row, expected_row, strict=True):
+            np.testing.assert_array_equal(cell, np.kron(expected, np.ones((3, 3, 1), np.uint8)))
+
+
+def test_large_images_keep_their_resolution():
+    images = rng.integers(0, 256, (1, 2, 100, 100, 3), np.uint8)
+    picture = image_grid(list(images))
+    assert picture.size == (4 + 2 * 104, 108)
+    np.testing.assert_array_equal(cells(picture, 2, 100)[0][1], images[0, 1])
+
+
+def test_labels_stand_left_of_their_rows_and_long_ones_are_cut():
+    images = np.full((2, 1, 64, 64, 3), 255, np.uint8)
+    pixels = np.asarray(image_grid(list(images), ["", "a name that is much too long for any margin, und größer"]))
+    ink = (pixels < 128).all(axis=-1)
+    assert not ink[:70].any()
+    assert ink[70:].any()
+    assert pixels.shape[1] < 250
+
+
+def test_reconstructions_stand_below_their_originals():
+    originals, copies = rng.integers(0, 256, (2, 5, 64, 64, 3), np.uint8)
+    grid = cells(reconstruction_grid(originals, copies, columns=4), columns=4, cell=64)
+    assert len(grid) == 4
+    for index in range(4):
+        np.testing.assert_array_equal(grid[0][index], originals[index])
+        np.testing.assert_array_equal(grid[1][index], copies[index])
+    np.testing.assert_array_equal(grid[2][0], originals[4])
+    np.testing.assert_array_equal(grid[3][0], copies[4])
+
+
+def test_rows_by_class_takes_the_first_of_each_class():
+    rows = rows_by_class(np.array([3, 0, 3, 3, 5, 0]), classes=2, images_per_class=2)
+    assert {label: list(indices) for label, indices in rows.items()} == {0: [1, 5], 3: [0, 2]}
+
+
+def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    train = History(folder / "train.csv", ["loss", "learning_rate"])
+    validation = History(folder / "validation.csv", ["loss", "psnr"])
+    (folder / "loss_per_position.csv").write_text("position,loss\n0,2.5\n1,1.5\n")
+    for step in range(1, 20):
+        train.append(step, {"loss": 1 / step, "learning_rate": 0.1})
+    validation.append(10, {"loss": 0.2, "psnr": float("nan")})
+    for name in ("a.png", "b.png"):
+        assert plot_losses({"tokenizer": folder, "transformer": tmp_path / "absent"}, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10
+        assert "Software" not in image.info
+    titles = [panel.title for panel in _panels("tokenizer", folder)]
+    assert titles == ["tokenizer: loss", "tokenizer: learning rate", "tokenizer: loss per position"]
+    assert not plot_losses({"tokenizer": tmp_path / "absent"}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_code_usage_is_drawn_for_unused_codes_too(tmp_path):
+    plot_code_usage(np.array([5, 0, 1, 0]), tmp_path / "usage.png")
+    with Image.open(tmp_path / "usage.png") as image:
+        assert image.width > 300

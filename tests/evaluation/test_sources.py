@@ -1,0 +1,74 @@
+"""Oracles: the arrays that were written."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import h5py
+import numpy as np
+import pytest
+
+from crt.errors import UserError
+from crt.evaluation.sources import AdmBatch, SampleSource
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_adm_batch_reads_any_stretch(tmp_path, save):
+    save(tmp_path / "batch.npz", IMAGES, mu=np.zeros(3))
+    source = AdmBatch(tmp_path / "batch.npz")
+    assert (len(source), source.image_size) == (40, 12)
+    for start, stop in ((0, 7), (7, 9), (33, 40), (5, 6)):
+        np.testing.assert_array_equal(source.read(start, stop), IMAGES[start:stop])
+
+
+def test_adm_batch_never_holds_the_whole_array(tmp_path):
+    large = np.zeros((400, 256, 256, 3), np.uint8)  # 79 MB
+    np.savez_compressed(tmp_path / "batch.npz", large)
+    source = AdmBatch(tmp_path / "batch.npz")
+    tracemalloc.start()
+    source.read(300, 310)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < large.nbytes / 4
+
+
+def test_adm_batch_says_what_is_wrong_in_one_line(tmp_path):
+    (tmp_path / "text.npz").write_text("not an archive")
+    np.savez(tmp_path / "unnamed.npz", images=IMAGES)
+    np.savez(tmp_path / "floats.npz", IMAGES.astype(np.float32))
+    np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
+    for name, text in {
+        "absent.npz": "not found",
+        "text.npz": "no ADM batch file",
+        "unnamed.npz": "no ADM batch file",
+        "floats.npz": "expected uint8",
+        "objects.npz": "expected uint8",
+    }.items():
+        with pytest.raises(UserError, match=text) as error:
+            AdmBatch(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_adm_batch_is_named(tmp_path):
+    np.savez(tmp_path / "batch.npz", IMAGES)
+    data = bytearray((tmp_path / "batch.npz").read_bytes())
+    data[2000:2100] = bytes(100)
+    (tmp_path / "batch.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"batch\.npz: arr_0 is damaged"):
+        AdmBatch(tmp_path / "batch.npz").read(0, 40)
+
+
+def test_samples_read_any_stretch_and_any_rows(tmp_path):
+    with h5py.File(tmp_path / "samples.h5", "w") as file:
+        file["images"], file["labels"] = IMAGES, np.arange(40) % 4
+        file.attrs["class_names"], file.attrs["guidance_scale"] = json.dumps(list("abcd")), 1.5
+    source = SampleSource(tmp_path, "content")
+    assert (len(source), source.image_size, source.guidance_scale) == (40, 12, 1.5)
+    assert source.class_names == list("abcd")
+    np.testing.assert_array_equal(source.labels, np.arange(40) % 4)
+    np.testing.assert_array_equal(source.read(10, 20), IMAGES[10:20])
+    np.testing.assert_array_equal(source.read_rows(np.array([39, 2])), IMAGES[[39, 2]])

@@ -1,0 +1,155 @@
+"""The cache against the arrays it was written from, and against HDF5's own reading of the same files."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from crt.errors import UserError
+from crt.tokens.cache import TokenCache, locate_splits
+from tests.tokens.caches import make_header, random_codes, write_cache
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A cache of three shards, the last one short, and what went into it."""
+    header = make_header(rows=2 * 4096 + 1000, views=("center", "flip"), codebook_size=1000)
+    codes, labels = random_codes(header)
+    return write_cache(tmp_path_factory.mktemp("cache") / "tokens", header, codes, labels), codes, labels
+
+
+def test_round_trip_across_shards(written):
+    cache, codes, labels = written
+    assert cache.header.num_shards == 3
+    assert len(cache) == len(codes)
+    np.testing.assert_array_equal(cache.array, codes)
+    np.testing.assert_array_equal(cache.labels, labels)
+    np.testing.assert_array_equal(cache.source_index, np.arange(len(codes)))
+    rng = np.random.default_rng(1)
+    rows, views = rng.integers(0, len(codes), 500), rng.integers(0, 2, 500)
+    read = cache.codes(rows, views)
+    assert read.dtype == np.int64
+    np.testing.assert_array_equal(read, codes[rows, views])
+    np.testing.assert_array_equal(cache.codes(rows, 1), codes[rows, 1])
+
+
+def test_any_hdf5_reader_sees_one_data_set(written):
+    cache, codes, labels = written
+    with h5py.File(cache.folder / "train.h5") as file:
+        np.testing.assert_array_equal(file["codes"][()], codes)
+        np.testing.assert_array_equal(file["labels"][()], labels)
+        np.testing.assert_array_equal(file["source_index"][()], np.arange(len(codes)))
+        assert [name.decode() for name in file["class_names"]] == cache.class_names
+        assert file["codes"].dtype == np.uint16
+
+
+def test_files_describe_themselves(written):
+    cache, _, _ = written
+    for name in ("train.h5", cache.header.shard_name(1)):
+        with h5py.File(cache.folder / name) as file:
+            facts = {name: value.decode() if isinstance(value, bytes) else value for name, value in file.attrs.items()}
+        assert facts["format"] == "crt-token-cache"
+        assert facts["schema"] == 1
+        assert (facts["rows"], facts["codebook_size"], facts["grid"]) == (9192, 1000, "[4, 4]")
+        assert facts["views"] == '["center", "flip"]'
+        assert facts["tokenizer_content"] == "a" * 64
+        assert facts["data_content"] == "b" * 64
+        assert facts["complete"]
+    assert (cache.num_tokens, cache.grid, cache.num_views, cache.views) == (16, (4, 4), 2, ("center", "flip"))
+    assert (cache.codebook_size, cache.num_classes) == (1000, 10)
+    assert cache.tokenizer_content == "a" * 64
+    assert cache.class_names[3] == "class 3, straße"
+
+
+def test_codes_are_contiguous_and_uncompressed(written):
+    """So that they can be memory-mapped: the bytes at the data set's offset are the codes."""
+    cache, codes, _ = written
+    path = cache.folder / cache.header.shard_name(2)
+    with h5py.File(path) as file:
+        offset, shape, kind = file["codes"].id.get_offset(), file["codes"].shape, file["codes"].dtype
+    np.testing.assert_array_equal(np.memmap(path, kind, "r", offset, shape), codes[8192:])
+
+
+def test_same_content_gives_same_bytes_at_any_time(tmp_path):
+    header = make_header(rows=5000)
+    codes, labels = random_codes(header)
+    write_cache(tmp_path / "first", header, codes, labels)
+    time.sleep(1.1)  # HDF5 records seconds where it records times
+    write_cache(tmp_path / "second", header, codes, labels)
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == ["train-00000-of-00002.h5", "train-00001-of-00002.h5", "train.h5"]
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("codebook_size", "kind"), [(2, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_code_type_follows_the_codebook(tmp_path, codebook_size, kind):
+    header = make_header(rows=10, codebook_size=codebook_size)
+    codes = np.full((10, 1, 16), codebook_size - 1)
+    cache = write_cache(tmp_path / "tokens", header, codes, np.zeros(10, np.int64))
+    assert cache.array.dtype == kind
+    assert (cache.codes(np.arange(10), 0) == codebook_size - 1).all()
+
+
+def test_bytes_per_token_at_imagenet_shape(tmp_path):
+    header = make_header(rows=4096, views=tuple(f"ten_crop@1.1/{n}" for n in range(10)), grid=(16, 16))
+    codes, labels = random_codes(header)
+    cache = write_cache(tmp_path / "tokens", header, codes, labels)
+    total = sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert cache.file_bytes == total
+    assert total / codes.size <= 2.1
+
+
+@pytest.mark.parametrize("rows", [1, 4096, 4097, 50_000, 1_281_167, 14_197_122])
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 3), (16, 16), (24, 24)])
+def test_shards_cover_the_rows_and_can_be_mapped_end_to_end(rows, tokens):
+    header = make_header(rows=rows, grid=tokens, views=("center", "flip", "ten_crop@1.1/0"))
+    ranges = [header.shard_range(index) for index in range(header.num_shards)]
+    assert (ranges[0].start, ranges[-1].stop) == (0, rows)
+    assert all(first.stop == second.start for first, second in itertools.pairwise(ranges))
+    assert all(len(part) * header.row_bytes % 65536 == 0 for part in ranges[:-1])
+    assert header.num_shards <= 512
+    assert [block.start for block in header.blocks(0)] == list(range(0, len(ranges[0]), 256))
+
+
+def test_rows_and_views_out_of_range_are_refused(written):
+    cache, codes, _ = written
+    with pytest.raises(IndexError):
+        cache.codes(np.array([len(codes)]), np.array([0]))
+    with pytest.raises(IndexError):
+        cache.codes(np.array([0]), np.array([2]))
+
+
+def test_the_mapping_cannot_be_written_to(written):
+    with pytest.raises(ValueError, match="read-only"):
+        written[0].array[0, 0, 0] = 1
+
+
+def test_a_copy_through_pickle_carries_no_codes(written):
+    cache, codes, _ = written
+    assert cache.array is not None
+    content = pickle.dumps(cache)
+    assert len(content) < codes[:, 0].nbytes
+    np.testing.assert_array_equal(pickle.loads(content).array, codes)
+
+
+def test_codes_outlive_the_cache_object(tmp_path):
+    header = make_header(rows=5000)
+    codes, labels = random_codes(header)
+    array = write_cache(tmp_path / "tokens", header, codes, labels).array
+    np.testing.assert_array_equal(array, codes)
+
+
+def test_places_of_splits(written, tmp_path):
+    folder = written[0].folder
+    assert locate_splits(folder) == (folder, ["train"])
+    assert locate_splits(folder / "train.h5") == (folder, ["train"])
+    with pytest.raises(UserError, match=r"train\.h5 or val\.h5"):
+        locate_splits(tmp_path)
+    with pytest.raises(UserError, match="is no token cache"):
+        locate_splits(folder / "train-00000-of-00003.h5")
