@@ -114,11 +114,14 @@ class Checkpoints:
             checkpoint: from `latest`.
         """
         universal = self.needs_conversion(checkpoint)
-        tag = _UNIVERSAL if universal else _STATE
+        groups = [dict(group) for group in engine.optimizer.param_groups]
         with quiet():
+            tag = _UNIVERSAL if universal else _STATE
             path, state = engine.load_checkpoint(str(checkpoint.folder), tag=tag)
         if path is None or state["step"] != checkpoint.step:
             raise UserError(f"{checkpoint.folder}: cannot be loaded: delete it, the run continues at an earlier one")
+        if universal:
+            _separate_groups(engine, groups, checkpoint.step)
 
     def needs_conversion(self, checkpoint: Checkpoint) -> bool:
         """Whether the state is split over another number of processes than there are now."""
@@ -163,6 +166,19 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
             logger.warning("%s: missing or damaged: the checkpoint is ignored", path)
             return False
     return True
+
+
+def _separate_groups(engine: Any, groups: list[dict[str, Any]], step: int) -> None:
+    """Undo what loading a universal ZeRO-3 checkpoint mixes up.
+
+    It gives all groups of parameters the settings of the first, weight decay on the norms too, and one counter of
+    steps, which Adam then advances once for each.
+    """
+    for group, before in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in before.items() if name != "params"})
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = torch.full_like(state["step"], step)
 
 
 def _flush_files(folder: Path) -> dict[str, int]:

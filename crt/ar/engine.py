@@ -33,8 +33,9 @@ def deepspeed_session(world: World) -> Iterator[None]:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU it would compile a shared-memory collective at first use, for a minute; gloo serves as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed looks here for one thing, a collective through shared memory, which on a CPU it would compile for a
+    # minute at first use; gloo serves as well. Filled in, the table also spares the compiler runs that make it.
+    deepspeed.ops.__compatible_ops__ = {}
     alone = not dist.is_initialized()
     if alone:
         backend = "nccl" if world.device.type == "cuda" else "gloo"

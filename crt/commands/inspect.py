@@ -115,9 +115,12 @@ def _draw(caches: list[TokenCache], data: Path, tokenizer_folder: Path, out: Pat
                 decoded = to_uint8(tokenizer.decode(torch.from_numpy(codes))).numpy()
             rows.append(np.stack([originals, decoded], axis=1).reshape(-1, *originals.shape[1:]))
             labels.append(f"{cache.split} {row}: {cache.class_names[cache.labels[row]]}")
-        print(f"{cache.split}: encoding {len(chosen)} rows again in float32 gives {np.mean(same):.2%} of their codes")
+        print(
+            f"{cache.split}: in the picture {len(chosen)} rows, pairs of original and decoded codes of views "
+            f"{', '.join(names)}; encoding them again in float32 gives {np.mean(same):.2%} of the codes"
+        )
     save_png(image_grid(rows, labels), out)
-    print(f"{out}: pairs of original and decoded codes, of views {', '.join(names)}")
+    print(f"{out}: written")
 
 
 def _check_tokenizer(cache: TokenCache, tokenizer: Tokenizer, folder: Path) -> None:

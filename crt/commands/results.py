@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from crt.params import load_params
 from crt.pipeline import load_stages
 from crt.stage import read_current
 
+_WIDTH = 110
 # Name and what a reader must know of it, in the order in which they want them.
 RESULTS = (
     ("rfid", "FID of reconstructions, lower is better"),
@@ -26,8 +28,10 @@ RESULTS = (
     ("inception_score", "of samples, higher is better"),
     ("precision", "share of samples among the real images"),
     ("recall", "share of real images among the samples"),
-    ("class_agreement", "share of samples recognised as the class asked for, by a classifier right"),
-    ("classifier_accuracy", "of the time on real images"),
+    (
+        "class_agreement",
+        "share of samples recognised as the class asked for; real images: {classifier_accuracy:.4g}",
+    ),
     ("psnr", "dB, reconstructions, higher is better"),
     ("ms_ssim", "reconstructions, 1 is best"),
     ("ssim", "reconstructions, 1 is best"),
@@ -70,7 +74,9 @@ def table(metrics: dict[str, Any]) -> list[str]:
         "of {generation_reference}; reconstructions of the {reconstruction_reference_images} images of "
         "{reconstruction_reference}; features of {features} ({features_sha256:.8}), resize {features_resize}"
     )
-    lines.append(f"\n  {'measured by':{width}} {reference.format(**metrics)}")
-    if "warnings" in metrics:
-        lines += [f"  {'warning':{width}} {warning}" for warning in metrics["warnings"].split("; ")]
+    notes = [("measured by", reference.format(**metrics))]
+    notes += [("warning", warning) for warning in metrics.get("warnings", "").split("; ") if warning]
+    for name, text in notes:
+        first = f"  {name:{width}} "
+        lines += ["", textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))]
     return lines

@@ -38,6 +38,9 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
         raise UserError(f"{path}: empty: it must hold class folders with images")
+    stray = next((name for name in tree.files if "/" not in name and is_image(name)), None)
+    if stray is not None:
+        raise _outside(tree, stray)
     notes: list[str] = []
     roots = _split_roots(tree, notes)
     found = {split: images_by_class(tree, root, notes) for split, root in roots.items()}
@@ -81,7 +84,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str]) -> dict[str, list[i
             continue
         folder, inner, _ = name[len(root) :].partition("/")
         if not inner:
-            raise UserError(f"{tree.name}: image {name} lies outside the class folders: move it into one, or delete it")
+            raise _outside(tree, name)
         found[folder].append(row)
     if not found:
         raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class")
@@ -95,6 +98,10 @@ def images_by_class(tree: Tree, root: str, notes: list[str]) -> dict[str, list[i
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
     return found
+
+
+def _outside(tree: Tree, name: str) -> UserError:
+    return UserError(f"{tree.name}: image {name} lies outside the class folders: move it into one, or delete it")
 
 
 def is_image(name: str) -> bool:
@@ -155,12 +162,13 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
 
 
 def _wraps(tree: Tree, root: str, top: set[str]) -> bool:
-    """Whether `root` holds a single folder that in turn holds several folders, and no image beside either."""
+    """Whether `root` holds a single folder, without images of its own, in which the class folders or splits are.
+
+    Several folders in it are taken for that; one alone may as well be a part of a single class.
+    """
     if len(top) != 1:
         return False
     inner = f"{root}{min(top)}/"
-    folders = [name for name in tree.folders if name.startswith(inner) and "/" not in name[len(inner) :]]
-    images = (name for name in tree.files if is_image(name))
-    return len(folders) > 1 and not any(
-        "/" not in name[len(root) :] or (name.startswith(inner) and "/" not in name[len(inner) :]) for name in images
-    )
+    folders = {name[len(inner) :] for name in tree.folders if name.startswith(inner) and "/" not in name[len(inner) :]}
+    images = (name for name in tree.files if name.startswith(inner) and is_image(name))
+    return (len(folders) > 1 or folders == {"train"}) and all("/" in name[len(inner) :] for name in images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -46,18 +47,20 @@ def decode(data: bytes) -> np.ndarray:
         raise Undecodable("empty file")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             # Pillow only warns from 89 million pixels on; such a file is refused before its pixels take memory.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        picture.load()
-        pixels = _to_rgb(picture)
+            picture.load()
+            pixels = _to_rgb(picture)
     except UnidentifiedImageError:
         raise Undecodable("not a JPEG, PNG, WebP or BMP image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Undecodable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except MemoryError:
+        raise
     except Exception as error:  # a decoder that meets corrupt data may raise anything
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise Undecodable(f"corrupt: {text}") from None
+        raise Undecodable(f"corrupt: {_reason(error)}") from None
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise Undecodable(f"{pixels.shape[1]}x{pixels.shape[0]} pixels: too small")
     return pixels
@@ -69,6 +72,11 @@ def is_lossless(data: bytes) -> bool:
         return True
     # Extended WebP files hold the coded image in a later chunk, behind at most some small ones.
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and b"VP8L" in data[12:64]
+
+
+def _reason(error: Exception) -> str:
+    """An error's text on one line, the same in every process: without memory addresses."""
+    return re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "data", " ".join(str(error).split())) or type(error).__name__
 
 
 def _to_rgb(picture: Image.Image) -> np.ndarray:

@@ -12,13 +12,14 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crt import interrupt
-from crt.data.archives import list_tar, tar_members
+from crt.data.archives import archive_kind, list_tar, tar_members
 from crt.data.class_folders import (
     check_classes,
     check_val_classes,
@@ -60,6 +61,7 @@ def open_imagenet(folder: Path) -> Source:
 def _open_train(folder: Path, notes: list[str]) -> tuple[list[str], Listing, Container]:
     archive = folder / TRAIN_ARCHIVE
     if archive.is_file():
+        _require_tar(archive)
         ids, folders, places = _list_tar_of_tars(archive)
         classes = sorted(set(folders))
         check_classes(str(archive), classes, list(imagenet_names()))
@@ -77,6 +79,7 @@ def _open_train(folder: Path, notes: list[str]) -> tuple[list[str], Listing, Con
 def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listing, Container]:
     archive = folder / VAL_ARCHIVE
     if archive.is_file():
+        _require_tar(archive)
         members, _ = list_tar(archive, str(archive))
         files = sorted(name for name in members if is_image(name))
         places = np.array([(0, *members[name]) for name in files], PLACE)
@@ -115,6 +118,11 @@ def _flat_val(folder: Path, tree: Tree, classes: list[str], notes: list[str]) ->
     if len(rows) < len(truth):
         notes.append(f"{tree.name}: has {len(rows)} of the {len(truth)} validation images")
     return listing_of(tree, rows, labels)
+
+
+def _require_tar(archive: Path) -> None:
+    if archive_kind(archive) != "tar":
+        raise UserError(f"{archive}: compressed, or no tar: put it there as it was downloaded")
 
 
 def _below(folder: Path, name: str) -> Tree:
@@ -178,7 +186,9 @@ def _read_devkit(folder: Path, name: str) -> bytes:
                     content = tar.extractfile(member)
                     assert content is not None
                     return content.read()
-    except (tarfile.TarError, OSError, EOFError):
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"{archive}: cannot be read ({error.strerror}): make it readable and run again") from None
         raise UserError(f"{archive}: damaged: fetch it again") from None
     raise UserError(f"{archive}: holds no {name}: fetch it again")
 

@@ -7,10 +7,8 @@ workers, or of where a run was resumed.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crt.data.packed import PackedImages
+from crt.data.pool import heed_only_parent
 from crt.data.sampler import batch_rows, rank_slice
 from crt.data.transforms import center_crop, crop_at
 from crt.randomness import numpy_generator
 
 MAX_WORKERS = 16
-_ORPHAN_SECONDS = 120
 
 
 def training_batches(
@@ -134,7 +132,7 @@ def _decoded(
         batch_size=None,
         sampler=requests,
         num_workers=num_workers(world_size),
-        worker_init_fn=_leave_stopping_to_the_parent,
+        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -147,17 +145,8 @@ def num_workers(world_size: int) -> int:
     return min(max(cpus // local - 1, 1), MAX_WORKERS)
 
 
-def _leave_stopping_to_the_parent(worker: int) -> None:
-    """A signal to the whole job must not take the workers from under the step that is to be finished and saved."""
-    for signum in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-
-    def leave_later(signum: int, frame: FrameType | None) -> None:
-        # Ends a worker that nobody dismisses; the parent does so as soon as its step is saved.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.alarm(_ORPHAN_SECONDS)
-
-    signal.signal(signal.SIGTERM, leave_later)
+def _start_worker(worker: int) -> None:
+    heed_only_parent()
 
 
 def _draws(num_rows: int, epochs: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:

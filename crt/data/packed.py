@@ -60,12 +60,13 @@ class PackedImages:
         self._starts = np.cumsum([0, *(shard["images"] for shard in shards)])
         self.labels: np.ndarray = self._column("labels").astype(np.int64)
         self._maps: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._ids: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_ids": {}}
 
     @property
     def num_classes(self) -> int:
@@ -102,8 +103,10 @@ class PackedImages:
     def source_id(self, index: int) -> str:
         """Path of the image inside the source that it came from."""
         shard, row = self._locate(index)
-        with h5py.File(self._files[shard], "r") as file:
-            return file["source_ids"].asstr()[row]
+        if shard not in self._ids:
+            with _open_shard(self._files[shard]) as file:
+                self._ids[shard] = file["source_ids"][()]
+        return self._ids[shard][row].decode("utf-8")
 
     def digests(self) -> np.ndarray:
         """(N, 32) uint8: `pixel_digest` of every image, as recorded when it was packed."""
@@ -221,7 +224,8 @@ def create_shard(
 
 def _open_shard(path: Path) -> h5py.File:
     try:
-        return h5py.File(path, "r")
+        # Published shards never change, and not every shared file system can lock.
+        return h5py.File(path, "r", locking=False)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise UserError(f"{path}: {reason}: delete {path.parent} and run prepare_data again") from None

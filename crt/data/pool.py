@@ -60,10 +60,30 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _start_worker() -> None:
-    """Leave signals to the parent, which ends the work in order, and do not outlive it."""
+def heed_only_parent() -> None:
+    """Called in a worker process: it ends when its parent says so, and at no other signal.
+
+    A scheduler signals every process of a job at once; the workers must not be gone while the parent finishes
+    and saves its step.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     for signum in interrupt.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, signal.SIG_IGN if signum != signal.SIGTERM else signal.SIG_DFL)
+    # Blocked here and taken by a thread that sees who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=obey, daemon=True).start()
+
+
+def _start_worker() -> None:
+    """Heed the parent alone, and do not outlive it, even if it is killed."""
+    heed_only_parent()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

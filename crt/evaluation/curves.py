@@ -16,6 +16,8 @@ from crt.history import read_history
 _PANEL_INCHES = (4.8, 3.2)
 _COLUMNS = 3
 _DPI = 110
+# Columns that say how a run was driven rather than how it fared.
+_LEFT_OUT = ("lambda", "learning_rate", "grad_norm")
 
 
 def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
@@ -38,8 +40,8 @@ def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
         for kind, (x, y) in panel.series.items():
             axis.plot(x, y, label=kind, linewidth=2 if kind == "validation" else 1, marker="." if len(x) < 30 else None)
         axis.set(title=panel.title, xlabel=panel.x_name)
-        # Losses fall over orders of magnitude.
-        if panel.x_name == "step" and all((y > 0).all() for _, y in panel.series.values()):
+        values = np.concatenate([y for _, y in panel.series.values()])
+        if values.min() > 0 and values.max() > 10 * values.min():
             axis.set_yscale("log")
         axis.legend()
     _save(figure, path)
@@ -90,7 +92,7 @@ def _columns(path: Path, x_name: str) -> dict[str, tuple[np.ndarray, np.ndarray]
     columns = {}
     for name in rows[0] if rows else ():
         x, y = np.array([[row[x_name], row[name]] for row in rows]).T
-        if name != x_name and np.isfinite(y).any():
+        if name != x_name and not name.endswith(_LEFT_OUT) and np.isfinite(y).any():
             columns[name] = x[np.isfinite(y)], y[np.isfinite(y)]
     return columns
 

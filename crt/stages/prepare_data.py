@@ -133,7 +133,7 @@ def _first_rows(labels: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _check(listing: Listing, containers: list[Container], form: Form, work: Path, name: str) -> Checked:
-    """First pass over one split; chunks checked by an earlier, stopped run are read back."""
+    """First pass over one split; faultless chunks that an earlier, stopped run checked are read back."""
     folder = work / "checked"
     folder.mkdir(exist_ok=True)
     total = len(listing)
@@ -162,7 +162,8 @@ def _check(listing: Listing, containers: list[Container], form: Form, work: Path
     tasks = (Chunk(containers, chunk.ids, chunk.places, form) for _, chunk, _ in missing)
     with closing(ordered_map(check_images, tasks, _num_workers(len(missing)))) as results:
         for (start, chunk, path), result in zip(missing, results, strict=True):
-            _write_checked(path, result)
+            if not result.reasons:  # a file that the user mends must be looked at again
+                _write_checked(path, result)
             keep(start, result)
             done += len(chunk)
             progress.update(done)
@@ -337,7 +338,6 @@ def _write_checked(path: Path, result: Checked) -> None:
             digests=result.digests,
             payload_bytes=result.payload_bytes,
             checksums=result.checksums,
-            reasons=np.frombuffer(json.dumps(list(result.reasons.items())).encode(), np.uint8),
         )
     os.replace(temporary, path)
 
@@ -346,8 +346,7 @@ def _read_checked(path: Path) -> Checked | None:
     """A chunk's result; None if there is none, or if a crash of the machine tore it."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            reasons = dict(json.loads(stored["reasons"].tobytes()))
-            return Checked(stored["digests"], stored["payload_bytes"], stored["checksums"], reasons)
+            return Checked(stored["digests"], stored["payload_bytes"], stored["checksums"], {})
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 

@@ -83,7 +83,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: each pixel repeated twice in each direction, then a 3x3 convolution."""
+    """Doubles the resolution: each pixel repeated twice in each direction, then a 3x3 convolution.
+
+    Both are one transposed convolution of stride 2, whose 4x4 kernel is the 3x3 kernel convolved with 2x2 ones:
+    4 products per output and pair of channels instead of 9, and no enlarged copy of the input.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,7 +95,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.conv.weight
+            kernel = (weight.transpose(0, 1).flatten(2) @ _widening(weight)).unflatten(2, (4, 4))  # (in, out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+
+
+def _widening(like: Tensor) -> Tensor:
+    """(9, 16): the linear map from a 3x3 kernel to the 4x4 kernel of `Upsample`, which is mirrored besides."""
+    # Row p of the wide kernel, read backwards, sums rows p - 1 and p of the narrow one.
+    sums = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], dtype=like.dtype, device=like.device)
+    return torch.kron(sums, sums)
 
 
 class Level(nn.Module):

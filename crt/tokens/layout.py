@@ -40,8 +40,8 @@ BLOCK_ROWS = 256
 # Codes start at, and whole shards of codes are, a multiple of the largest page size in use (64 KiB, some ARM hosts):
 # readers map all shards end to end into one range of addresses.
 ALIGNMENT = 65536
-_MIN_SHARD_ROWS = 4096
-_MAX_SHARDS = 512
+# Shards: enough of them to occupy many processes, but neither tiny files nor thousands.
+_MIN_SHARD_ROWS, _MIN_SHARD_BYTES, _MAX_SHARDS = 4096, 2**21, 512
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError)
 
 
@@ -83,7 +83,11 @@ class CacheHeader:
     def rows_per_shard(self) -> int:
         """Rows of every shard but the last: a function of the facts alone, never of who writes."""
         rows = _MIN_SHARD_ROWS
-        while rows * _MAX_SHARDS < self.rows or rows * self.row_bytes % ALIGNMENT:
+        while (
+            rows * self.row_bytes < _MIN_SHARD_BYTES
+            or rows * _MAX_SHARDS < self.rows
+            or rows * self.row_bytes % ALIGNMENT
+        ):
             rows *= 2
         return rows
 

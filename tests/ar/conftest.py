@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from crt.ar.model import ARConfig, ARTransformer
+from crt.ar.model import ARConfig, ARTransformer, save_model
 from crt.params import load_params
 from crt.progress import logger
 from crt.stage import open_run, publish
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.layout import CacheHeader, write_index, write_shard
 from tests.conftest import ROOT, write_params
 
@@ -22,6 +23,8 @@ CODEBOOK, GRID, CLASSES = 32, (4, 4), 5
 # A model and a run of seconds; a batch that two processes can share.
 SMALL = {
     "prepare_data.image_size": 16,
+    "train_tokenizer.architecture.encoder_channels": 16,
+    "train_tokenizer.architecture.decoder_channels": 16,
     "train_tokenizer.quantizer.codebook_size": CODEBOOK,
     "train_ar.model.layers": 2,
     "train_ar.model.heads": 2,
@@ -100,10 +103,16 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def publish_tokens(folder: Path, params: Path) -> Path:
-    """The output folders of the stages before `train_ar`: stand-ins, but for the codes."""
+    """The output folders of the stages before `train_ar`: no images, an untrained tokenizer, and made-up codes."""
     data, tokenizer, tokens = folder / "data", folder / "tokenizer", folder / "tokens"
-    _publish_file("prepare_data", params, {}, data)
-    _publish_file("train_tokenizer", params, {"data": data}, tokenizer)
+    run = open_run("prepare_data", params, {}, data)
+    run.staging.mkdir(parents=True)
+    (run.staging / "file").write_text("stands for the images")
+    publish(run)
+    run = open_run("train_tokenizer", params, {"data": data}, tokenizer)
+    torch.manual_seed(0)
+    Tokenizer(TokenizerConfig.from_params(run.params.train_tokenizer)).save(run.staging)
+    publish(run)
     run = open_run("tokenize", params, {"data": data, "tokenizer": tokenizer}, tokens)
     run.staging.mkdir(parents=True)
     codebook_size = load_params(params).train_tokenizer.quantizer.codebook_size
@@ -134,8 +143,12 @@ def publish_tokens(folder: Path, params: Path) -> Path:
     return tokens
 
 
-def _publish_file(stage: str, params: Path, inputs: dict[str, Path], out: Path) -> None:
-    run = open_run(stage, params, inputs, out)
+def publish_model(folder: Path, params: Path, **changes: Any) -> Path:
+    """An output folder of `train_ar` on `publish_tokens`, with a model of `small_model` that was not trained."""
+    run = open_run("train_ar", params, {"tokens": folder / "tokens"}, folder / "ar")
     run.staging.mkdir(parents=True)
-    (run.staging / "file").write_text(stage)
+    content = run.manifests["tokenize"].inputs["train_tokenizer"]["content"]
+    model = small_model(scale=2.0, **{"tokenizer_content": content} | changes)
+    save_model(model.state_dict(), model.config, run.staging)
     publish(run)
+    return folder / "ar"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -13,6 +14,9 @@ import pytest
 from PIL import Image
 
 from crt.__main__ import main
+from crt.params import read_yaml
+
+_TINY: dict[str, Any] = {}
 
 
 def noise(seed: int, height: int = 20, width: int = 24) -> np.ndarray:
@@ -53,27 +57,32 @@ def make() -> Any:
 
 
 @pytest.fixture
-def prepare(params_file: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[int, Path]]:
-    """Run the stage with changed keys of its section; returns exit status and output folder."""
+def params_of(params_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Write the params file of the tiny run with changed keys of this stage's section, as JSON, which YAML includes."""
 
-    def run(out: Path | None = None, **changes: Any) -> tuple[int, Path]:
-        out = out or tmp_path / "out" / "prepared"
-        return main(["prepare_data", "--params", str(stage_params(params_file, **changes)), "--out", str(out)]), out
+    def write_params(**changes: Any) -> Path:
+        values = read_yaml(params_file()) if not _TINY else copy.deepcopy(_TINY)
+        _TINY.update(copy.deepcopy(values))
+        section = {"source": "imagefolder", "image_size": 16, "max_images_per_class": None, **changes}
+        assert set(section) <= set(values["prepare_data"])
+        values["prepare_data"].update({k: str(v) if isinstance(v, Path) else v for k, v in section.items()})
+        if values["prepare_data"]["storage"] == "pixels":
+            values["train_tokenizer"]["image_size"] = section["image_size"]
+        return write(tmp_path / "params.json", json.dumps(values).encode())
 
-    return run
-
-
-def stage_params(params_file: Callable[..., Path], **changes: Any) -> Path:
-    values = {"source": "imagefolder", "image_size": 16, "max_images_per_class": None, **changes}
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    size = values["image_size"] if values.get("storage", "pixels") == "pixels" else 16
-    return params_file(**{f"prepare_data__{k}": v for k, v in values.items()}, train_tokenizer__image_size=size)
+    return write_params
 
 
 @pytest.fixture
-def params_of(params_file: Callable[..., Path]) -> Callable[..., Path]:
-    """The params file that `prepare` would use, for runs in a process of their own."""
-    return lambda **changes: stage_params(params_file, **changes)
+def prepare(params_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run the stage with changed keys of its section, in this process; returns exit status and output folder."""
+    monkeypatch.setattr("crt.stages.prepare_data.available_cpus", lambda: 1)
+
+    def run(out: Path | None = None, **changes: Any) -> tuple[int, Path]:
+        out = out or tmp_path / "out" / "prepared"
+        return main(["prepare_data", "--params", str(params_of(**changes)), "--out", str(out)]), out
+
+    return run
 
 
 @pytest.fixture

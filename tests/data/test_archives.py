@@ -141,7 +141,7 @@ def test_archives_cut_short_are_refused(tmp_path, suffix, share):
     else:
         build_tar(path, "w:" + suffix[4:], entries)
     os.truncate(path, int(path.stat().st_size * share))
-    with pytest.raises(UserError, match="cut short|damaged") as error:
+    with pytest.raises(UserError, match=r"cut short|damaged") as error:
         open_tree(path, "path", tmp_path)
     assert str(path) in str(error.value) and "fetch it again" in str(error.value)
 
@@ -166,7 +166,7 @@ def test_a_tar_may_lack_its_end_mark(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"no archive at all" * 100, b"PK\x03\x04 and nothing", b"\x1f\x8b\x08\x00 none"])
 def test_what_is_no_archive_is_refused(tmp_path, data):
     (tmp_path / "x.zip").write_bytes(data)
-    with pytest.raises(UserError, match="no archive|damaged"):
+    with pytest.raises(UserError, match=r"no archive|damaged"):
         open_tree(tmp_path / "x.zip", "path", tmp_path)
 
 

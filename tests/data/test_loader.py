@@ -29,8 +29,8 @@ def encoded(prepare, make, tmp_path) -> PackedImages:
 
 
 @pytest.fixture
-def pixels(prepare) -> PackedImages:
-    status, out = prepare(source="digits", max_images_per_class=5)
+def pixels(prepare, make, tmp_path) -> PackedImages:
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 24, "b": 24}))
     assert status == 0
     return PackedImages(out, "train")
 
@@ -58,7 +58,7 @@ def test_batches_do_not_depend_on_processes_or_on_where_one_starts(kind, request
 
 def test_batches_do_not_depend_on_the_number_of_workers(encoded, monkeypatch):
     found = []
-    for count in (1, 3):
+    for count in (1, 2):
         monkeypatch.setattr(loader, "num_workers", lambda world_size, count=count: count)
         found.append(batches(encoded))
     assert torch.equal(*found)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import h5py
 import numpy as np
@@ -104,8 +105,8 @@ def test_it_goes_to_other_processes_open_or_not(pixels):
     packed = PackedImages(folder, "train")
     packed.pixels(range(10))
     assert len(pickle.dumps(packed)) < 5000  # no memory map went along
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert np.array_equal(pool.apply(_first, (packed,))[0], images[0])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert np.array_equal(pool.submit(_first, packed).result()[0], images[0])
     assert np.array_equal(pickle.loads(pickle.dumps(packed)).pixels([3])[0], images[3])
 
 

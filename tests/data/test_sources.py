@@ -226,6 +226,13 @@ def test_cifar10_refuses_other_classes(refused, make, tmp_path):
     assert "folder cow is no class" in refused(source="cifar10", path=tmp_path / "images")
 
 
+def test_cifar10_without_a_network_says_what_to_do(refused, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):  # nothing listens there, so no connection succeeds
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    message = refused(source="cifar10", path=None, image_size=32)
+    assert "cifar10 cannot be fetched" in message and "set prepare_data.path" in message
+
+
 def test_the_real_cifar10_archive(prepare, cifar10_archive):
     status, out = prepare(source="cifar10", path=cifar10_archive, image_size=32, max_images_per_class=20)
     assert status == 0
@@ -303,6 +310,16 @@ def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_pa
     make.class_folders(root / "val", {"a": 2, "b": 2}, first_seed=60)
     status, out = prepare(path=root, out=tmp_path / "two")
     assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 4
+
+
+def test_a_folder_around_the_splits_is_entered(prepare, make, tmp_path):
+    root = tmp_path / "around"
+    make.class_folders(root / "images" / "train", {"a": 5, "b": 5})
+    status, out = prepare(path=root, out=tmp_path / "one")
+    assert status == 0 and PackedImages(out, "train").class_names == ["a", "b"]
+    make.class_folders(root / "images" / "test", {"a": 2, "b": 1}, first_seed=50)
+    status, out = prepare(path=root, out=tmp_path / "two")
+    assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 3
 
 
 def test_a_class_may_be_called_train(prepare, make, tmp_path):

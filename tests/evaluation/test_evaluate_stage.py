@@ -22,11 +22,11 @@ from crt.__main__ import main
 from crt.ar.model import ARTransformer, config_from_params, save_model
 from crt.commands.results import table
 from crt.data.packed import PackedImages
-from crt.data.transforms import to_uint8, to_unit_range
+from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
-from crt.evaluation.reconstruction import psnr, ssim
+from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History
 from crt.params import load_params
 from crt.randomness import seed_torch
@@ -48,9 +48,27 @@ CHANGES = TINY | {
 class Pipeline:
     """Folders of the stages before `evaluate`, and a way to run it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.params = root, root / "params.yaml"
-        write_params(self.params, CHANGES)
+    def __init__(self, root: Path, changes: dict) -> None:
+        self.root, self.params, self.changes = root, root / "params.yaml", changes
+        write_params(self.params, changes)
+        params = load_params(self.params)
+        assert self.stage("prepare_data", "data") == 0
+
+        run = open_run("train_tokenizer", self.params, self.inputs("data"), root / "tokenizer")
+        run.staging.mkdir(parents=True)
+        seed_torch(0, "test")
+        Tokenizer(TokenizerConfig.from_params(params.train_tokenizer)).save(run.staging)
+        History(run.staging / "train.csv", ["loss"]).append(1, {"loss": 0.5})
+        publish(run)
+        assert self.stage("tokenize", "tokens", "data", "tokenizer") == 0
+
+        run = open_run("train_ar", self.params, self.inputs("tokens"), root / "ar")
+        run.staging.mkdir(parents=True)
+        config = config_from_params(params.train_ar.model, TokenCache(root / "tokens", "train"))
+        save_model(ARTransformer(config).state_dict(), config, run.staging)
+        run.summary["val_loss"] = 2.5
+        publish(run)
+        assert self.stage("sample", "samples", "tokenizer", "ar") == 0
 
     def inputs(self, *names: str) -> dict[str, Path]:
         return {name: self.root / name for name in names}
@@ -60,7 +78,7 @@ class Pipeline:
         return main([name, "--params", str(self.params), *options, "--out", str(self.root / out)])
 
     def evaluate(self, out: str, **changes) -> int:
-        write_params(self.params, CHANGES | {f"evaluate.{name}": value for name, value in changes.items()})
+        write_params(self.params, self.changes | {f"evaluate.{name}": value for name, value in changes.items()})
         return self.stage("evaluate", out, *NAMES)
 
     def metrics(self, out: str) -> dict:
@@ -74,26 +92,7 @@ class Pipeline:
 def pipeline(tmp_path_factory) -> Pipeline:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        made = Pipeline(tmp_path_factory.mktemp("pipeline"))
-        params = load_params(made.params)
-        assert made.stage("prepare_data", "data") == 0
-
-        run = open_run("train_tokenizer", made.params, made.inputs("data"), made.root / "tokenizer")
-        run.staging.mkdir(parents=True)
-        seed_torch(0, "test")
-        Tokenizer(TokenizerConfig.from_params(params.train_tokenizer)).save(run.staging)
-        History(run.staging / "train.csv", ["loss"]).append(1, {"loss": 0.5})
-        publish(run)
-        assert made.stage("tokenize", "tokens", "data", "tokenizer") == 0
-
-        run = open_run("train_ar", made.params, made.inputs("tokens"), made.root / "ar")
-        run.staging.mkdir(parents=True)
-        config = config_from_params(params.train_ar.model, TokenCache(made.root / "tokens", "train"))
-        save_model(ARTransformer(config).state_dict(), config, run.staging)
-        run.summary["val_loss"] = 2.5
-        publish(run)
-        assert made.stage("sample", "samples", "tokenizer", "ar") == 0
-    return made
+        return Pipeline(tmp_path_factory.mktemp("pipeline"), CHANGES)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +109,7 @@ def evaluated(pipeline) -> Pipeline:
     return pipeline
 
 
+@pytest.mark.filterwarnings("ignore:Matrix is singular")  # features that no image excites
 def test_figures_are_those_of_the_images_taken_in_one_go(evaluated):
     metrics, root = evaluated.metrics("evaluation"), evaluated.root
     val = PackedImages(root / "data", "val")
@@ -151,6 +151,7 @@ def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated)
     assert "warnings" not in metrics
     text = "\n".join(table(metrics))
     assert f"{metrics['class_agreement']:10.4g}" in text
+    assert f"real images: {metrics['classifier_accuracy']:.4g}" in text
     assert "40 samples at guidance 1.5 against the 120 images of val" in text
 
 
@@ -277,3 +278,39 @@ def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, tmp
     assert "gfid: 40 samples images and 40 reference images" in metrics["warnings"]
     assert {"kid", "class_agreement", "classifier_accuracy"} <= set(metrics)
     assert not {"fd_classifier_rec", "fd_classifier_gen"} & set(metrics)
+
+
+@pytest.mark.slow
+def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales(imagenet_sample, tmp_path):
+    """ImageNet files at 256 pixels, which the data set stores as they are."""
+    changes = CHANGES | {
+        "prepare_data.source": "imagefolder",
+        "prepare_data.path": str(imagenet_sample),
+        "prepare_data.storage": "encoded",
+        "prepare_data.image_size": None,
+        "prepare_data.max_images_per_class": None,
+        "train_tokenizer.image_size": 256,
+        "train_tokenizer.architecture.channel_multipliers": [1, 1, 1, 1, 1],
+        "train_tokenizer.architecture.decoder_blocks": 1,
+        "sample.num_images": 6,
+        "sample.batch_size": 6,
+        "evaluate.classifier.batch_size": 8,
+        "evaluate.classifier.steps": 2,
+        "evaluate.batch_size": 4,
+        "evaluate.grid_images_per_class": 1,
+    }
+    made = Pipeline(tmp_path, changes)
+    assert made.evaluate("evaluation") == 0
+    metrics = made.metrics("evaluation")
+    val = PackedImages(tmp_path / "data", "val")
+    assert metrics["reconstruction_reference_images"] == len(val)
+    assert "ssim" not in metrics
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    scores = []
+    for index in range(len(val)):
+        original = torch.from_numpy(center_crop(val.image(index), 256).copy())[None]
+        copy = to_uint8(tokenizer.decode(tokenizer.encode(to_unit_range(original))))
+        scores.append([psnr(original, copy).item(), ms_ssim(original, copy).item()])
+    assert [metrics["psnr"], metrics["ms_ssim"]] == pytest.approx(np.mean(scores, axis=0), rel=1e-3)
+    with Image.open(tmp_path / "evaluation/reconstructions.png") as image:
+        assert image.width > 256

@@ -80,7 +80,7 @@ def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
         assert len(image.convert("RGB").getcolors(2**24)) > 10
         assert "Software" not in image.info
     titles = [panel.title for panel in _panels("tokenizer", folder)]
-    assert titles == ["tokenizer: loss", "tokenizer: learning rate", "tokenizer: loss per position"]
+    assert titles == ["tokenizer: loss", "tokenizer: loss per position"]
     assert not plot_losses({"tokenizer": tmp_path / "absent"}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 

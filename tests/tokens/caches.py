@@ -10,7 +10,7 @@ from crt.tokens.cache import TokenCache
 from crt.tokens.layout import CacheHeader, write_index, write_shard
 
 
-def make_header(rows=100, views=("center",), grid=(4, 4), codebook_size=64, num_classes=10, block_rows=256, **facts):
+def make_header(rows=100, views=("center",), grid=(16, 16), codebook_size=64, num_classes=10, block_rows=256, **facts):
     values = {"split": "train", "tokenizer_content": "a" * 64, "data_content": "b" * 64} | facts
     return CacheHeader(
         rows=rows,

@@ -103,7 +103,12 @@ def small_project(tmp_path_factory):
 def large_project(tmp_path_factory):
     """4,700 images of 16 px: two training shards and one for validation."""
     folder = tmp_path_factory.mktemp("large")
-    changes = {"tokenize.batch_size": 100, "prepare_data.val_fraction": 0.08}
+    changes = {
+        "tokenize.batch_size": 100,
+        "prepare_data.val_fraction": 0.08,
+        # A token per pixel: rows of so many bytes that two shards are needed.
+        "train_tokenizer.architecture.channel_multipliers": [1],
+    }
     return make(folder, save_images(folder / "images", 4700), changes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crt.errors import UserError
-from crt.tokens.cache import TokenCache, locate_splits
+from crt.tokens.cache import locate_splits
 from tests.tokens.caches import make_header, random_codes, write_cache
 
 
@@ -55,12 +55,12 @@ def test_files_describe_themselves(written):
             facts = {name: value.decode() if isinstance(value, bytes) else value for name, value in file.attrs.items()}
         assert facts["format"] == "crt-token-cache"
         assert facts["schema"] == 1
-        assert (facts["rows"], facts["codebook_size"], facts["grid"]) == (9192, 1000, "[4, 4]")
+        assert (facts["rows"], facts["codebook_size"], facts["grid"]) == (9192, 1000, "[16, 16]")
         assert facts["views"] == '["center", "flip"]'
         assert facts["tokenizer_content"] == "a" * 64
         assert facts["data_content"] == "b" * 64
         assert facts["complete"]
-    assert (cache.num_tokens, cache.grid, cache.num_views, cache.views) == (16, (4, 4), 2, ("center", "flip"))
+    assert (cache.num_tokens, cache.grid, cache.num_views, cache.views) == (256, (16, 16), 2, ("center", "flip"))
     assert (cache.codebook_size, cache.num_classes) == (1000, 10)
     assert cache.tokenizer_content == "a" * 64
     assert cache.class_names[3] == "class 3, straße"
@@ -90,7 +90,7 @@ def test_same_content_gives_same_bytes_at_any_time(tmp_path):
 @pytest.mark.parametrize(("codebook_size", "kind"), [(2, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_code_type_follows_the_codebook(tmp_path, codebook_size, kind):
     header = make_header(rows=10, codebook_size=codebook_size)
-    codes = np.full((10, 1, 16), codebook_size - 1)
+    codes = np.full((10, 1, 256), codebook_size - 1)
     cache = write_cache(tmp_path / "tokens", header, codes, np.zeros(10, np.int64))
     assert cache.array.dtype == kind
     assert (cache.codes(np.arange(10), 0) == codebook_size - 1).all()

@@ -192,7 +192,7 @@ def test_damaged_finished_shard_is_made_again(large_project, large, tmp_path, mo
     """A shard that the last run finished, but whose bytes the disk lost."""
     out = tmp_path / "tokens"
     with monkeypatch.context() as patch:
-        stop_after(patch, 9)
+        stop_after(patch, 7)
         main(large_project.command(out))
     (shard,) = (tmp_path / ".work").glob("tokens-*/staging/train-00000*.h5")
     content = bytearray(shard.read_bytes())

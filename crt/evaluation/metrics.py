@@ -1,0 +1,130 @@
+"""Figures of an evaluation, and the protocol that they were measured by, as metrics.json holds them: flat."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from crt.evaluation.chunks import ChunkStore
+from crt.evaluation.frechet import (
+    GaussianStatistics,
+    expected_distance,
+    frechet_distance,
+    kernel_distance,
+    scarcity,
+)
+from crt.evaluation.passes import Networks, Passes, Sources
+from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
+from crt.params import Evaluate
+
+Metrics = dict[str, float | int | str]
+
+
+def reconstruction_metrics(networks: Networks, passes: Passes, warnings: list[str]) -> Metrics:
+    """Reconstructions against their originals, over the whole validation split."""
+    name = "fd_classifier_rec" if networks.features is networks.classifier else "rfid"
+    dimension = networks.features.dimension
+    copies = _statistics(passes.val, "copy_features", dimension)
+    originals = _statistics(passes.val, "features", dimension)
+    if originals.count <= dimension:
+        expected = expected_distance(originals, (copies.count, originals.count))
+        warnings.append(scarcity(name, dimension, expected, {"validation": originals.count}))
+    metrics: Metrics = {name: frechet_distance(copies, originals)}
+    for score in networks.similarities():
+        metrics[score] = float(passes.val.column(score).mean())
+    return metrics
+
+
+def generation_metrics(params: Evaluate, seed: int, networks: Networks, passes: Passes, warnings: list[str]) -> Metrics:
+    """Samples against the reference: distances, precision and recall, inception score."""
+    inception = networks.features is not networks.classifier
+    name, kernel_name = ("gfid", "kid") if inception else ("fd_classifier_gen", "kd_classifier_gen")
+    dimension = networks.features.dimension
+    made = _statistics(passes.samples, "features", dimension)
+    real = _statistics(passes.reference, "features", dimension)
+    expected = expected_distance(real, (made.count, real.count))
+    metrics: Metrics = {name: frechet_distance(made, real), f"{name}_of_perfect_images": expected}
+    if min(made.count, real.count) <= dimension:
+        counts = {"samples": made.count, "reference": real.count}
+        warnings.append(scarcity(name, dimension, expected, counts))
+
+    x, y = (
+        store.column("features", spread(store.count, params.pairwise_images))
+        for store in (passes.samples, passes.reference)
+    )
+    if min(len(x), len(y)) > params.neighbours:
+        metrics[kernel_name] = kernel_distance(
+            x, y, subsets=params.kernel_subsets, subset_size=params.kernel_subset_size, seed=seed
+        )
+        metrics["precision"], metrics["recall"] = precision_recall(x, y, params.neighbours, networks.device)
+    else:
+        warnings.append(f"{kernel_name}, precision and recall: left out, they need over {params.neighbours} images")
+    if inception:
+        probabilities = [networks.features.probabilities(features) for features in passes.samples.parts("features")]
+        metrics["inception_score"], metrics["inception_score_std"] = inception_score(
+            np.concatenate(probabilities), params.inception_score_splits, seed
+        )
+    return metrics
+
+
+def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: float) -> Metrics:
+    """Use of the codebook over the validation codes, and the size of an image: as stored, and entropy-coded.
+
+    `bits_per_image_entropy` codes each token by its overall frequency, `bits_per_image_stage2` by the transformer's
+    prediction from class and earlier tokens: the rate that stage 2 brings the image to.
+
+    Args:
+        counts: (codebook_size,) occurrences of each code.
+        tokens_per_image: codes of an image.
+        stage2_val_loss: of the transformer, in nats per token.
+    """
+    shares = counts[counts > 0] / counts.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    return {
+        "codebook_usage": len(shares) / len(counts),
+        "codebook_perplexity": math.exp(entropy),
+        "tokens_per_image": tokens_per_image,
+        "bits_per_image": tokens_per_image * math.log2(len(counts)),
+        "bits_per_image_entropy": tokens_per_image * entropy / math.log(2),
+        "bits_per_image_stage2": tokens_per_image * stage2_val_loss / math.log(2),
+        "stage2_val_loss": stage2_val_loss,
+    }
+
+
+def class_metrics(sources: Sources, passes: Passes) -> Metrics:
+    """Whether samples show the class asked for, by a classifier whose own accuracy bounds what that can mean."""
+    return {
+        "class_agreement": class_agreement(passes.samples.column("predictions"), sources.samples.labels),
+        "classifier_accuracy": class_agreement(passes.val.column("predictions"), sources.val.labels),
+    }
+
+
+def protocol(networks: Networks, sources: Sources) -> Metrics:
+    """All that another result must share to be compared with this one."""
+    return {
+        "features": networks.features.name,
+        "features_sha256": networks.features.checksum,
+        "features_resize": networks.features.resize,
+        "features_precision": "float32, statistics float64",
+        "reconstruction_reference": sources.val.name,
+        "reconstruction_reference_sha256": sources.val.checksum,
+        "reconstruction_reference_images": len(sources.val),
+        "generation_reference": sources.reference.name,
+        "generation_reference_sha256": sources.reference.checksum,
+        "generation_reference_images": len(sources.reference),
+        "generation_images": len(sources.samples),
+        "guidance_scale": sources.samples.guidance_scale,
+    }
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` of `count` rows, evenly spread and ascending: files are often in class order."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
+
+
+def _statistics(store: ChunkStore, column: str, dimension: int) -> GaussianStatistics:
+    statistics = GaussianStatistics(dimension)
+    for features in store.parts(column):
+        statistics.update(features)
+    return statistics
