@@ -294,6 +294,8 @@ class TrainAR(Section):
             raise ValueError("offload 'optimizer_and_parameters' needs zero_stage 3")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2: ZeRO 3 gathers weights within what it compiles")
         return self
 
 

@@ -159,7 +159,8 @@ def write_page(
         "td{font-variant-numeric:tabular-nums}th{background:#f4f4f4}img{max-width:100%}"
     )
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(study.question)}</p>{''.join(parts)}</html>\n"
     )
     path.write_text(page, encoding="utf-8")

@@ -62,33 +62,34 @@ def run(run: StageRun) -> None:
 
         counts = np.zeros(tokenizer.codebook_size, np.int64)
         works = [work for work in _own_shards(run, world, images, headers) if not _is_made(run, work, counts)]
-        blocks = [(work, block) for work in works for block in work.journal.blocks[work.journal.done :]]
-        for work in works:
-            if work.journal.complete:  # killed between its last block and its file
-                _finish(run, work, counts)
-
+        tasks = [task for work in works for task in _tasks(work)]
+        pixels = _pixels(tasks, tokenizer.image_size, params.batch_size)
         total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)
-        remaining = sum(len(block) * len(work.header.views) for work, block in blocks)
+        remaining = sum(len(block) * len(work.header.views) for work, block in tasks)
         progress = Progress("tokenize", total, "images", done=total - _sum(world, remaining))
         with Encoder(tokenizer, params.precision, params.batch_size) as encode:
-            pixels = _pixels(blocks, tokenizer.image_size, params.batch_size)
-            # All processes go round equally often, so that they can agree to stop together.
-            for turn in range(_max(world, len(blocks))):
-                if turn < len(blocks):
-                    work, block = blocks[turn]
-                    parts = []
-                    for _ in units(block, len(work.header.views), params.batch_size):
-                        parts.append(encode(next(pixels)))
-                        if world.size == 1:
-                            progress.update(progress.done + len(parts[-1]))
-                    codes = torch.cat(parts).cpu().numpy()
-                    work.journal.append(codes.reshape(len(block), len(work.header.views), -1))
-                    remaining -= codes.shape[0]
-                    if work.journal.complete:
-                        _finish(run, work, counts)
-                done = total - _sum(world, remaining)
+            # All processes go round equally often, so that they can agree to leave together.
+            for turn in range(_max(world, len(tasks))):
+                failure: Exception | None = None
+                if turn < len(tasks):
+                    work, block = tasks[turn]
+                    try:
+                        parts = []
+                        for _ in units(block, len(work.header.views), params.batch_size):
+                            parts.append(encode(next(pixels)))
+                            remaining -= len(parts[-1])
+                            if world.size == 1:
+                                progress.update(total - remaining)
+                        if parts:
+                            codes = torch.cat(parts).cpu().numpy()
+                            work.journal.append(codes.reshape(len(block), len(work.header.views), -1))
+                        if work.journal.complete:
+                            _finish(run, work, counts)
+                    except (OSError, UserError) as error:  # such as a full disk
+                        failure = error
+                _leave_if_any_failed(world, failure)
                 if world.size > 1:
-                    progress.update(done)
+                    progress.update(total - _sum(world, remaining))
                 signum = stop_signal(world)
                 if signum:
                     raise interrupt.Stopped(signum)
@@ -127,6 +128,12 @@ def _own_shards(
         yield _ShardWork(images[split], headers[split], index, journal)
 
 
+def _tasks(work: _ShardWork) -> list[tuple[_ShardWork, range]]:
+    """The blocks that are still to be made; an empty one if only the file is, after a kill between block and file."""
+    rest = work.journal.blocks[work.journal.done :]
+    return [(work, block) for block in rest] or [(work, range(0))]
+
+
 def _is_made(run: StageRun, work: _ShardWork, counts: np.ndarray) -> bool:
     """Whether an earlier run made the shard; its training codes are then added to `counts`."""
     path = run.staging / work.header.shard_name(work.index)
@@ -147,10 +154,10 @@ def _is_made(run: StageRun, work: _ShardWork, counts: np.ndarray) -> bool:
     return True
 
 
-def _pixels(blocks: list[tuple[_ShardWork, range]], size: int, batch_size: int) -> Iterator[torch.Tensor]:
+def _pixels(tasks: list[tuple[_ShardWork, range]], size: int, batch_size: int) -> Iterator[torch.Tensor]:
     """The pixels of all units of all blocks, in order."""
     for split in SPLITS:
-        works = [(work, block) for work, block in blocks if work.header.split == split]
+        works = [(work, block) for work, block in tasks if work.header.split == split]
         if works:
             header = works[0][0].header
             rows = [unit for _, block in works for unit in units(block, len(header.views), batch_size)]
@@ -189,6 +196,15 @@ def _summary(run: StageRun, counts: np.ndarray) -> dict[str, object]:
         "code_entropy_bits": float(-(shares * np.log2(shares)).sum()),
         "bytes_per_token": sum(cache.file_bytes for cache in caches) / tokens,
     }
+
+
+def _leave_if_any_failed(world: World, failure: Exception | None) -> None:
+    """Raise this process's failure; where only others failed, end with the status of theirs, which they report."""
+    if failure is not None:
+        _sum(world, 1)
+        raise failure
+    if _sum(world, 0):
+        raise SystemExit(2)
 
 
 def _reduce(world: World, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:

@@ -21,7 +21,7 @@ from crt.data.packed import PackedImages
 from crt.data.pool import heed_only_parent
 from crt.data.transforms import to_unit_range
 from crt.tokenizer.model import Tokenizer
-from crt.tokens.views import render_views
+from crt.tokens.views import render_batch, render_views
 
 # Less than a second's work on a GPU, some minutes' on a CPU: what a kill costs at most.
 BLOCK_IMAGES = 512
@@ -87,8 +87,11 @@ class _Units(Dataset[torch.Tensor]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        views = [render_views(self.images.image(row), self.views, self.size) for row in self.rows[index]]
-        return torch.from_numpy(np.concatenate(views))
+        if self.images.storage == "pixels":
+            views = render_batch(self.images.pixels(self.rows[index]), self.views, self.size)
+        else:
+            views = np.stack([render_views(self.images.image(row), self.views, self.size) for row in self.rows[index]])
+        return torch.from_numpy(views).flatten(0, 1)
 
 
 class Encoder:

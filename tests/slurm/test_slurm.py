@@ -16,14 +16,18 @@ import pytest
 from ruamel.yaml import YAML
 
 from crt.__main__ import STAGES
-from tests.conftest import TINY
+from tests.conftest import TINY, write_params
 from tests.slurm.cluster import Cluster, why_not
 from tests.test_end_to_end import Project, make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 # Long enough to be interrupted in the middle: a minute or so of training.
-LONG = TINY | {"train_tokenizer.steps": 600, "train_tokenizer.checkpoint_every": 50, "train_tokenizer.validate_every": 600}
+LONG = TINY | {
+    "train_tokenizer.steps": 600,
+    "train_tokenizer.checkpoint_every": 50,
+    "train_tokenizer.validate_every": 600,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,8 @@ def slurm_project(root: Path, **resources) -> Project:
 
 def jobs(state: str = "RUNNING") -> dict[str, str]:
     """Rule of each Slurm job in a state, by job id; the executor puts the rule's name into the job's comment."""
-    text = subprocess.run(["squeue", "-h", "-t", state, "-o", "%A %k"], capture_output=True, text=True, check=True).stdout
+    command = ["squeue", "-h", "-t", state, "-o", "%A %k"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {line.split()[0]: line for line in text.splitlines()}
 
 
@@ -144,8 +149,9 @@ def test_the_controller_may_be_killed_and_started_again(cluster, reference, tmp_
 
 def test_a_failing_stage_is_explained(cluster, tmp_path):
     project = slurm_project(tmp_path)
-    text = project.params.read_text()
-    project.params.write_text(text.replace("source: digits", "source: imagefolder").replace("path: null", "path: /nowhere"))
+    write_params(
+        project.params, {"prepare_data.source": "imagefolder", "prepare_data.path": "/nowhere"}, base=project.params
+    )
     output = project.run("snakemake", "--profile", "slurm", "--retries", "0", "all", status=1)
     assert "rule prepare_data" in output
     assert re.search(r"external_jobid: \d+|SLURM jobid \d+", output)

@@ -71,7 +71,9 @@ class Runs:
 
     def arguments(self, name: str, **changes) -> list[str]:
         """Command line of a training; two underscores in a key stand for a dot, below train_tokenizer."""
-        dotted = {k if k in ("lambda", "seed") else f"train_tokenizer.{k.replace('__', '.')}": changes[k] for k in changes}
+        dotted = {
+            k if k in ("lambda", "seed") else f"train_tokenizer.{k.replace('__', '.')}": changes[k] for k in changes
+        }
         (self.folder / name).mkdir(exist_ok=True)
         params = write_params(self.folder / name / "params.yaml", TINY_TOKENIZER | dotted)
         return ["train_tokenizer", "--params", str(params), "--data", str(self.data), "--out", str(self.out(name))]

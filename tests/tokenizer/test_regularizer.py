@@ -197,7 +197,7 @@ def test_only_attention_finds_an_order_that_spans_rows():
         regularizer = NextLatentL2(dim, side**2, layers=layers, width=16, heads=2)
         losses[layers] = fit(regularizer, draw, steps, rate)
     # Less than the conditional variance would mean that it sees what it predicts.
-    assert 0.97 * conditional < losses[1] < 1.1 * conditional
+    assert 0.97 * conditional < losses[1] < 1.05 * conditional
     assert losses[0] > 1.2 * conditional
 
 
@@ -215,7 +215,9 @@ def test_stochastic_cross_entropy_is_a_straight_through_one_hot():
     expected = -(y * regularizer.predictor(y @ vectors).log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(loss, expected)
     variables = (latents, *regularizer.parameters())
-    for ours, theirs in zip(torch.autograd.grad(loss, variables), torch.autograd.grad(expected, variables), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, variables), torch.autograd.grad(expected, variables), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -108,6 +108,7 @@ def large_project(tmp_path_factory):
         "prepare_data.val_fraction": 0.08,
         # A token per pixel: rows of so many bytes that two shards are needed.
         "train_tokenizer.architecture.channel_multipliers": [1],
+        "train_tokenizer.architecture.encoder_channels": 4,
     }
     return make(folder, save_images(folder / "images", 4700), changes)
 

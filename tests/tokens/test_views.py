@@ -9,7 +9,7 @@ from torchvision.transforms import TenCrop
 
 from crt.data.transforms import center_crop
 from crt.errors import UserError
-from crt.tokens.views import render_views, view_names
+from crt.tokens.views import render_batch, render_views, view_names
 
 
 def test_names():
@@ -41,3 +41,12 @@ def test_rendering(shape):
     # One by one, in another order.
     for place in (7, 0, 3):
         np.testing.assert_array_equal(render_views(image, [names[place]], 16)[0], views[place])
+
+
+@pytest.mark.parametrize("views", [["flip", "center"], ["center", "ten_crop@1.25"]])
+@pytest.mark.parametrize("side", [16, 20])
+def test_batches_are_rendered_like_single_images(views, side):
+    images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), np.uint8)
+    names = view_names(views)
+    expected = np.stack([render_views(image, names, 16) for image in images])
+    np.testing.assert_array_equal(render_batch(images, names, 16), expected)

@@ -1,0 +1,113 @@
+"""Import of LlamaGen's transformers, against its architecture written out anew on its own tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crt.ar import import_llamagen
+from crt.ar.generator import Generator
+from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
+from crt.errors import UserError
+from crt.tokenizer.import_llamagen import is_llamagen_tokenizer
+
+LAYERS, HEADS, WIDTH, FFN, CODES, CLASSES, SIDE = 2, 2, 32, 256, 48, 7, 3
+
+
+@pytest.fixture(autouse=True)
+def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(import_llamagen._HEADS, (LAYERS, WIDTH), HEADS)
+
+
+def llamagen_weights() -> dict[str, torch.Tensor]:
+    """Tensors under the names and in the shapes of LlamaGen's `Transformer`."""
+    shapes = {
+        "cls_embedding.embedding_table.weight": (CLASSES + 1, WIDTH),
+        "tok_embeddings.weight": (CODES, WIDTH),
+        "norm.weight": (WIDTH,),
+        "output.weight": (CODES, WIDTH),
+    }
+    for layer in range(LAYERS):
+        shapes |= {
+            f"layers.{layer}.attention.wqkv.weight": (3 * WIDTH, WIDTH),
+            f"layers.{layer}.attention.wo.weight": (WIDTH, WIDTH),
+            f"layers.{layer}.feed_forward.w1.weight": (FFN, WIDTH),
+            f"layers.{layer}.feed_forward.w3.weight": (FFN, WIDTH),
+            f"layers.{layer}.feed_forward.w2.weight": (WIDTH, FFN),
+            f"layers.{layer}.attention_norm.weight": (WIDTH,),
+            f"layers.{layer}.ffn_norm.weight": (WIDTH,),
+        }
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+
+
+def llamagen_logits(w: dict[str, torch.Tensor], codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The architecture as LlamaGen's paper and code state it: complex rotations, explicit mask and softmax."""
+    count, tokens, per_head = len(codes), SIDE * SIDE, WIDTH // HEADS
+
+    def norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * scale
+
+    frequencies = 10000.0 ** (-torch.arange(0, per_head // 2, 2) / (per_head // 2))
+    places = [(row * frequencies, column * frequencies) for row in range(SIDE) for column in range(SIDE)]
+    angles = torch.stack([torch.cat(pair) for pair in places])[: tokens - 1]
+    turn = torch.cat((torch.zeros(1, per_head // 2, dtype=torch.complex64), torch.exp(1j * angles)))
+    mask = torch.full((tokens, tokens), -torch.inf).triu(1)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.view(count, tokens, HEADS, per_head // 2, 2))
+        return torch.view_as_real(pairs * turn[:, None]).flatten(-2).transpose(1, 2)
+
+    embeddings = w["cls_embedding.embedding_table.weight"][labels][:, None], w["tok_embeddings.weight"][codes[:, :-1]]
+    h = torch.cat(embeddings, 1)
+    for layer in range(LAYERS):
+
+        def matrix(name: str, prefix: str = f"layers.{layer}.") -> torch.Tensor:
+            return w[f"{prefix}{name}.weight"]
+
+        q, k, v = (norm(h, matrix("attention_norm")) @ matrix("attention.wqkv").T).split(WIDTH, -1)
+        weights = (rotated(q) @ rotated(k).transpose(-1, -2) / per_head**0.5 + mask).softmax(-1)
+        attended = weights @ v.view(count, tokens, HEADS, per_head).transpose(1, 2)
+        h = h + attended.transpose(1, 2).flatten(2) @ matrix("attention.wo").T
+        x = norm(h, matrix("ffn_norm"))
+        gate = x @ matrix("feed_forward.w1").T
+        h = h + (gate * gate.sigmoid() * (x @ matrix("feed_forward.w3").T)) @ matrix("feed_forward.w2").T
+    return norm(h, w["norm.weight"]) @ w["output.weight"].T
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
+def test_imported_weights_give_the_same_logits(tmp_path: Path, wrapper: str | None) -> None:
+    weights = llamagen_weights()
+    state = {wrapper: weights, "steps": 1} if wrapper else weights
+    assert is_llamagen_ar(state)
+    config = import_llamagen_ar(state, tmp_path, grid=(SIDE, SIDE))
+    assert (config.codebook_size, config.num_classes, config.ffn_width) == (CODES, CLASSES, FFN)
+    codes = torch.randint(0, CODES, (4, SIDE * SIDE), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 3, 6, 7])
+    expected = llamagen_logits(weights, codes, labels)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(Generator.load(tmp_path).model.logits(codes, labels), expected, atol=1e-4, rtol=0)
+
+
+def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
+    import_llamagen_ar({name: tensor.bfloat16() for name, tensor in llamagen_weights().items()}, tmp_path, (SIDE, SIDE))
+    assert Generator.load(tmp_path).model.head.weight.dtype == torch.float32
+
+
+def test_what_is_no_such_transformer_is_refused(tmp_path: Path) -> None:
+    def refused(state: dict, pattern: str) -> None:
+        with pytest.raises(UserError, match=pattern) as error:
+            import_llamagen_ar(state, tmp_path)
+        assert "\n" not in str(error.value)
+
+    weights = llamagen_weights()
+    assert not is_llamagen_ar({"model": {"quantize.embedding.weight": torch.zeros(1)}})
+    assert not is_llamagen_tokenizer(weights)
+    refused({"model": {}}, "no class-conditional LlamaGen transformer")
+    refused(
+        {k: v for k, v in weights.items() if k != "layers.1.attention.wo.weight"}, "attention.wo.weight' is missing"
+    )
+    refused(weights | {"cls_embedding.cap_proj.weight": torch.zeros(1)}, "cap_proj.weight' belongs to no")
+    refused({k: v for k, v in weights.items() if "layers.1." not in k}, "1 layers of width 32 are none")

@@ -1,0 +1,341 @@
+"""Oracles: an uninterrupted run, a run in one process, figures computed here from the published tokenizer, definitions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crt import Tokenizer
+from crt.data.packed import PackedImages
+from crt.data.transforms import to_uint8, to_unit_range
+from crt.history import read_history
+from crt.params import load_params
+from crt.progress import Progress
+from crt.stage import read_manifest
+from crt.stages import train_tokenizer
+from crt.tokenizer.state import TrainingState
+from crt.tokenizer.validation import code_statistics
+from tests.conftest import ROOT
+
+FILES = ("config.json", "model.safetensors", "train.csv", "validation.csv", "reconstructions.png")
+# Every part that carries state or draws random numbers.
+EVERYTHING = {
+    "quantizer__update": "ema",
+    "quantizer__revive_after_steps": 2,
+    "discriminator__kind": "patchgan",
+    "discriminator__channels": 4,
+    "discriminator__layers": 2,
+    "discriminator__start_step": 3,
+    "discriminator__adaptive_weight": True,
+    "regularizer__kind": "larp",
+    "loss__entropy_weight": 0.1,
+    "loss__entropy_temperature": 0.1,
+    "horizontal_flip": True,
+    "min_crop": 0.8,
+}
+
+
+def curve(out, name="train") -> dict[str, np.ndarray]:
+    rows = read_history(out / f"{name}.csv")
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def same_files(a, b) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def end_in_the_middle(monkeypatch, runs, name, at, **changes):
+    """A run that dies without any clearing up after some step."""
+
+    class Dying(Progress):
+        def update(self, done, **figures):
+            if done == at:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, "Progress", Dying)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(name, **changes)
+    assert not runs.out(name).exists()
+
+
+def test_result_describes_itself_and_its_figures_are_those_of_the_published_weights(runs):
+    out = runs.train("run")
+    tokenizer = Tokenizer.load(out)
+    images = PackedImages(runs.data, "val")
+    pixels = torch.from_numpy(images.pixels(range(len(images))))
+    codes = tokenizer.encode(to_unit_range(pixels))
+    decoded = tokenizer.decode(codes)
+    last = read_history(out / "validation.csv")[-1]
+    assert last["step"] == 8
+    assert last["mse"] == pytest.approx((decoded - to_unit_range(pixels)).square().mean().item(), rel=1e-5)
+    errors = (to_uint8(decoded).double() - pixels.double()).square().mean((1, 2, 3))
+    assert last["psnr"] == pytest.approx((10 * torch.log10(255**2 / errors)).mean().item(), rel=1e-5)
+    assert last["codebook_usage"] == len(codes.unique()) / 32
+    shares = codes.flatten().bincount() / codes.numel()
+    entropy = -sum(float(p) * math.log2(p) for p in shares if p)
+    assert last["code_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert last["perplexity"] == pytest.approx(2**entropy, rel=1e-5)
+
+    summary = read_manifest(out).summary
+    assert summary["parameters"] == sum(parameter.numel() for parameter in tokenizer.parameters())
+    assert (summary["val_psnr"], summary["regularizer"]) == (last["psnr"], last["regularizer"])
+    assert (summary["grid"], summary["codebook_size"]) == ([4, 4], 32)
+    with Image.open(out / "reconstructions.png") as picture:
+        assert picture.size[0] > picture.size[1] > 64
+    steps = curve(out)
+    assert steps["step"].tolist() == list(range(1, 9))
+    assert steps["lambda"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    expected = steps["pixel"] + steps["codebook"] + 0.25 * steps["commitment"] + steps["lambda"] * steps["regularizer"]
+    np.testing.assert_allclose(steps["loss"], expected, rtol=1e-5)
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith("complete-")) == sorted(
+        [*FILES, "manifest.json"]
+    )
+
+
+def test_without_lambda_there_is_no_regularizer(runs, params_file):
+    out = runs.train("plain", **{"lambda": 0.0})
+    columns = set(curve(out)) | set(curve(out, "validation"))
+    assert not columns & {"regularizer", "lambda", "regularizer_grad_norm"}
+    assert "regularizer" not in read_manifest(out).summary
+    params = load_params(params_file())
+    state = TrainingState(params.train_tokenizer, 0.0, 0, torch.device("cpu"))
+    assert state.regularizer is None
+    assert set(state.optimizers) == {"tokenizer"}
+    # Whether there is a regularizer does not change what the tokenizer starts from.
+    other = TrainingState(params.train_tokenizer, 1.0, 0, torch.device("cpu"))
+    for ours, theirs in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(runs):
+    first = runs.train("a")
+    assert same_files(first, runs.train("b"))
+    assert not same_files(first, runs.train("c", seed=1))
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING, {"architecture__dropout": 0.3, "channels_last": True}])
+def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, changes):
+    whole = runs.train("whole", **changes)
+    for at in (2, 5, 8):  # before the first checkpoint, between two, after the last
+        end_in_the_middle(monkeypatch, runs, f"died{at}", at, **changes)
+        assert same_files(whole, runs.train(f"died{at}", **changes))
+
+
+@pytest.fixture
+def signals():
+    """Handlers and requests as they were."""
+    from crt import interrupt
+
+    before = {signum: signal.getsignal(signum) for signum in interrupt.SIGNALS}
+    interrupt._received.clear()
+    yield
+    interrupt._received.clear()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_saves_the_step_and_the_run_continues_there(runs, monkeypatch, signals):
+    from crt import interrupt
+
+    class Signalled(Progress):
+        def update(self, done, **figures):
+            super().update(done, **figures)
+            if done == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    whole = runs.train("whole", checkpoint_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, "Progress", Signalled)
+        runs.train("stopped", status=128 + signal.SIGTERM, checkpoint_every=100)
+    (checkpoint,) = runs.out("stopped").parent.glob(".work/*/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 5
+    interrupt._received.clear()
+    assert same_files(whole, runs.train("stopped", checkpoint_every=100))
+
+
+def kill_and_continue(runs, name, wait, **changes):
+    """Start a training in a process of its own and kill it when `wait` returns; True if it was still running."""
+    command = [sys.executable, "-m", "crt", *runs.arguments(name, **changes)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        wait(process)
+        alive = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    return alive
+
+
+def test_kill_nine_between_checkpoints(runs):
+    changes = EVERYTHING | {"steps": 400, "checkpoint_every": 2, "validate_every": 4}
+
+    def for_a_checkpoint(process):
+        deadline = time.monotonic() + 120
+        while not list(runs.folder.glob("killed/.work/*/checkpoint.pt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert kill_and_continue(runs, "killed", for_a_checkpoint, **changes)
+    (checkpoint,) = runs.folder.glob("killed/.work/*/checkpoint.pt")
+    done = torch.load(checkpoint, weights_only=True)["step"]
+    # The same training, ended early by both: what a checkpoint holds is what an uninterrupted run reaches.
+    whole = reached_after(runs, done, changes)
+    killed = torch.load(checkpoint, weights_only=True)
+    for part in ("networks", "averaged", "upkeep", "optimizers"):
+        assert_same(whole[part], killed[part])
+
+
+def reached_after(runs, steps, changes):
+    """State of an uninterrupted run of the same params after so many steps, without a checkpoint before."""
+
+    class Ending(Progress):
+        def update(self, done, **figures):
+            if done == steps + 1:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tokenizer, "Progress", Ending)
+        runs.train("whole", **changes | {"checkpoint_every": steps})
+    (checkpoint,) = runs.folder.glob("whole/.work/*/checkpoint.pt")
+    return torch.load(checkpoint, weights_only=True)
+
+
+def assert_same(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(runs):
+    rng = random.Random(0)
+    changes = EVERYTHING | {"steps": 60, "checkpoint_every": 3, "validate_every": 7}
+    started = time.monotonic()
+    command = [sys.executable, "-m", "crt", *runs.arguments("whole", **changes)]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    duration = time.monotonic() - started
+    for trial in range(20):
+        killed = kill_and_continue(runs, "killed", lambda _: time.sleep(rng.uniform(0, duration)), **changes)
+        command = [sys.executable, "-m", "crt", *runs.arguments("killed", **changes)]
+        subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        assert same_files(runs.out("whole"), runs.out("killed")), (trial, killed)
+        runs.forget("killed")
+
+
+def test_two_processes_train_as_one(runs, tmp_path):
+    cases = {
+        "l2": {"optimizer__clip_norm": 0.05},
+        "everything": EVERYTHING,
+        "stylegan": {
+            "discriminator__kind": "stylegan", "discriminator__channels": 4, "discriminator__layers": 2,
+            "discriminator__start_step": 0, "regularizer__kind": "cross_entropy", "quantizer__revive_after_steps": 2,
+        },
+    }  # fmt: skip
+    jobs = [runs.arguments(f"{name}-two", **changes) for name, changes in cases.items()]
+    jobs.append(runs.arguments("indivisible", batch_size=9))
+    jobs.append(runs.arguments("diverging", optimizer__learning_rate=1e30, optimizer__warmup_steps=0))
+    (tmp_path / "jobs").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.tokenizer.ranks", str(tmp_path / "jobs")],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / f"jobs.{rank}").read_text()) for rank in range(2)] == [[0, 0, 0, 2, 2]] * 2
+    for message in ("batch_size 9 does not divide among 2 processes", "the run diverged"):
+        assert done.stderr.count(message) == 1
+    for name, changes in cases.items():
+        one, two = runs.train(f"{name}-one", **changes), runs.out(f"{name}-two")
+        for file in ("train", "validation"):
+            ours, theirs = curve(one, file), curve(two, file)
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                np.testing.assert_allclose(theirs[key], ours[key], rtol=2e-3, atol=2e-5, err_msg=f"{name} {file} {key}")
+
+
+def test_a_diverging_run_stops_with_one_line(runs, capsys):
+    runs.train("diverging", status=2, optimizer__learning_rate=1e30, optimizer__warmup_steps=0)
+    message = capsys.readouterr().err
+    assert "the run diverged: lower train_tokenizer.optimizer.learning_rate" in message
+    assert "step 2" in message or "step 3" in message
+    assert not runs.out("diverging").exists()
+
+
+def test_a_damaged_checkpoint_is_named(runs, monkeypatch, capsys):
+    end_in_the_middle(monkeypatch, runs, "run", 5)
+    (checkpoint,) = runs.folder.glob("run/.work/*/checkpoint.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    runs.train("run", status=2)
+    assert f"{checkpoint}: damaged" in capsys.readouterr().err
+
+
+def test_missing_lpips_stops_before_training(runs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    runs.train("run", status=2, loss__lpips_weight=1.0)
+    assert "python -m pip install lpips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["l2", "cross_entropy", "larp"])
+def test_more_lambda_makes_codes_more_predictable(runs, kind):
+    """The regularizer's own measure falls when it counts, for each kind; a few dozen steps suffice to see it."""
+    common = {
+        "regularizer__kind": kind, "regularizer__layers": 1, "steps": 60, "validate_every": 60, "batch_size": 16,
+        "regularizer__anneal_steps": 5, "weight_ema_decay": 0.0, "checkpoint_every": 100,
+        "optimizer__learning_rate": 5e-3, "regularizer__learning_rate": 5e-3,
+    }  # fmt: skip
+    low, high = (curve(runs.train(f"{kind}{value}", **common, **{"lambda": value})) for value in (1e-6, 3.0))
+    assert high["regularizer"][-10:].mean() < 0.9 * low["regularizer"][-10:].mean()
+    assert high["pixel"][-10:].mean() > low["pixel"][-10:].mean()
+
+
+def test_bf16_compiled_and_channels_last_train_like_float32(runs):
+    """Another precision and another compiler change roundings, not the training."""
+    plain = curve(runs.train("plain", steps=6))
+    for name, changes in (
+        ("bf16", {"precision": "bf16", "channels_last": True}),
+        ("adversarial", {"precision": "bf16", **{k: v for k, v in EVERYTHING.items() if "discr" in k}}),
+    ):
+        other = curve(runs.train(name, steps=6, **changes))
+        np.testing.assert_allclose(other["pixel"], plain["pixel"], rtol=0.1)
+
+
+def test_average_weights_follow_their_recurrence(params_file):
+    params = load_params(params_file(train_tokenizer__weight_ema_decay=0.5)).train_tokenizer
+    state = TrainingState(params, 0.0, 0, torch.device("cpu"))
+    codebook, bias = state.model.quantizer.codebook, state.model.encoder.conv_in.bias
+    expected = bias.detach().clone()
+    for step in range(12):
+        with torch.no_grad():
+            bias.add_(1.0)
+            codebook.add_(1.0)
+        state.average_weights(step, torch.tensor([3]))
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * bias.detach()
+        torch.testing.assert_close(state.averaged.encoder.conv_in.bias.detach(), expected)
+        assert torch.equal(state.averaged.quantizer.codebook[3], codebook[3])
+        assert not torch.equal(state.averaged.quantizer.codebook[4], codebook[4])
+
+
+def test_code_statistics_on_known_counts():
+    even = code_statistics(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))
+    assert even == {"codebook_usage": 0.5, "perplexity": 4.0, "code_entropy": 2.0}
+    many = code_statistics(torch.ones(131_072, dtype=torch.int64))
+    assert (many["codebook_usage"], many["code_entropy"]) == (1.0, 17.0)
+    assert code_statistics(torch.tensor([0, 7]))["perplexity"] == 1.0
