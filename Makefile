@@ -5,10 +5,10 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check prove lock clean
+.PHONY: help setup run study test check prove slurm-test lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: .venv/installed ## install everything into .venv (nothing else is touched)
 
@@ -21,11 +21,14 @@ setup: .venv/installed ## install everything into .venv (nothing else is touched
 	touch $@
 
 run: setup ## run the pipeline of params.yaml: by default real handwritten digits, some minutes on two cores
-	snakemake --cores all all
+	snakemake --profile workflow/profiles/default all
 	python -m crt results
 
+study: setup ## the smallest comparison of CRT with the plain VQGAN, over seeds and sizes
+	snakemake --profile workflow/profiles/default study_crt_vs_baseline
+
 test: setup ## run the tests
-	python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not slow and not slurm"
 
 check: setup ## formatting, lints and types
 	ruff format --check .
@@ -35,6 +38,11 @@ check: setup ## formatting, lints and types
 
 prove: setup ## the long proofs: kills at random moments, full-size rehearsals
 	python -m pytest -m slow
+
+slurm-test: setup ## the pipeline on a real Slurm that this machine starts (root; installs slurm-wlm and munge on Debian)
+	@if [ "$$(id -u)" = 0 ] && ! command -v slurmctld >/dev/null && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; fi
+	python -m pytest -m slurm -rs tests/slurm
 
 lock: ## renew requirements.lock within the ranges of pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \

@@ -81,8 +81,14 @@ class StageRun:
 
     @property
     def work(self) -> Path:
-        """Folder for what must survive a kill; keyed by the recipe, so another run's state is never resumed."""
-        return self.out.parent / ".work" / f"{self.out.name}-{self.fingerprint[:16]}"
+        """Folder for what must survive a kill.
+
+        Keyed by the recipe and by the bytes of its inputs (an input made again may differ), so that no run ever
+        resumes from another one's state.
+        """
+        contents = {name: manifest.content for name, manifest in self.manifests.items()}
+        key = hashlib.sha256(canonical_json([self.fingerprint, contents]).encode()).hexdigest()
+        return self.out.parent / ".work" / f"{self.out.name}-{key[:16]}"
 
     @property
     def staging(self) -> Path:
@@ -155,19 +161,6 @@ def exclusive(run: StageRun) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(f"{run.out}: another process is writing it (lock {path}): wait for it, or stop it") from None
-
-
-def forget_other_inputs(run: StageRun) -> None:
-    """Drop working state that the same recipe left with other inputs (an input made again may differ in its bytes).
-
-    For rank 0 only, before any process looks into `run.work`.
-    """
-    record = run.work / "inputs.json"
-    contents = {name: manifest.content for name, manifest in run.manifests.items()}
-    if not record.exists() or json.loads(record.read_text(encoding="utf-8")) != contents:
-        shutil.rmtree(run.work, ignore_errors=True)
-        run.staging.mkdir(parents=True, exist_ok=True)  # another process may have been quicker
-        write_json(record, contents)
 
 
 def publish(run: StageRun) -> Manifest:

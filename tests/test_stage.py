@@ -150,3 +150,13 @@ def test_publishing_replaces_the_old_result_as_a_whole(tmp_path, chain):
     make("tokenize", ("data", "tokenizer"), text="new")
     assert (tmp_path / "tokens" / "folder" / "file.txt").read_text() == "new"
     assert not (tmp_path / "tokens" / "left over").exists()
+
+
+def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
+    make, params = chain
+    first = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    shutil.rmtree(tmp_path / "tokenizer")
+    make("train_tokenizer", ("data",), text="trained again under the same recipe")
+    second = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    assert first.fingerprint == second.fingerprint
+    assert first.work != second.work

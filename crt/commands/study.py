@@ -1,4 +1,4 @@
-"""`python -m crt study`: table, figures and page of a study whose runs are complete; `snakemake study_NAME` calls it."""
+"""`python -m crt study`: page of a study whose runs are complete; `snakemake study_NAME` calls it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.interrupt import Stopped
 from crt.progress import logger
-from crt.stage import StageRun, forget_other_inputs, write_json
+from crt.stage import StageRun, write_json
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache
@@ -51,9 +51,6 @@ def run(run: StageRun) -> None:
         UserError: a missing or wrong reference or Inception file, or sets of images that do not fit together.
     """
     with join_world() as world, reported_once(world):
-        if world.is_main:
-            forget_other_inputs(run)
-        raise_if_any_stopped(world)  # the others wait here meanwhile
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         sources = _open_sources(run, tokenizer.image_size)
         networks = _load_networks(run, world, tokenizer)

@@ -34,7 +34,7 @@ from crt.errors import UserError
 from crt.interrupt import Stopped
 from crt.params import Sample
 from crt.progress import Progress
-from crt.stage import StageRun, forget_other_inputs
+from crt.stage import StageRun
 from crt.tokenizer.model import Tokenizer
 
 SAMPLES_FILE = "samples.h5"
@@ -52,9 +52,6 @@ def run(run: StageRun) -> None:
     """
     params = run.params.sample
     with join_world() as world:
-        if world.is_main:
-            forget_other_inputs(run)
-        _wait_for_all(world)
         with reported_once(world):
             generator = Generator.load(run.inputs["ar"], params.precision, world.device)
             tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)

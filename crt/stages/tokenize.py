@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from crt import interrupt
 from crt.data.packed import PackedImages
-from crt.distributed import World, join_world, stop_signal
+from crt.distributed import World, join_world, reported_once, stop_signal
 from crt.errors import UserError
 from crt.progress import Progress, logger
-from crt.stage import StageRun, forget_other_inputs
+from crt.stage import StageRun
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import SPLITS, TokenCache
 from crt.tokens.encode import Encoder, rows_per_block, unit_pixels, units
@@ -42,6 +42,8 @@ class _ShardWork:
     header: CacheHeader
     index: int
     journal: BlockJournal
+    counts: np.ndarray
+    """(codebook_size,) uses of each code of the split, to which the finished shard's are added."""
 
 
 def run(run: StageRun) -> None:
@@ -52,16 +54,14 @@ def run(run: StageRun) -> None:
         Stopped: a signal arrived at any process; finished blocks are kept.
     """
     with join_world() as world:
-        if world.is_main:
-            forget_other_inputs(run)
-        _sum(world, 0)  # the others wait until that is done
-        tokenizer = Tokenizer.load(run.inputs["tokenizer"]).to(world.device).eval()
+        with reported_once(world):
+            tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
+            images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
+            headers = {split: _header(run, images[split], tokenizer) for split in SPLITS}
         params = run.params.tokenize
-        images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
-        headers = {split: _header(run, images[split], tokenizer) for split in SPLITS}
 
-        counts = np.zeros(tokenizer.codebook_size, np.int64)
-        works = [work for work in _own_shards(run, world, images, headers) if not _is_made(run, work, counts)]
+        counts = {split: np.zeros(tokenizer.codebook_size, np.int64) for split in SPLITS}
+        works = [work for work in _own_shards(run, world, images, headers, counts) if not _is_made(run, work)]
         tasks = [task for work in works for task in _tasks(work)]
         pixels = _pixels(tasks, tokenizer.image_size, params.batch_size)
         total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)
@@ -72,19 +72,11 @@ def run(run: StageRun) -> None:
             for turn in range(_max(world, len(tasks))):
                 failure: Exception | None = None
                 if turn < len(tasks):
-                    work, block = tasks[turn]
                     try:
-                        parts = []
-                        for _ in units(block, len(work.header.views), params.batch_size):
-                            parts.append(encode(next(pixels)))
-                            remaining -= len(parts[-1])
+                        for images_done in _make_block(run, *tasks[turn], encode, pixels):
+                            remaining -= images_done
                             if world.size == 1:
                                 progress.update(total - remaining)
-                        if parts:
-                            codes = torch.cat(parts).cpu().numpy()
-                            work.journal.append(codes.reshape(len(block), len(work.header.views), -1))
-                        if work.journal.complete:
-                            _finish(run, work, counts)
                     except (OSError, UserError) as error:  # such as a full disk
                         failure = error
                 _leave_if_any_failed(world, failure)
@@ -94,11 +86,11 @@ def run(run: StageRun) -> None:
                 if signum:
                     raise interrupt.Stopped(signum)
 
-        counts = _reduce(world, counts, dist.ReduceOp.SUM)
+        train_counts = _reduce(world, counts["train"], dist.ReduceOp.SUM)
         if world.is_main:
             for split in SPLITS:
                 write_index(run.staging, run.work / "index.tmp", headers[split], images[split].class_names)
-            run.summary.update(_summary(run, counts))
+            run.summary.update(_summary(run, train_counts))
 
 
 def _header(run: StageRun, images: PackedImages, tokenizer: Tokenizer) -> CacheHeader:
@@ -117,7 +109,11 @@ def _header(run: StageRun, images: PackedImages, tokenizer: Tokenizer) -> CacheH
 
 
 def _own_shards(
-    run: StageRun, world: World, images: dict[str, PackedImages], headers: dict[str, CacheHeader]
+    run: StageRun,
+    world: World,
+    images: dict[str, PackedImages],
+    headers: dict[str, CacheHeader],
+    counts: dict[str, np.ndarray],
 ) -> Iterator[_ShardWork]:
     """Every world.size-th shard, and the blocks of it that an earlier run left."""
     shards = [(split, index) for split in SPLITS for index in range(headers[split].num_shards)]
@@ -125,7 +121,7 @@ def _own_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for split, index in shards[world.rank :: world.size]:
         journal = BlockJournal(folder / f"{split}-{index:05d}.blocks", headers[split], index)
-        yield _ShardWork(images[split], headers[split], index, journal)
+        yield _ShardWork(images[split], headers[split], index, journal, counts[split])
 
 
 def _tasks(work: _ShardWork) -> list[tuple[_ShardWork, range]]:
@@ -134,12 +130,12 @@ def _tasks(work: _ShardWork) -> list[tuple[_ShardWork, range]]:
     return [(work, block) for block in rest] or [(work, range(0))]
 
 
-def _is_made(run: StageRun, work: _ShardWork, counts: np.ndarray) -> bool:
-    """Whether an earlier run made the shard; its training codes are then added to `counts`."""
+def _is_made(run: StageRun, work: _ShardWork) -> bool:
+    """Whether an earlier run made the shard; its codes are then counted."""
     path = run.staging / work.header.shard_name(work.index)
     if not path.exists():
         return False
-    uses = np.zeros_like(counts)
+    uses = np.zeros_like(work.counts)
     try:
         shard = read_shard(run.staging, work.header, work.index)
         damage = damaged_blocks(run.staging, work.header, work.index, shard, uses)
@@ -149,8 +145,7 @@ def _is_made(run: StageRun, work: _ShardWork, counts: np.ndarray) -> bool:
         logger.warning("%s: is made again", damage[0])
         path.unlink()
         return False
-    if work.header.split == "train":
-        counts += uses
+    work.counts += uses
     return True
 
 
@@ -164,8 +159,22 @@ def _pixels(tasks: list[tuple[_ShardWork, range]], size: int, batch_size: int) -
             yield from unit_pixels(works[0][0].images, rows, header.views, size)
 
 
-def _finish(run: StageRun, work: _ShardWork, counts: np.ndarray) -> None:
-    """Turn a complete journal into the shard's file; count the training codes."""
+def _make_block(
+    run: StageRun, work: _ShardWork, block: range, encode: Encoder, pixels: Iterator[torch.Tensor]
+) -> Iterator[int]:
+    """Encode a block and put it on disk, with the shard's file if it was the last; yields images done, unit by unit."""
+    num_views, parts = len(work.header.views), []
+    for _ in units(block, num_views, run.params.tokenize.batch_size):
+        parts.append(encode(next(pixels)))
+        yield len(parts[-1])
+    if parts:
+        work.journal.append(torch.cat(parts).cpu().numpy().reshape(len(block), num_views, -1))
+    if work.journal.complete:
+        _finish(run, work)
+
+
+def _finish(run: StageRun, work: _ShardWork) -> None:
+    """Turn a complete journal into the shard's file, and count its codes."""
     rows = work.header.shard_range(work.index)
     codes = work.journal.codes()
     source_index = np.arange(rows.start, rows.stop)
@@ -178,8 +187,7 @@ def _finish(run: StageRun, work: _ShardWork, counts: np.ndarray) -> None:
         labels=work.images.labels[source_index],
         source_index=source_index,
     )
-    if work.header.split == "train":
-        counts += np.bincount(codes.reshape(-1), minlength=len(counts))
+    work.counts += np.bincount(codes.reshape(-1), minlength=len(work.counts))
     work.journal.path.unlink()
 
 

@@ -48,7 +48,7 @@ from crt.interrupt import Stopped, stop_requested
 from crt.progress import Progress
 from crt.randomness import numpy_generator, seed_torch
 from crt.schedules import learning_rate_factor
-from crt.stage import StageRun, forget_other_inputs
+from crt.stage import StageRun
 from crt.tokens.cache import TokenCache
 from crt.tokens.sampler import training_batches
 
@@ -66,9 +66,6 @@ def run(run: StageRun) -> None:
         Stopped: a signal arrived at any process; the state is saved.
     """
     with join_world() as world, deepspeed_session(world):
-        if world.is_main:
-            forget_other_inputs(run)
-        dist.barrier()
         with reported_once(world):
             train_codes = TokenCache(run.inputs["tokens"], "train")
             val_codes = TokenCache(run.inputs["tokens"], "val")

@@ -37,7 +37,7 @@ from crt.params import TrainTokenizer
 from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor
-from crt.stage import StageRun, forget_other_inputs
+from crt.stage import StageRun
 from crt.tokenizer.collectives import mean_over_ranks, sum_over_ranks
 from crt.tokenizer.losses import (
     PerceptualLoss,
@@ -62,9 +62,6 @@ def run(run: StageRun) -> None:
         Stopped: a signal arrived at any process; the state is saved.
     """
     with join_world() as world:
-        if world.is_main:
-            forget_other_inputs(run)
-        sum_over_ranks(torch.zeros(1, device=world.device))  # the others wait until that is done
         try:
             with reported_once(world):
                 _train(run, world)

@@ -40,7 +40,7 @@ def llamagen_weights() -> dict[str, torch.Tensor]:
             f"layers.{layer}.ffn_norm.weight": (WIDTH,),
         }
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
 
 
 def llamagen_logits(w: dict[str, torch.Tensor], codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -218,20 +218,6 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "checkpoint of another model" in last_line(capsys)
 
 
-def test_state_of_other_codes_is_not_continued(small_run: Make, tmp_path: Path, at: Any) -> None:
-    """The cache was made again under the same recipe with other bytes: the run starts at its beginning."""
-    command = small_run()
-    at(6, fail)
-    assert main(command) == 1
-    (work,) = (tmp_path / ".work").glob("ar-*")
-    record = work / "inputs.json"
-    record.write_text(record.read_text().replace('"tokenize": "', '"tokenize": "0'))
-    seen = []
-    at(1, lambda: seen.append("step 1 anew"))
-    assert main(command) == 0
-    assert seen
-
-
 def last_line(capsys: pytest.CaptureFixture) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "internal"))]
     assert len(lines) == 1, lines
