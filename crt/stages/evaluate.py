@@ -134,6 +134,10 @@ def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: 
         | generation_metrics(run.params.evaluate, run.params.seed, networks, passes, warnings)
         | code_metrics(counts, networks.tokenizer.num_tokens, run.manifests["train_ar"].summary["val_loss"])
         | class_metrics(sources, passes)
+        | {
+            "stage1_training_flops": run.manifests["train_tokenizer"].summary["training_flops"],
+            "stage2_training_flops": run.manifests["train_ar"].summary["training_flops"],
+        }
         | protocol(networks, sources)
     )
     if warnings:

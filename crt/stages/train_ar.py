@@ -43,6 +43,7 @@ from crt.ar.engine import (
 from crt.ar.model import config_from_params, count_parameters, save_model
 from crt.distributed import World, join_world, reported_once
 from crt.errors import UserError
+from crt.flops import ar_flops_per_image
 from crt.history import History, read_history
 from crt.interrupt import Stopped, stop_requested
 from crt.progress import Progress
@@ -158,6 +159,7 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             save_model(weights, config, run.staging)
             run.summary.update(log.summary())
             run.summary["parameters"] = count_parameters(config)
+            run.summary["training_flops"] = ar_flops_per_image(config) * params.batch_size * params.steps
             run.summary["tokens_seen"] = params.steps * params.batch_size * config.num_tokens
 
 

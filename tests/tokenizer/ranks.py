@@ -1,4 +1,4 @@
-"""Trains several tokenizers one after the other in one group of processes: `torchrun ... -m tests.tokenizer.ranks JOBS`.
+"""Trains several tokenizers in one group of processes: `torchrun ... -m tests.tokenizer.ranks JOBS`.
 
 JOBS is a JSON list of command lines; each rank writes the exit status of all to JOBS.RANK. Starting Python and torch
 takes most of a tiny training's time, so many of them share it.

@@ -62,8 +62,7 @@ def vgg_file(path, channels_of_first=64):
         if width == 0:
             index += 1
             continue
-        if index == 0:
-            width = channels_of_first
+        width = width if index else channels_of_first  # noqa: PLW2901
         state[f"features.{index}.weight"] = torch.randn(width, previous, 3, 3) / (3 * previous**0.5)
         state[f"features.{index}.bias"] = torch.zeros(width)
         index, previous = index + 2, width
@@ -91,5 +90,5 @@ def test_unusable_lpips_weights_are_refused(tmp_path):
     for name in ("absent.pth", "text.pth", "other.pth"):
         with pytest.raises(UserError, match=name):
             PerceptualLoss(tmp_path / name)
-    with pytest.raises(UserError, match="narrow.pth"):
+    with pytest.raises(UserError, match=r"narrow\.pth"):
         PerceptualLoss(vgg_file(tmp_path / "narrow.pth", channels_of_first=32))

@@ -35,7 +35,7 @@ def brute_force(quantizer, latents):
             for j in range(columns):
                 codes[b, i, j] = min(
                     range(len(vectors)), key=lambda k: float((vectors[k] - latents[b, :, i, j]).norm())
-                )  # noqa: B023
+                )
     return codes, torch.stack([vectors[codes[b]].permute(2, 0, 1) for b in range(batch)])
 
 
