@@ -77,5 +77,7 @@ def ar_flops_per_image(config: ARConfig) -> int:
         return count_flops(lambda: model(codes, labels).mean().backward())
 
 
-def _forward_and_backward(network: Callable[[], Tensor]) -> None:
-    network().backward()
+def _forward_and_backward(network: Callable[[], Tensor]) -> Tensor:
+    loss = network()
+    loss.backward()
+    return loss
