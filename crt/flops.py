@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,12 +57,12 @@ def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) ->
             codes = torch.zeros(1, model.num_tokens, dtype=torch.int64)
             vectors = torch.zeros(quantizer.codebook_size, quantizer.codebook_dim)
             networks.append(lambda: regularizer(latents, codes, vectors))
-        if params.discriminator.kind != "none":
-            discriminator = build_discriminator(params.discriminator, params.image_size)
+        discriminator = build_discriminator(params.discriminator, params.image_size)
+        if discriminator is not None:
             pair = torch.zeros(2, 3, params.image_size, params.image_size)
             fake = torch.zeros(1, 3, params.image_size, params.image_size, requires_grad=True)
             # Once for the decoder, through frozen weights, and once for itself on a real and a decoded image.
-            networks.append(lambda: discriminator(fake).mean() + discriminator(pair).mean())
+            networks.append(partial(_score_twice, discriminator, fake, pair))
         return sum(count_flops(partial(_forward_and_backward, network)) for network in networks)
 
 
@@ -81,3 +81,7 @@ def _forward_and_backward(network: Callable[[], Tensor]) -> Tensor:
     loss = network()
     loss.backward()
     return loss
+
+
+def _score_twice(discriminator: nn.Module, fake: Tensor, pair: Tensor) -> Tensor:
+    return discriminator(fake).mean() + discriminator(pair).mean()
