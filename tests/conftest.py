@@ -19,6 +19,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # The smallest run of the whole pipeline on the real digits: some seconds of work per stage.
 TINY = {
+    "lambda": 0.5,
     "prepare_data.max_images_per_class": 12,
     "train_tokenizer.architecture.encoder_channels": 16,
     "train_tokenizer.architecture.decoder_channels": 16,

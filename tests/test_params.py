@@ -39,7 +39,7 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"train_ar.zero_stage": 4}, "train_ar.zero_stage: input should be 0, 1, 2 or 3"),
         ({"train_ar.model.heads": 3}, "train_ar.model: width 128 is not divisible by heads 3"),
         ({"train_ar.model.heads": 64}, "2D RoPE"),
-        ({"train_ar.micro_batch_size": 100}, "micro_batch_size 100 does not divide batch_size 128"),
+        ({"train_ar.micro_batch_size": 100}, "micro_batch_size 100 does not divide batch_size 64"),
         ({"train_ar.offload": "optimizer_and_parameters"}, "needs zero_stage 3"),
         ({"train_tokenizer.image_size": 18}, "not divisible by the downsampling 4"),
         ({"train_tokenizer.image_size": 32}, "both must be equal"),
