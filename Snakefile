@@ -9,11 +9,9 @@ from crt.errors import UserError
 from crt.params import load_params
 from crt.pipeline import PARAMS_FILE, expected_fingerprints, load_stages, stamp_name
 from crt.study import (
-    STUDY_FOLDER,
-    load_study,
-    study_runs,
+    RUN_RULE,
+    requested_studies,
     study_stamp,
-    study_target,
     write_params_files,
 )
 
@@ -32,32 +30,20 @@ try:
             STAMPS[stage.output],
             [STAMPS[path] for path in stage.inputs],
         )
-    STUDIES = {}
-    # Unrolling hundreds of runs takes a while: only where a study is asked for, here or by the job's parent.
-    if any("study_" in argument or "run_" in argument for argument in sys.argv):
-        for file in sorted(STUDY_FOLDER.glob("*.yaml")):
-            study = load_study(file)
-            for scale in study.scales:
-                if not any(
-                    study_target(file, scale, study) in sys.argv or "run_" in word
-                    for word in sys.argv
-                ):
-                    continue
-                runs = study_runs(file, scale)
-                STUDIES[study_target(file, scale, study)] = (file, scale, runs)
-                for run in runs:
-                    write_params_files(run)
-                    stamps = {
-                        stage.output: run.stamp(name)
-                        for name, stage in run.stages.items()
-                    }
-                    for name, stage in run.stages.items():
-                        job = f"run_{name}_{run.fingerprints[name][:16]}"
-                        JOBS[job] = (
-                            stage,
-                            stamps[stage.output],
-                            [stamps[path] for path in stage.inputs],
-                        )
+    STUDIES = requested_studies(sys.argv)
+    for _, _, runs in STUDIES.values():
+        for run in runs:
+            write_params_files(run)
+            stamps = {
+                stage.output: run.stamp(name) for name, stage in run.stages.items()
+            }
+            for name, stage in run.stages.items():
+                job = f"{RUN_RULE}_{name}_{run.fingerprints[name][:16]}"
+                JOBS[job] = (
+                    stage,
+                    stamps[stage.output],
+                    [stamps[path] for path in stage.inputs],
+                )
 except UserError as error:
     print(
         *(f"error: {line}" for line in str(error).splitlines()),
@@ -86,7 +72,7 @@ for name, (stage, stamp, inputs) in JOBS.items():
             *stage.metrics,
         log:
             stage.log,
-        threads: 1 if name.startswith("run_") else (workflow.cores or 1)
+        threads: 1 if name.startswith(RUN_RULE) else (workflow.cores or 1)
         resources:
             **stage.resources,
         params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,10 @@ from crt.params import Section, read_yaml, validate_params
 from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
 
 STUDY_FOLDER = Path("studies")
+# Raised when the page of a study changes.
 STUDY_VERSION = 1
+# Rules of a study's stages are named run_STAGE_FINGERPRINT.
+RUN_RULE = "run"
 RUN_FOLDER = Path("out/runs")
 REPORT_FOLDER = Path("out/studies")
 
@@ -135,6 +138,29 @@ def write_params_files(run: StudyRun) -> None:
 def study_target(path: Path, scale: str, study: Study) -> str:
     """Name of the rule that runs a study: its first scale needs no suffix."""
     return f"study_{path.stem}" + ("" if scale == next(iter(study.scales)) else f"_{scale}")
+
+
+def requested_studies(arguments: Sequence[str]) -> dict[str, tuple[Path, str, list[StudyRun]]]:
+    """Unroll the studies that a snakemake command line asks for; each costs about a second per hundred runs.
+
+    Args:
+        arguments: of the command line. A job that Snakemake starts elsewhere names a rule `run_...` instead of a
+            study; then all are unrolled.
+
+    Returns:
+        (study file, scale, runs) by target.
+    """
+    inside_job = any(f"{RUN_RULE}_" in argument for argument in arguments)
+    if not inside_job and not any(argument.startswith("study_") for argument in arguments):
+        return {}
+    requested = {}
+    for path in sorted(STUDY_FOLDER.glob("*.yaml")):
+        study = load_study(path)
+        for scale in study.scales:
+            target = study_target(path, scale, study)
+            if inside_job or target in arguments:
+                requested[target] = (path, scale, study_runs(path, scale))
+    return requested
 
 
 def study_stamp(path: Path, scale: str, runs: list[StudyRun]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
 from crt.errors import UserError
@@ -67,6 +68,8 @@ class TrainingState:
 
     def compile(self) -> None:
         """Compile the networks that training runs; their weights keep their names."""
+        # The adaptive weight goes through the decoder's graph before the loss does: its buffers must outlive that.
+        torch._functorch.config.donated_buffer = False
         self.model.encoder.compile()
         self.model.decoder.compile()
         if self.regularizer is not None:
