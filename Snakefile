@@ -20,10 +20,7 @@ try:
     FINGERPRINTS = expected_fingerprints(VALUES)
     # Rule name, stage, stamp, stamps of its inputs.
     JOBS = {}
-    STAMPS = {
-        stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}"
-        for name, stage in load_stages().items()
-    }
+    STAMPS = {stage.output: f"{stage.output}/{stamp_name(FINGERPRINTS[name])}" for name, stage in load_stages().items()}
     for name, stage in load_stages().items():
         JOBS[name] = (
             stage,
@@ -34,9 +31,7 @@ try:
     for _, _, runs in STUDIES.values():
         for run in runs:
             write_params_files(run)
-            stamps = {
-                stage.output: run.stamp(name) for name, stage in run.stages.items()
-            }
+            stamps = {stage.output: run.stamp(name) for name, stage in run.stages.items()}
             for name, stage in run.stages.items():
                 job = f"{RUN_RULE}_{name}_{run.fingerprints[name][:16]}"
                 JOBS[job] = (

@@ -1,0 +1,125 @@
+"""Studies: what a grid unrolls to, what its runs share, and that a mistake in the file is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from crt.errors import UserError
+from crt.params import load_params
+from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
+from tests.conftest import ROOT
+
+STUDY = {
+    "question": "?",
+    "base": "params.yaml",
+    "metrics": ["psnr"],
+    "contrast": None,
+    "figures": [],
+    "scales": {
+        "small": {
+            "overrides": {"sample.num_images": 10},
+            "axes": {
+                "tokenizer": {"plain": {"lambda": 0.0}, "crt": {"lambda": 0.5, "train_tokenizer.steps": 95}},
+                "generator": {"a": {"train_ar.steps": 10}, "b": {"train_ar.steps": 20}},
+            },
+            "seeds": [0, 1, 2],
+        }
+    },
+}
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def write(**changes):
+        path = tmp_path / "trial.yaml"
+        with open(path, "w") as file:
+            YAML(typ="safe").dump(STUDY | changes, file)
+        return path
+
+    return write
+
+
+def stages(runs):
+    return {(name, run.fingerprints[name]) for run in runs for name in run.stages}
+
+
+def test_every_combination_runs_and_shared_stages_run_once(study_file):
+    runs = study_runs(study_file(), "small")
+    assert len(runs) == 2 * 2 * 3
+    counts = {name: len({run.fingerprints[name] for run in runs}) for name in runs[0].stages}
+    assert counts == {
+        "prepare_data": 1,
+        "train_tokenizer": 6,
+        "tokenize": 6,
+        "train_ar": 12,
+        "sample": 12,
+        "evaluate": 12,
+    }
+    run = next(run for run in runs if run.choices["tokenizer"] == "crt" and run.seed == 2)
+    assert run.values["lambda"] == 0.5
+    assert run.values["train_tokenizer"]["steps"] == 95
+    assert f"--tokenizer {run.stages['train_tokenizer'].output} " in run.stages["sample"].command
+    assert run.fingerprints["train_tokenizer"][:16] in run.stages["train_tokenizer"].output
+
+
+def test_a_value_added_to_an_axis_adds_one_branch(study_file):
+    before = stages(study_runs(study_file(), "small"))
+    axes = STUDY["scales"]["small"]["axes"]
+    more = axes | {"generator": axes["generator"] | {"c": {"train_ar.steps": 30}}}
+    after = stages(study_runs(study_file(scales={"small": STUDY["scales"]["small"] | {"axes": more}}), "small"))
+    assert before < after
+    assert {name for name, _ in after - before} == {"train_ar", "sample", "evaluate"}
+
+
+def test_params_files_are_valid_and_written_once(study_file, monkeypatch, tmp_path):
+    run = study_runs(study_file(), "small")[0]
+    for name in ("dvc.yaml", "crt/stage_versions.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    monkeypatch.chdir(tmp_path)
+    write_params_files(run)
+    path = Path(run.stages["train_ar"].command.split("--params ")[1].split()[0])
+    assert load_params(path).model_dump(by_alias=True) == run.values
+    written = path.stat().st_mtime_ns
+    write_params_files(run)
+    assert path.stat().st_mtime_ns == written
+
+
+def test_shipped_studies_unroll_at_every_scale(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in sorted(Path("studies").glob("*.yaml")):
+        study = load_study(path)
+        for scale in study.scales:
+            runs = study_runs(path, scale)
+            assert study_stamp(path, scale, runs).startswith(f"out/studies/{path.stem}-{scale}/complete-")
+            assert study_target(path, scale, study) in requested_studies([study_target(path, scale, study)])
+    assert requested_studies(["--cores", "2", "all"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"question": None}, "question: input should be a valid string"),
+        ({"metric": 1}, "metric: extra inputs are not permitted"),
+        (
+            {"scales": {"s": {"overrides": {"train_ar.stepz": 1}, "axes": {"a": {"b": {}}}, "seeds": [0]}}},
+            "train_ar.stepz",
+        ),
+        (
+            {"scales": {"s": {"overrides": {"sample.top_p": 9.0}, "axes": {"a": {"b": {}}}, "seeds": [0]}}},
+            "sample.top_p",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_with_the_file_and_the_key(study_file, changes, expected):
+    path = study_file(**changes)
+    with pytest.raises(UserError) as caught:
+        study_runs(path, "s")
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
