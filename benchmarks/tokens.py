@@ -84,9 +84,9 @@ def make_header(rows: int, views: int, tokens: tuple[int, int] = GRID) -> CacheH
 
 
 def synthetic_codes(header: CacheHeader, rows: range) -> np.ndarray:
-    rng = np.random.default_rng(rows.start)
-    shape = (len(rows), len(header.views), header.num_tokens)
-    return rng.integers(0, header.codebook_size, shape, dtype=np.uint16)
+    content = np.random.default_rng(rows.start).bytes(len(rows) * header.row_bytes)
+    codes = np.frombuffer(content, np.uint16) % np.uint16(header.codebook_size)
+    return codes.reshape(len(rows), len(header.views), header.num_tokens)
 
 
 def write_cache(folder: Path, header: CacheHeader) -> float:

@@ -57,6 +57,7 @@ _DISK_ERRORS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; mistakes of the user never show a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    logger.handlers.clear()
     args = _parser(arguments).parse_args(arguments)
     log_file: Path | None = None
     try:

@@ -214,7 +214,9 @@ def test_a_killed_stage_leaves_no_result_and_ends_with_the_same_bytes(project):
     shutil.rmtree(project.root / "out/ar")
     process = subprocess.Popen(project.command("train_ar"), cwd=project.root, env=project.environment)
     deadline = time.monotonic() + 120
-    while not any((project.root / "out/.work").glob("ar-*/checkpoint*")) and time.monotonic() < deadline:
+    while (
+        not any((project.root / "out/.work").glob("ar-*/checkpoints/*/complete.json")) and time.monotonic() < deadline
+    ):
         assert process.poll() is None, "ended before a checkpoint was seen"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -30,6 +30,8 @@ SMALL = {
     "train_ar.model.heads": 2,
     "train_ar.model.width": 32,
     "train_ar.model.ffn_multiple": 16,
+    "train_ar.model.dropout": 0.1,
+    "train_ar.optimizer.learning_rate": 2.0e-3,
     "train_ar.optimizer.warmup_steps": 2,
     "train_ar.steps": 10,
     "train_ar.batch_size": 16,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +85,10 @@ class StandIn(torch.nn.Module):
 @pytest.fixture(scope="session")
 def inception_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inception")
-    torch.manual_seed(0)
-    torch.jit.script(StandIn()).save(str(folder / INCEPTION_FILE))
+    # In a process of its own: TorchScript fails to compile where other libraries have patched torch before.
+    script = (
+        "import sys, torch; from tests.evaluation.conftest import StandIn; torch.manual_seed(0); "
+        "torch.jit.script(StandIn()).save(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder / INCEPTION_FILE)], cwd=ROOT, check=True)
     return folder

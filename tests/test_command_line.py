@@ -1,0 +1,81 @@
+"""`python -m crt` as a user meets it: exit statuses, one-line errors, disks that are full or cannot be written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from crt.__main__ import COMMANDS, STAGES, main
+from crt.stage import read_manifest
+from tests.conftest import ROOT
+
+
+def on_a_disk_of_its_own(script: str, folder) -> str:
+    """Run a shell script where it may mount file systems, as any user may in a namespace; skips where not."""
+    folder.mkdir()
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode == 99 or "unshare" in result.stderr:
+        pytest.skip(f"no file system of its own can be mounted here: {result.stderr.strip()}")
+    return result.stdout + result.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(params_file, tmp_path):
+    params, disk = params_file(prepare_data__max_images_per_class=None), tmp_path / "disk"
+    command = f"{sys.executable} -m crt prepare_data --params {params} --out {disk}/prepared"
+    text = on_a_disk_of_its_own(
+        f"""mount -t tmpfs -o size=600k none {disk} || exit 99
+        {command}; echo "status $?"; ls {disk}/prepared
+        mount -o remount,size=50m {disk}
+        {command}; echo "status $?"; cp -r {disk}/prepared {tmp_path}/copy""",
+        disk,
+    )
+    assert "status 2" in text
+    assert "status 0" in text
+    assert "No space left on device: free some space and run the same command again" in text
+    assert "Traceback" not in text
+    assert read_manifest(tmp_path / "copy").summary["train_images"] > 1000
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "train_tokenizer"])
+def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stage):
+    params, disk, data = params_file(), tmp_path / "disk", tmp_path / "data"
+    assert main(["prepare_data", "--params", str(params), "--out", str(data)]) == 0
+    inputs = f"--data {data}" if stage == "train_tokenizer" else ""
+    text = on_a_disk_of_its_own(
+        f"""mount -t tmpfs none {disk} && mount -o remount,ro {disk} || exit 99
+        {sys.executable} -m crt {stage} --params {params} {inputs} --out {disk}/out; echo "status $?" """,
+        disk,
+    )
+    assert "status 2" in text
+    assert "Read-only file system: choose a folder that can be written" in text
+    assert "Traceback" not in text
+
+
+def test_an_error_of_the_program_is_logged_with_its_traceback(params_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("crt.stages.prepare_data.run", lambda run: 1 / 0)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 1
+    shown = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError" in shown
+    assert "Traceback" not in shown
+    assert "Traceback" in (tmp_path / "data.log").read_text()
+    assert not (tmp_path / "data").exists()
+
+
+def test_bad_params_stop_a_stage_before_it_starts(params_file, tmp_path, capsys):
+    params = params_file()
+    params.write_text(params.read_text().replace("seed:", "sed:"))
+    assert main(["prepare_data", "--params", str(params), "--out", str(tmp_path / "data")]) == 2
+    assert "unknown key: did you mean 'seed'?" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [params]
+
+
+@pytest.mark.parametrize("command", [*STAGES, *COMMANDS])
+def test_every_command_explains_itself(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out
