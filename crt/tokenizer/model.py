@@ -33,6 +33,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = "crt-tokenizer"
 SCHEMA = 1
+# Convolutions of this width and more are faster with channels last, narrower ones are not.
+_CHANNELS_LAST_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ class Tokenizer(
             model = cls(config)
         weights = _read_weights(Path(folder) / WEIGHTS_FILE, model.state_dict())
         model.load_state_dict(weights, strict=True, assign=True)
+        if min(config.encoder_channels, config.decoder_channels) >= _CHANNELS_LAST_WIDTH:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.requires_grad_(True).eval().to(device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
