@@ -20,7 +20,7 @@ from tests.conftest import ROOT, write_params
 
 CODEBOOK, GRID, CLASSES = 32, (4, 4), 5
 
-# A model and a run of seconds; a batch that two processes can share.
+# A model and a run of seconds, whatever the defaults are; a batch that two processes can share.
 SMALL = {
     "prepare_data.image_size": 16,
     "train_tokenizer.architecture.encoder_channels": 16,
@@ -31,12 +31,18 @@ SMALL = {
     "train_ar.model.width": 32,
     "train_ar.model.ffn_multiple": 16,
     "train_ar.model.dropout": 0.1,
+    "train_ar.model.label_dropout": 0.1,
     "train_ar.optimizer.learning_rate": 2.0e-3,
+    "train_ar.optimizer.weight_decay": 0.05,
+    "train_ar.optimizer.schedule": "cosine",
     "train_ar.optimizer.warmup_steps": 2,
     "train_ar.steps": 10,
     "train_ar.batch_size": 16,
+    "train_ar.precision": "float32",
+    "train_ar.zero_stage": 1,
     "train_ar.validate_every": 5,
     "train_ar.checkpoint_every": 4,
+    "train_ar.keep_checkpoints": 2,
     "sample.num_images": 20,
     "sample.batch_size": 8,
 }
