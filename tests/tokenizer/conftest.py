@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from crt import interrupt
 from crt.__main__ import main
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from tests.conftest import ROOT, TINY, write_params
@@ -94,6 +96,11 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tmp_path, digits, monkeypatch) -> Callable[..., Path]:
+def runs(tmp_path, digits, monkeypatch) -> Iterator[Runs]:
+    """Trainings in this process, which afterwards handles signals as before."""
+    before = {signum: signal.getsignal(signum) for signum in interrupt.SIGNALS}
+    monkeypatch.setattr(interrupt, "_received", [])
     monkeypatch.chdir(ROOT)
-    return Runs(tmp_path, digits)
+    yield Runs(tmp_path, digits)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crt import Tokenizer
+from crt import Tokenizer, interrupt
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8, to_unit_range
 from crt.history import read_history
@@ -141,22 +141,7 @@ def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, moments, ch
         assert same_files(whole, runs.train(f"died{at}", **changes))
 
 
-@pytest.fixture
-def signals():
-    """Handlers and requests as they were."""
-    from crt import interrupt
-
-    before = {signum: signal.getsignal(signum) for signum in interrupt.SIGNALS}
-    interrupt._received.clear()
-    yield
-    interrupt._received.clear()
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-def test_a_signal_saves_the_step_and_the_run_continues_there(runs, monkeypatch, signals):
-    from crt import interrupt
-
+def test_a_signal_saves_the_step_and_the_run_continues_there(runs, monkeypatch):
     class Signalled(Progress):
         def update(self, done, **figures):
             super().update(done, **figures)
