@@ -165,6 +165,8 @@ def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device
     with replaced(vq_loss, "LPIPS", NoPerceptualLoss):
         criterion = vq_loss.VQLoss(disc_start=0, disc_weight=0.5).to(device).train()
     model = VQ_models["VQ-16"]().to(device).train()
+    # Its usage counter is a Parameter that it writes to: allowed only where moving to a GPU has made a copy of it.
+    model.quantize.codebook_used.requires_grad_(False)
     run = torch.compile(model) if args.compile else model
     betas = (0.9, 0.95)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=betas)

@@ -17,7 +17,10 @@ from tests.test_end_to_end import make_project
 
 pytestmark = pytest.mark.slow
 
+# Revival: without it so few steps end with a handful of codes in use, and the pictures show nothing.
 CIFAR10 = {
+    "prepare_data.max_images_per_class": 300,
+    "train_tokenizer.quantizer.revive_after_steps": 20,
     "train_tokenizer.steps": 150,
     "train_tokenizer.batch_size": 32,
     "train_tokenizer.weight_ema_decay": 0.95,
@@ -35,20 +38,21 @@ IMAGENET = {
     "prepare_data.source": "imagefolder",
     "prepare_data.val_fraction": 0.2,
     "prepare_data.max_rejected_fraction": 0.0,
+    "train_tokenizer.quantizer.revive_after_steps": 10,
     "train_tokenizer.architecture.encoder_channels": 16,
     "train_tokenizer.architecture.decoder_channels": 16,
     "train_tokenizer.architecture.norm_groups": 16,
     "train_tokenizer.loss.lpips_weight": 0.0,
     "train_tokenizer.discriminator.channels": 16,
-    "train_tokenizer.discriminator.start_step": 80,
+    "train_tokenizer.discriminator.start_step": 250,
     "train_tokenizer.optimizer.learning_rate": 1.0e-3,
     "train_tokenizer.regularizer.width": 64,
-    "train_tokenizer.regularizer.anneal_steps": 50,
-    "train_tokenizer.steps": 100,
+    "train_tokenizer.regularizer.anneal_steps": 200,
+    "train_tokenizer.steps": 300,
     "train_tokenizer.batch_size": 4,
     "train_tokenizer.weight_ema_decay": 0.95,
     "train_tokenizer.compile": False,
-    "train_tokenizer.checkpoint_every": 50,
+    "train_tokenizer.checkpoint_every": 100,
     "tokenize.views": ["ten_crop@1.1"],
     "tokenize.batch_size": 8,
     "train_ar.model.layers": 2,

@@ -16,19 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crt.tokenizer.norm import GroupNorm
+
 NORM_EPS = 1e-6
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the precision of its input.
-
-    Autocast would turn bf16 activations into float32 here, twice the memory traffic of the costliest
-    feature maps. The kernels take their statistics in float32 whatever the input is.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ResidualBlock(nn.Module):

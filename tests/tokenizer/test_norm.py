@@ -1,0 +1,55 @@
+"""Our backward pass of group normalisation against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crt.tokenizer.norm import GroupNorm
+
+
+@pytest.mark.parametrize(("channels", "groups", "size"), [(16, 16, 24), (32, 8, 8), (64, 32, 1), (12, 1, 6)])
+def test_gradients_equal_torchs_for_channels_last_images(channels, groups, size):
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(groups, channels, 1e-6)
+    with torch.no_grad():
+        norm.weight.normal_(1.0, 0.3, generator=generator)
+        norm.bias.normal_(generator=generator)
+    # A mean far from zero, where sums that cancel would show.
+    images = 3 + torch.randn(3, channels, size, size, generator=generator)
+    slopes = torch.randn(images.shape, generator=generator)
+    results = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = images.contiguous(memory_format=layout).requires_grad_()
+        y = norm(x)
+        gradients = torch.autograd.grad(y, (x, norm.weight, norm.bias), slopes.contiguous(memory_format=layout))
+        results.append((y, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
+
+
+def test_gradients_pass_gradcheck():
+    norm = GroupNorm(2, 4, 1e-6).double()
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(norm, (x,))
+
+
+def test_bf16_gradients_are_as_near_the_truth_as_torchs():
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(8, 32, 1e-6)
+    images = 1 + torch.randn(2, 32, 32, 32, generator=generator)
+    slopes = torch.randn(images.shape, generator=generator)
+
+    def errors(layout: torch.memory_format) -> list[float]:
+        x = images.bfloat16().contiguous(memory_format=layout).requires_grad_()
+        found = torch.autograd.grad(
+            norm(x), (x, norm.weight, norm.bias), slopes.bfloat16().contiguous(memory_format=layout)
+        )
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+    x = images.bfloat16().double().requires_grad_()
+    weight, bias = (p.detach().double().requires_grad_() for p in (norm.weight, norm.bias))
+    y = F.group_norm(x, 8, weight, bias, 1e-6)
+    exact = torch.autograd.grad(y, (x, weight, bias), slopes.bfloat16().double())
+    for ours, theirs in zip(errors(torch.channels_last), errors(torch.contiguous_format), strict=True):
+        assert ours < 3 * theirs
