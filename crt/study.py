@@ -1,6 +1,6 @@
 """Studies: grids of runs declared in studies/*.yaml, unrolled into stages that are shared by what makes them.
 
-A study names a base params file, axes of named overrides, and seeds. Every stage of every run lives in a folder
+A study names, at each of its scales, a base params file, axes of named overrides, and seeds. Every stage of every run lives in a folder
 named by its recipe's fingerprint, `out/runs/STAGE/FINGERPRINT`, so runs, studies and restarts share each tokenizer,
 cache and model that has the same recipe, and a value added to an axis runs only what is new.
 """
@@ -51,6 +51,8 @@ class Figure(Section):
 class Scale(Section):
     """One size at which a study can be run."""
 
+    base: str
+    """Params file that the overrides change."""
     overrides: Overrides
     axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
@@ -60,7 +62,6 @@ class Study(Section):
     """A study file."""
 
     question: str
-    base: str
     metrics: Annotated[list[str], Field(min_length=1)]
     contrast: Contrast | None
     figures: list[Figure]
@@ -110,7 +111,7 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
     """
     study = load_study(path)
     size = study.scales[scale]
-    base = read_yaml(study.base)
+    base = read_yaml(size.base)
     runs = []
     for cell in itertools.product(*([(axis, name) for name in values] for axis, values in size.axes.items())):
         for seed in size.seeds:

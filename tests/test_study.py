@@ -14,12 +14,12 @@ from tests.conftest import ROOT
 
 STUDY = {
     "question": "?",
-    "base": "params.yaml",
     "metrics": ["psnr"],
     "contrast": None,
     "figures": [],
     "scales": {
         "small": {
+            "base": "params.yaml",
             "overrides": {"sample.num_images": 10},
             "axes": {
                 "tokenizer": {"plain": {"lambda": 0.0}, "crt": {"lambda": 0.5, "train_tokenizer.steps": 95}},
