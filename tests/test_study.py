@@ -12,6 +12,7 @@ from crt.params import load_params
 from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
 from tests.conftest import ROOT
 
+SMALL = {"base": "params.yaml", "axes": {"a": {"b": {}}}, "seeds": [0]}
 STUDY = {
     "question": "?",
     "metrics": ["psnr"],
@@ -107,11 +108,11 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
         ({"question": None}, "question: input should be a valid string"),
         ({"metric": 1}, "metric: extra inputs are not permitted"),
         (
-            {"scales": {"s": {"overrides": {"train_ar.stepz": 1}, "axes": {"a": {"b": {}}}, "seeds": [0]}}},
+            {"scales": {"s": SMALL | {"overrides": {"train_ar.stepz": 1}}}},
             "train_ar.stepz",
         ),
         (
-            {"scales": {"s": {"overrides": {"sample.top_p": 9.0}, "axes": {"a": {"b": {}}}, "seeds": [0]}}},
+            {"scales": {"s": SMALL | {"overrides": {"sample.top_p": 9.0}}}},
             "sample.top_p",
         ),
     ],
