@@ -1,8 +1,9 @@
 """Studies: grids of runs declared in studies/*.yaml, unrolled into stages that are shared by what makes them.
 
-A study names, at each of its scales, a base params file, axes of named overrides, and seeds. Every stage of every run lives in a folder
-named by its recipe's fingerprint, `out/runs/STAGE/FINGERPRINT`, so runs, studies and restarts share each tokenizer,
-cache and model that has the same recipe, and a value added to an axis runs only what is new.
+A study names axes of named overrides, seeds and, at each of its scales, the params file that they change. Every
+stage of every run lives in a folder named by its recipe's fingerprint, `out/runs/STAGE/FINGERPRINT`, so runs, studies
+and restarts share each tokenizer, cache and model that has the same recipe, and a value added to an axis runs only
+what is new.
 """
 
 from __future__ import annotations
