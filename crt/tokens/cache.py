@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from crt.errors import UserError
 from crt.tokens.layout import CacheHeader, ShardRecord, check_size, read_index, read_shard
-from crt.tokens.mapping import map_end_to_end
+from crt.tokens.mapping import announce, map_end_to_end
 
 SPLITS = ("train", "val")
+# Rows in memory take a tenth of this or less, rows on a disk ten times as long and more.
+_COLD_SECONDS_PER_ROW = 3e-6
 
 
 class TokenCache:
@@ -50,7 +53,9 @@ class TokenCache:
         """(N,) int64 class of each row."""
         self.source_index: np.ndarray = np.concatenate(sources).astype(np.int64)
         """(N,) int64 number of each row's image in its split of the data set."""
+        self._bytes: np.ndarray | None = None
         self._array: np.ndarray | None = None
+        self._cold = False
 
     def __len__(self) -> int:
         """Rows: images."""
@@ -110,7 +115,8 @@ class TokenCache:
                 (self.folder / self.header.shard_name(index), record.codes_offset, record.rows * self.header.row_bytes)
                 for index, record in enumerate(self.records)
             ]
-            codes = map_end_to_end(parts).view(self.header.code_type)
+            self._bytes = map_end_to_end(parts)
+            codes = self._bytes.view(self.header.code_type)
             self._array = codes.reshape(self.header.rows, self.num_views, self.num_tokens)
         return self._array
 
@@ -127,11 +133,22 @@ class TokenCache:
         Raises:
             IndexError: a row or view is out of range.
         """
-        return self.array[rows, views].astype(np.int64)
+        if self._cold:
+            self._announce(rows, views)
+        started = time.perf_counter()
+        codes = self.array[rows, views].astype(np.int64)
+        self._cold = time.perf_counter() - started > _COLD_SECONDS_PER_ROW * len(codes)
+        return codes
+
+    def _announce(self, rows: np.ndarray, views: np.ndarray | int) -> None:
+        row_bytes, view_bytes, _ = self.array.strides
+        starts = np.asarray(rows, np.int64) % len(self) * row_bytes + np.asarray(views) % self.num_views * view_bytes
+        assert self._bytes is not None
+        announce(self._bytes, starts, view_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker maps the files itself, from wherever it runs.
-        return self.__dict__ | {"folder": self.folder.absolute(), "_array": None}
+        return self.__dict__ | {"folder": self.folder.absolute(), "_bytes": None, "_array": None}
 
 
 def locate_splits(path: Path) -> tuple[Path, list[str]]:

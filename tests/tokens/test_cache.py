@@ -12,6 +12,7 @@ import pytest
 
 from crt.errors import UserError
 from crt.tokens.cache import locate_splits
+from crt.tokens.mapping import announce, map_end_to_end
 from tests.tokens.caches import make_header, random_codes, write_cache
 
 
@@ -123,6 +124,31 @@ def test_rows_and_views_out_of_range_are_refused(written):
         cache.codes(np.array([len(codes)]), np.array([0]))
     with pytest.raises(IndexError):
         cache.codes(np.array([0]), np.array([2]))
+
+
+def test_what_is_announced_lies_where_it_is_read(tmp_path):
+    path = tmp_path / "data"
+    content = np.random.default_rng(0).integers(0, 256, 2**22, np.uint8)
+    content.tofile(path)
+    array = map_end_to_end([(path, 2**20, 2**20), (path, 0, 2**21)])
+    expected = np.concatenate([content[2**20 : 2**21], content[: 2**21]])
+    starts = np.array([5, 4090, 2**20 - 3, 3 * 2**20 - 512])
+    announce(array, starts, 512)
+    for start in starts:
+        assert np.array_equal(array[start : start + 512], expected[start : start + 512])
+
+
+def test_codes_are_the_same_from_a_cold_and_a_warm_file(written):
+    cache, codes, _ = written
+    rows, views = np.array([3, 0, len(cache) - 1, -1]), np.array([1, 0, 1, -1])
+    for cold in (False, True):
+        cache._cold = cold
+        assert np.array_equal(cache.codes(rows, views), codes[rows, views])
+    cache._cold = True
+    assert np.array_equal(cache.codes(rows, 1), codes[rows, 1])
+    with pytest.raises(IndexError):
+        cache._cold = True
+        cache.codes(np.array([len(cache)]), 0)
 
 
 def test_the_mapping_cannot_be_written_to(written):
