@@ -42,11 +42,26 @@ class Contrast(Section):
 
 
 class Figure(Section):
-    """One picture: a metric over a metric, a line for each value of an axis."""
+    """One picture: a metric over a metric, a line for each value of an axis, or of several axes together."""
 
     x: str
     y: str
-    lines: str
+    lines: str | Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes that tell its lines apart."""
+        return [self.lines] if isinstance(self.lines, str) else self.lines
+
+
+class Published(Section):
+    """A figure from the literature, to stand beside ours of the cell that it compares with."""
+
+    cell: dict[str, str]
+    """Name of the value by axis; axes that are left out do not matter."""
+    metric: str
+    value: float
+    source: str
 
 
 class Scale(Section):
@@ -57,15 +72,17 @@ class Scale(Section):
     overrides: Overrides
     axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
+    metrics: Annotated[list[str], Field(min_length=1)]
+    """Those of metrics.json to compare: their names depend on what evaluates (fd_classifier_gen, gfid)."""
+    figures: list[Figure]
+    published: list[Published] = Field(default_factory=list)
 
 
 class Study(Section):
     """A study file."""
 
     question: str
-    metrics: Annotated[list[str], Field(min_length=1)]
     contrast: Contrast | None
-    figures: list[Figure]
     scales: Annotated[dict[str, Scale], Field(min_length=1)]
 
 
@@ -98,10 +115,13 @@ def load_study(path: str | Path) -> Study:
         UserError: unreadable, or a key is unknown, missing or of the wrong type.
     """
     try:
-        return Study.model_validate(read_yaml(path))
+        study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
         raise UserError("\n".join(lines)) from None
+    for name, scale in study.scales.items():
+        _check_axes(path, name, scale, study)
+    return study
 
 
 def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
@@ -171,6 +191,19 @@ def study_stamp(path: Path, scale: str, runs: list[StudyRun]) -> str:
     recipe = canonical_json({"version": STUDY_VERSION, "study": read_yaml(path), "scale": scale, "runs": fingerprints})
     folder = REPORT_FOLDER / f"{path.stem}-{scale}"
     return f"{folder}/{stamp_name(hashlib.sha256(recipe.encode()).hexdigest())}"
+
+
+def _check_axes(path: str | Path, name: str, scale: Scale, study: Study) -> None:
+    """Refuse axes and values that the scale does not have."""
+    named: list[tuple[str, str | None]] = [(axis, None) for figure in scale.figures for axis in figure.axes]
+    if study.contrast is not None:
+        named.append((study.contrast.axis, study.contrast.baseline))
+    named += [item for published in scale.published for item in published.cell.items()]
+    for axis, value in named:
+        if axis not in scale.axes:
+            raise UserError(f"{path}: scale {name} has no axis {axis!r}: it has {', '.join(scale.axes)}")
+        if value is not None and value not in scale.axes[axis]:
+            raise UserError(f"{path}: scale {name}: axis {axis} has no {value!r}: it has {', '.join(scale.axes[axis])}")
 
 
 def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> StudyRun:

@@ -12,15 +12,15 @@ from crt.params import load_params
 from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
 from tests.conftest import ROOT
 
-SMALL = {"base": "params.yaml", "axes": {"a": {"b": {}}}, "seeds": [0]}
+SMALL = {"base": "params.yaml", "metrics": ["psnr"], "figures": [], "axes": {"a": {"b": {}}}, "seeds": [0]}
 STUDY = {
     "question": "?",
-    "metrics": ["psnr"],
     "contrast": None,
-    "figures": [],
     "scales": {
         "small": {
             "base": "params.yaml",
+            "metrics": ["psnr"],
+            "figures": [],
             "overrides": {"sample.num_images": 10},
             "axes": {
                 "tokenizer": {"plain": {"lambda": 0.0}, "crt": {"lambda": 0.5, "train_tokenizer.steps": 95}},
@@ -107,6 +107,8 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
     [
         ({"question": None}, "question: input should be a valid string"),
         ({"metric": 1}, "metric: extra inputs are not permitted"),
+        ({"contrast": {"axis": "tokenizr", "baseline": "plain"}}, "no axis 'tokenizr': it has generator, tokenizer"),
+        ({"contrast": {"axis": "tokenizer", "baseline": "vq"}}, "axis tokenizer has no 'vq': it has crt, plain"),
         (
             {"scales": {"s": SMALL | {"overrides": {"train_ar.stepz": 1}}}},
             "train_ar.stepz",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+Row = Mapping[str, Any]
+"""A run of a study: its choices by axis (texts), its seed and its metrics (numbers)."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,11 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for a single value)."""
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
+
+
+def cells(rows: Iterable[Row]) -> list[list[Row]]:
+    """Runs that differ in their seed alone, together."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(value for value in row.values() if isinstance(value, str)), []).append(row)
+    return list(groups.values())

@@ -8,30 +8,27 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from crt.analysis.comparison import mean_and_spread, paired_difference
-from crt.analysis.scaling import Undetermined, fit_scaling_law
+from crt.analysis.comparison import Row, mean_and_spread, paired_difference
 from crt.errors import UserError
-from crt.study import Figure, Study, StudyRun
-
-Row = dict[str, Any]
+from crt.study import Contrast, Scale, Study, StudyRun
 
 
-def read_results(runs: Sequence[StudyRun], study: Study) -> list[Row]:
-    """One row per run: its choices by axis, its seed, and every number of its metrics.json.
+def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
+    """One row per run: its choices by axis, its seed, every number of its metrics.json, FLOPs of both trainings.
 
     Raises:
-        UserError: a run has no results yet, or lacks a metric that the study names.
+        UserError: a run has no results yet, or lacks a metric that the scale names.
     """
-    rows = []
+    rows: list[Row] = []
     for run in runs:
         try:
             metrics = json.loads(run.metrics_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"{run.metrics_file}: missing or damaged: run the study through snakemake") from None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        wanted = {*study.metrics, *(name for figure in study.figures for name in (figure.x, figure.y))}
+        numbers["training_flops"] = sum(numbers.get(f"stage{stage}_training_flops", 0) for stage in (1, 2))
+        wanted = {*scale.metrics, *(name for figure in scale.figures for name in (figure.x, figure.y))}
         missing = sorted(wanted - set(numbers))
         if missing:
             raise UserError(f"{run.metrics_file}: has no {missing[0]!r}: it has {', '.join(sorted(numbers))}")
@@ -57,16 +54,32 @@ def summary_table(rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[st
     return lines
 
 
-def contrast_table(rows: Sequence[Row], axes: Sequence[str], study: Study) -> list[list[str]]:
+def published_table(rows: Sequence[Row], scale: Scale) -> list[list[str]]:
+    """Header and lines: figures from the literature beside ours of the same cell."""
+    lines = [["setting", "metric", "published", "here", "source"]]
+    for published in scale.published:
+        values = [
+            row[published.metric]
+            for row in rows
+            if published.metric in row and all(row[axis] == name for axis, name in published.cell.items())
+        ]
+        here = "{:.4g} ± {:.2g}".format(*mean_and_spread(values)) if values else "-"
+        setting = ", ".join(published.cell.values())
+        lines.append([setting, published.metric, f"{published.value:g}", here, published.source])
+    return lines
+
+
+def contrast_table(
+    rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[str], contrast: Contrast
+) -> list[list[str]]:
     """Header and lines: each other value of the contrast's axis against the baseline, paired over seeds."""
-    assert study.contrast is not None
-    axis, baseline = study.contrast.axis, study.contrast.baseline
+    axis, baseline = contrast.axis, contrast.baseline
     others = [name for name in axes if name != axis]
     lines = [[*others, axis, "metric", f"difference to {baseline}", "95% interval", "p (paired)", "seeds"]]
     for cell in _cells(rows, axes):
         if cell[axis] == baseline:
             continue
-        for metric in study.metrics:
+        for metric in metrics:
             values = {
                 name: {
                     row["seed"]: row[metric]
@@ -81,52 +94,6 @@ def contrast_table(rows: Sequence[Row], axes: Sequence[str], study: Study) -> li
             names = [cell[other] for other in others]
             lines.append([*names, cell[axis], metric, f"{d.mean:+.4g}", interval, p_value, str(d.pairs)])
     return lines
-
-
-def scaling_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
-    """The scaling law fitted to each line of a figure over compute, or why it cannot be."""
-    lines = []
-    for name in dict.fromkeys(row[figure.lines] for row in rows):
-        points = [(row[figure.x], row[figure.y]) for row in rows if row[figure.lines] == name]
-        try:
-            fit = fit_scaling_law(*zip(*points, strict=True))
-        except Undetermined as error:
-            lines.append(f"{name}: no fit: {error}")
-            continue
-        low, high = fit.alpha_interval
-        text = f"{name}: alpha {fit.alpha:.3f} ({low:.3f} .. {high:.3f}), L_min {fit.loss_min:.4g}"
-        lines.append(text + (f"; not to be extrapolated: {fit.undetermined}" if fit.undetermined else ""))
-    return lines
-
-
-def draw_figure(rows: Sequence[Row], figure: Figure, path: Path) -> None:
-    """Mean over seeds with its standard deviation, a line for each value of the figure's axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    canvas, axes = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
-    for name in dict.fromkeys(row[figure.lines] for row in rows):
-        points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-        for row in rows:
-            if row[figure.lines] == name:
-                cell = tuple(str(value) for key, value in row.items() if isinstance(value, str))
-                points.setdefault(cell, []).append((row[figure.x], row[figure.y]))
-        curve = sorted(
-            (mean_and_spread([x for x, _ in cell])[0], *mean_and_spread([y for _, y in cell]))
-            for cell in points.values()
-        )
-        x, y, spread = zip(*curve, strict=True)
-        axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=f"{figure.lines} {name}")
-    if "flops" in figure.x:
-        axes.set_xscale("log")
-    axes.set_xlabel(figure.x)
-    axes.set_ylabel(figure.y)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    canvas.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(canvas)
 
 
 def write_page(

@@ -7,11 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+from crt.analysis.figures import draw_figure
+from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import (
     contrast_table,
-    draw_figure,
+    published_table,
     read_results,
-    scaling_lines,
     summary_table,
     write_page,
     write_results,
@@ -33,22 +34,28 @@ def run(args: argparse.Namespace) -> int:
     """
     study = load_study(args.study)
     runs = study_runs(args.study, args.scale)
-    rows, axes = read_results(runs, study), list(study.scales[args.scale].axes)
+    scale = study.scales[args.scale]
+    rows, axes = read_results(runs, scale), list(scale.axes)
     stamp = Path(study_stamp(args.study, args.scale, runs))
     folder = stamp.parent
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_results(rows, work / "results.csv")
-    table = summary_table(rows, axes, study.metrics)
+    table = summary_table(rows, axes, scale.metrics)
     sections: dict[str, list[list[str]] | list[str] | Path] = {"Results, mean and standard deviation over seeds": table}
     if study.contrast is not None:
-        sections["Paired differences"] = contrast_table(rows, axes, study)
-    for number, figure in enumerate(study.figures):
+        sections["Paired differences"] = contrast_table(rows, axes, scale.metrics, study.contrast)
+    if scale.published:
+        sections["Published figures"] = published_table(rows, scale)
+    for number, figure in enumerate(scale.figures):
         picture = work / f"figure_{number}.png"
-        draw_figure(rows, figure, picture)
+        draw_figure(rows, figure, picture, scale.published)
         sections[f"{figure.y} over {figure.x}"] = picture
         if "flops" in figure.x:
+            sections[f"Best {figure.y} at each compute"] = winner_lines(rows, figure)
+            if study.contrast is not None and figure.axes == [study.contrast.axis]:
+                sections[f"Compute saved, by {figure.y}"] = savings_lines(rows, figure, study.contrast.baseline)
             sections[f"Scaling law of {figure.y}: L(C) = L_min + C^alpha e^lambda_0"] = scaling_lines(rows, figure)
     write_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
     (work / stamp.name).touch()

@@ -1,0 +1,87 @@
+"""Pictures of a study: a metric over another, usually over training compute, in the form of the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crt.analysis.comparison import Row, cells, mean_and_spread
+from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
+from crt.study import Figure, Published
+
+
+def line_name(row: Row, figure: Figure) -> str:
+    """Which line of a figure a run belongs to."""
+    return ", ".join(row[axis] for axis in figure.axes)
+
+
+def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequence[Published] = ()) -> None:
+    """Draw mean and standard deviation over seeds of every cell.
+
+    Over compute, each line's fitted scaling law is dashed within its own points, and the cells that nothing cheaper
+    beats are joined by a grey line: the compute-optimal frontier. Published values stand as stars at the compute of
+    our cell.
+
+    Args:
+        rows: a study's results.
+        figure: what to draw.
+        path: PNG file to write.
+        published: values from the literature; those of the figure's y are drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    over_compute = "flops" in figure.x
+    canvas, axes = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
+    means = _cell_means(rows, figure)
+    for name in dict.fromkeys(name for name, *_ in means):
+        x, y, spread = (np.array(column) for column in zip(*sorted(m[1:] for m in means if m[0] == name), strict=True))
+        marker = axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, linestyle="none", label=name)
+        color = marker.lines[0].get_color()
+        curve = _fitted_curve(rows, figure, name) if over_compute else None
+        if curve is None:
+            axes.plot(x, y, color=color, alpha=0.6)
+        else:
+            axes.plot(*curve, color=color, linestyle="--", alpha=0.8)
+    if over_compute:
+        x, y = (np.array([mean[i] for mean in means]) for i in (1, 2))
+        best = pareto_frontier(x, y)
+        axes.plot(x[best], y[best], color="0.6", linewidth=5, alpha=0.35, zorder=0, label="compute-optimal")
+        axes.set_xscale("log")
+    for value in published:
+        places = [row[figure.x] for row in rows if all(row[axis] == name for axis, name in value.cell.items())]
+        if value.metric == figure.y and places:
+            axes.plot(np.mean(places), value.value, "*", color="0.2", markersize=10)
+            axes.annotate("published", (np.mean(places), value.value), xytext=(6, 4), textcoords="offset points")
+    axes.set_xlabel(figure.x)
+    axes.set_ylabel(figure.y)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    canvas.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(canvas)
+
+
+def _cell_means(rows: Sequence[Row], figure: Figure) -> list[tuple[str, float, float, float]]:
+    """(line, mean x, mean y, spread of y) of every cell of the grid."""
+    return [
+        (
+            line_name(group[0], figure),
+            mean_and_spread([row[figure.x] for row in group])[0],
+            *mean_and_spread([row[figure.y] for row in group]),
+        )
+        for group in cells(rows)
+    ]
+
+
+def _fitted_curve(rows: Sequence[Row], figure: Figure, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    points = [(row[figure.x], row[figure.y]) for row in rows if line_name(row, figure) == name]
+    try:
+        fit = fit_scaling_law(*zip(*points, strict=True), resamples=0)
+    except Undetermined:
+        return None
+    x = np.geomspace(*fit.compute_range, 60)
+    return x, fit.predict(x)

@@ -1,0 +1,116 @@
+"""Tables, sentences and pictures of a study whose numbers are known in advance."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crt.analysis.comparison import cells
+from crt.analysis.figures import draw_figure
+from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
+from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table
+from crt.errors import UserError
+from crt.study import Contrast, Figure, Published, Scale
+
+FIGURE = Figure(x="stage2_training_flops", y="loss", lines="tokenizer")
+AXES = ["tokenizer", "generator"]
+
+
+def make_rows(factor: float = 1.0, spread: float = 0.0) -> list[dict]:
+    """L(C) = 1 + 40 C^-0.5 for the plain tokenizer; the other needs 1 / `factor` of its compute."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "tokenizer": tokenizer,
+            "generator": f"{compute:g}",
+            "seed": seed,
+            "stage2_training_flops": compute,
+            "loss": 1 + 40 * (compute * gain) ** -0.5 + spread * rng.normal(),
+        }
+        for tokenizer, gain in (("plain", 1.0), ("crt", factor))
+        for compute in (1e3, 4e3, 1.6e4, 6.4e4)
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_fitted_exponent_and_saved_compute_are_those_of_the_laws():
+    rows = make_rows(factor=2.0)
+    plain, crt = scaling_lines(rows, FIGURE)
+    assert plain.startswith("plain: alpha -0.500 (-0.500 .. -0.500), L_min 1")
+    assert crt.startswith("crt: alpha -0.500")
+    (saved,) = savings_lines(rows, FIGURE, "plain")
+    # Between the points the curves are taken as straight.
+    assert "median 2.0" in saved
+    assert winner_lines(rows, FIGURE) == ["from 1e+03 FLOPs on: crt (loss 1.894)"]
+
+
+def test_the_winner_changes_where_the_curves_cross():
+    rows = [
+        {"tokens": tokens, "codes": "256", "budget": str(x), "seed": 0, "training_flops": x, "loss": y}
+        for tokens, curve in (("16", [(1, 5.0), (10, 4.0), (100, 3.9)]), ("64", [(2, 6.0), (20, 4.5), (200, 2.0)]))
+        for x, y in curve
+    ]
+    figure = Figure(x="training_flops", y="loss", lines=["tokens", "codes"])
+    assert winner_lines(rows, figure) == [
+        "from 1 FLOPs on: 16, 256 (loss 5)",
+        "from 200 FLOPs on: 64, 256 (loss 2)",
+    ]
+
+
+def test_too_few_computes_give_no_law():
+    rows = [row for row in make_rows() if row["stage2_training_flops"] < 1e4]
+    assert all("no fit" in line for line in scaling_lines(rows, FIGURE))
+
+
+def test_tables():
+    rows = make_rows(factor=4.0)
+    header, first, *_ = summary_table(rows, AXES, ["loss"])
+    assert header == ["tokenizer", "generator", "seeds", "loss"]
+    assert first[:3] == ["plain", "1000", "3"]
+    assert len(cells(rows)) == 8
+    _, first, *_ = contrast_table(rows, AXES, ["loss"], Contrast(axis="tokenizer", baseline="plain"))
+    expected = 40 * 4000**-0.5 - 40 * 1000**-0.5
+    assert first[:4] == ["1000", "crt", "loss", f"{expected:+.4g}"]
+
+
+def make_scale(**changes) -> Scale:
+    base = {
+        "base": "params.yaml", "overrides": {}, "axes": {"tokenizer": {"plain": {}, "crt": {}}}, "seeds": [0, 1, 2],
+        "metrics": ["loss"], "figures": [],
+    }  # fmt: skip
+    return Scale.model_validate(base | changes)
+
+
+def test_published_values_stand_beside_ours():
+    value = {"cell": {"tokenizer": "plain", "generator": "1000"}, "metric": "loss", "value": 2.0, "source": "here"}
+    other = value | {"metric": "gfid"}
+    _, ours, absent = published_table(make_rows(), make_scale(published=[value, other]))
+    assert ours == ["plain, 1000", "loss", "2", f"{1 + 40 * 1000**-0.5:.4g} ± 0", "here"]
+    assert absent[3] == "-"
+
+
+def test_pictures_show_points_and_published_values(tmp_path):
+    published = Published(cell={"tokenizer": "plain", "generator": "1000"}, metric="loss", value=3.5, source="here")
+    draw_figure(make_rows(spread=0.01), FIGURE, tmp_path / "without.png")
+    draw_figure(make_rows(spread=0.01), FIGURE, tmp_path / "with.png", [published])
+    with Image.open(tmp_path / "without.png") as a, Image.open(tmp_path / "with.png") as b:
+        assert a.size == b.size
+        assert np.asarray(a).std() > 5
+        assert not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_results_are_read_with_the_compute_of_both_stages(tmp_path):
+    file = tmp_path / "metrics.json"
+    run = SimpleNamespace(choices={"tokenizer": "plain"}, seed=0, metrics_file=file)
+    with pytest.raises(UserError, match="missing or damaged"):
+        read_results([run], make_scale())
+    metrics = {"loss": 1.0, "stage1_training_flops": 5, "stage2_training_flops": 7, "features": "classifier"}
+    file.write_text(json.dumps(metrics))
+    (row,) = read_results([run], make_scale())
+    assert row["training_flops"] == 12 and row["tokenizer"] == "plain" and "features" not in row
+    with pytest.raises(UserError, match="has no 'gfid'"):
+        read_results([run], make_scale(metrics=["gfid"]))
