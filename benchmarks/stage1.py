@@ -1,11 +1,13 @@
 """Stage 1 against LlamaGen: a training step, encoding and decoding at VQ-16 and 256 px, and the regularizer's FLOPs.
 
-    python benchmarks/stage1.py --llamagen CLONE [--batch 2] [--turns 5] [--precision bf16 float32]
+    python benchmarks/stage1.py --llamagen CLONE [--images FOLDER] [--batch 2] [--turns 5] [--precision bf16 float32]
 
 Both sides have the same weights' shapes, batch, precision and losses: L2, codebook, commitment and PatchGAN from the
 first step, no LPIPS. Ours is the real stage with its data loading and logging, started on the ImageNet preset with
 lambda 0; LlamaGen's step is run inside its progress report, so the two alternate in one process. Ratios are medians
-over the turns: ours is so many times faster. The last line of the output is one JSON object; on a GPU it also tells
+over the turns: ours is so many times faster. With `--images` (any folder with pictures below it), weights imported from
+LlamaGen's format are held against its own code on them, in float32: codes that differ, and the largest difference of
+a decoded pixel. The last line of the output is one JSON object; on a GPU it also tells
 images/s, peak memory, share of the bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
 """
 
@@ -30,6 +32,7 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from crt.__main__ import main as crt_main
+from crt.data.transforms import center_crop, to_unit_range
 from crt.flops import tokenizer_flops_per_image
 from crt.params import load_params
 from crt.progress import Progress
@@ -40,11 +43,13 @@ from crt.tokenizer.model import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, WARMUP, IMAGES = 256, 2, 24
 PAPER_STEPS, PAPER_BATCH = 400_000, 128
+COMPARED_IMAGES = {"VQ-16": 32, "VQ-8": 8}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--llamagen", type=Path, required=True, help="clone of LlamaGen's repository")
+    parser.add_argument("--images", type=Path, help="pictures on which imported weights are compared")
     parser.add_argument("--batch", type=int, default=2, help="images per step and per call")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=["bf16", "float32"])
@@ -58,6 +63,9 @@ def main() -> None:
         "torch": torch.__version__, "batch": args.batch, "turns": args.turns, "compile": args.compile,
         "flops_overhead": flops_overhead(),
     }  # fmt: skip
+    if args.images:
+        with tempfile.TemporaryDirectory() as name:
+            figures |= compare_imported(Path(name), args.images, device)
     for precision in args.precision:
         with tempfile.TemporaryDirectory() as name:
             found = measure_training(Path(name), args, precision, device)
@@ -75,6 +83,39 @@ def flops_overhead() -> float:
     params = load_params(ROOT / "presets/imagenet256.yaml").train_tokenizer
     without, with_regularizer = (tokenizer_flops_per_image(params, regularized) for regularized in (False, True))
     return with_regularizer / without - 1
+
+
+@torch.no_grad()
+def compare_imported(folder: Path, images: Path, device: torch.device) -> dict[str, dict[str, float]]:
+    """Both of LlamaGen's tokenizers with random weights: codes and decoded pixels of the two codes, float32."""
+    from tokenizer.tokenizer_image.vq_model import VQ_models
+
+    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png", ".webp"))
+    figures = {}
+    for name, count in COMPARED_IMAGES.items():
+        torch.manual_seed(0)
+        theirs = VQ_models[name]().eval()
+        # Fresh weights make nearly the same latent everywhere: spread them, so that many codes are used.
+        theirs.quant_conv.weight.mul_(4)
+        import_llamagen_tokenizer({"model": theirs.state_dict()}, folder / name)
+        ours, theirs = Tokenizer.load(folder / name, device), theirs.to(device)
+        differing, total, largest, used = 0, 0, 0.0, set()
+        for file in files[:: max(1, len(files) // count)][:count]:
+            with Image.open(file) as picture:
+                pixels = center_crop(np.array(picture.convert("RGB")), SIZE)
+            x = to_unit_range(torch.from_numpy(pixels.copy())[None]).to(device)
+            quantized, _, (_, _, codes) = theirs.encode(x)
+            mine = ours.encode(x)
+            differing, total = differing + int((mine.flatten() != codes).sum()), total + codes.numel()
+            used |= set(codes.tolist())
+            decoded = ours.decode(codes.view(1, -1))
+            largest = max(largest, float((decoded - theirs.decode(quantized)).abs().max()))
+        figures[f"imported_{name}"] = {
+            "images": total // mine.numel(), "codes": total, "distinct_codes": len(used), "codes_differing": differing,
+            "largest_pixel_difference": largest,
+        }  # fmt: skip
+        print(name, figures[f"imported_{name}"], file=sys.stderr, flush=True)
+    return figures
 
 
 def measure_training(
