@@ -40,7 +40,7 @@ class Manifest:
     fingerprint: str
     """Of the recipe: stage, version, params and the fingerprints of its inputs."""
     content: str
-    """Of the files themselves."""
+    """Of the files themselves, without those that tell wall times."""
     params: Mapping[str, Any]
     inputs: Mapping[str, Any]
     """By stage name: fingerprint, content, params and inputs of each folder that was read."""
@@ -81,6 +81,9 @@ class StageRun:
     metrics: Path | None = None
     shared_folder: Path | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    timed_files: set[str] = field(default_factory=set)
+    """Files of the output that tell wall times: the digest of the content leaves them out, so that it stays the same
+    wherever and however often the stage runs."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -203,12 +206,13 @@ def publish(run: StageRun) -> Manifest:
         for path in sorted(run.staging.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, stamp_name(run.fingerprint))
     }
+    repeatable = {name: entry for name, entry in files.items() if name not in run.timed_files}
     manifest = {
         "schema": SCHEMA,
         "stage": run.name,
         "version": run.version,
         "fingerprint": run.fingerprint,
-        "content": hashlib.sha256(canonical_json(files).encode()).hexdigest(),
+        "content": hashlib.sha256(canonical_json(repeatable).encode()).hexdigest(),
         "params": run.values,
         "inputs": {name: manifest.ancestry for name, manifest in run.manifests.items()},
         "summary": run.summary,

@@ -1,6 +1,6 @@
 """The page of a run: one HTML file with everything in it, for people who have not read the code.
 
-It holds no date and no path, so the same run gives the same bytes.
+It holds no date and no path; of what it shows, only the stages' wall times differ where the same run is made again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from crt.evaluation.wording import RESULTS, protocol_text
 from crt.progress import duration
 from crt.stage import Manifest
 
+REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 _TILES = {
     "gfid": "FID of the samples (lower is better)",
@@ -85,7 +86,7 @@ def write_report(
         stages=[_stage(name, manifest, seconds.get(name)) for name, manifest in {**manifests, "evaluate": own}.items()],
         params=_params_text([*manifests.values(), own]),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
 def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: int) -> str:

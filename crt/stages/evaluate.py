@@ -35,7 +35,7 @@ from crt.evaluation.metrics import (
     spread,
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure
-from crt.evaluation.report import write_report
+from crt.evaluation.report import REPORT_FILE, write_report
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.history import write_rows
@@ -179,6 +179,7 @@ def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: 
         m.stage: read_seconds(run.inputs[key], m.fingerprint)
         for key, m in zip(run.inputs, run.manifests.values(), strict=True)
     }
+    run.timed_files.add(REPORT_FILE)
     write_report(run.staging, metrics, sweep, run.manifests, run.manifest_so_far(), seconds=seconds)
     shutil.copyfile(networks.classifier.path, run.staging / CLASSIFIER_FILE)
 
