@@ -172,11 +172,12 @@ def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, pa
         run.staging.mkdir(parents=True)
         (run.staging / "result").write_text("the same")
         (run.staging / "page").write_text(text)
-        run.timed_files.add("page")
+        run.started = clock[0]
         clock[0] += 5
         run.note_seconds()  # as if stopped here
         run = open_run("prepare_data", params, {}, tmp_path / "data")
         run.timed_files.add("page")
+        run.started = clock[0]
         clock[0] += 2
         manifest = publish(run)
         contents.append(manifest.content)
