@@ -7,7 +7,13 @@ import sys
 
 from crt.errors import UserError
 from crt.params import load_params
-from crt.pipeline import PARAMS_FILE, expected_fingerprints, load_stages, stamp_name
+from crt.pipeline import (
+    PARAMS_FILE,
+    expected_fingerprints,
+    load_stages,
+    plot_files,
+    stamp_name,
+)
 from crt.study import (
     RUN_RULE,
     requested_studies,
@@ -48,6 +54,19 @@ except UserError as error:
     sys.exit(2)
 
 
+def shown(stage):
+    """What `snakemake --report` shows of a stage: the main run's figures and its page; of a study's runs nothing."""
+    if stage.output not in STAMPS:
+        return []
+    pages = {f"{stage.output}/report.html": "report"} if stage.name == "evaluate" else {}
+    figures = []
+    for path, title in (pages | plot_files()).items():
+        if path.startswith(f"{stage.output}/"):
+            figure = report(path, category=stage.name, labels={"figure": title})
+            figures.append(figure)
+    return figures
+
+
 rule all:
     default_target: True
     input:
@@ -65,9 +84,10 @@ for name, (stage, stamp, inputs) in JOBS.items():
         output:
             stamp,
             *stage.metrics,
+            *shown(stage),
         log:
             stage.log,
-        threads: 1 if name.startswith(RUN_RULE) else (workflow.cores or 1)
+        threads: 1 if name.startswith(RUN_RULE) else (workflow.resource_settings.cores or 1)
         resources:
             **stage.resources,
         params:

@@ -39,6 +39,7 @@ COMMANDS = {
     "check": "check a params file",
     "status": "say which stages' results are current",
     "results": "print the results of the last evaluation",
+    "evaluator_check": "score real ImageNet images, beside the published figures",
     "study": "write the page of a study whose runs are complete",
     "import_llamagen": "turn a checkpoint of LlamaGen into this project's format",
     "inspect": "show what a token cache holds, in figures and a picture",
@@ -86,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -> int:
     name = args.command
     inputs = {key: getattr(args, key) for key in STAGES[name][1]}
-    run = open_run(name, args.params, inputs, args.out, getattr(args, "metrics", None))
+    run = open_run(
+        name, args.params, inputs, args.out, getattr(args, "metrics", None), shared=getattr(args, "shared", None)
+    )
     if run.is_current():
         publish_metrics(run)
         print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
@@ -104,7 +107,12 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     with exclusive(run) if rank == 0 else nullcontext():
         logger.info("%s: starts, recipe %s", name, run.fingerprint[:16])
         run.staging.mkdir(parents=True, exist_ok=True)
-        importlib.import_module(f"crt.stages.{name}").run(run)
+        try:
+            importlib.import_module(f"crt.stages.{name}").run(run)
+        except BaseException:
+            if rank == 0:
+                run.note_seconds()
+            raise
         if rank == 0:
             publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
@@ -129,6 +137,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         )
         if name == "evaluate":
             command.add_argument("--metrics", type=Path, metavar="FILE", help="also write the metrics here")
+            command.add_argument(
+                "--shared", type=Path, metavar="FOLDER", help="keeps what evaluations of the same data have in common"
+            )
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=f"{description}.")
         if name in arguments[:1]:  # import only what runs: most commands need torch

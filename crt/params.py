@@ -24,6 +24,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 
 
@@ -304,12 +305,33 @@ class Sample(Section):
 
     num_images: PositiveInt
     labels: Annotated[list[NonNegativeInt], Field(min_length=1)] | None
-    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    guidance_scale: GuidanceScale
+    guidance_schedule: Literal["constant", "linear", "cosine"]
+    guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)]
+    guidance_sweep: list[GuidanceScale]
     temperature: PositiveFloat
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
     batch_size: PositiveInt
     precision: Literal["float32", "bf16"]
+    compile: bool
+    export: list[Literal["png", "npz"]]
+
+    @model_validator(mode="after")
+    def _check(self) -> Sample:
+        if self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {self.guidance_interval} must ascend: swap its ends")
+        if len(set(self.scales)) != len(self.scales):
+            raise ValueError(
+                f"guidance_sweep {self.guidance_sweep} names a scale twice, or guidance_scale {self.guidance_scale:g} "
+                "again: name every other scale once"
+            )
+        return self
+
+    @property
+    def scales(self) -> list[float]:
+        """Every guidance scale that is drawn, the main one first."""
+        return [float(scale) for scale in (self.guidance_scale, *self.guidance_sweep)]
 
 
 class Classifier(Section):

@@ -76,6 +76,19 @@ def load_stages(root: str | Path = ".", paths: Mapping[str, str] | None = None) 
     }
 
 
+def plot_files(root: str | Path = ".") -> dict[str, str]:
+    """dvc.yaml's `plots`: what each file of the main run shows, by its path."""
+    files: dict[str, str] = {}
+    for entry in _read_once(Path(root) / PIPELINE_FILE)["plots"]:
+        if isinstance(entry, str):
+            files[entry] = Path(entry).stem.replace("_", " ")
+            continue
+        for title, plot in entry.items():
+            for path in plot["y"]:
+                files[path] = f"{files[path]}; {title}" if path in files else title
+    return files
+
+
 def path_variables(root: str | Path = ".") -> dict[str, str]:
     """dvc.yaml's `paths`: the files and folders of the main run, by name."""
     return dict(_read_once(Path(root) / PIPELINE_FILE)["vars"][0]["paths"])

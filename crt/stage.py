@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+_SECONDS = "seconds.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Manifest:
     fingerprint: str
     """Of the recipe: stage, version, params and the fingerprints of its inputs."""
     content: str
-    """Of the files themselves."""
+    """Of the files themselves, without those that tell wall times."""
     params: Mapping[str, Any]
     inputs: Mapping[str, Any]
     """By stage name: fingerprint, content, params and inputs of each folder that was read."""
@@ -77,7 +79,12 @@ class StageRun:
     values: dict[str, Any]
     """The params that the stage reads, as plain values."""
     metrics: Path | None = None
+    shared_folder: Path | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    timed_files: set[str] = field(default_factory=set)
+    """Files of the output that tell wall times: the digest of the content leaves them out, so that it stays the same
+    wherever and however often the stage runs."""
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def work(self) -> Path:
@@ -91,9 +98,31 @@ class StageRun:
         return self.out.parent / ".work" / f"{self.out.name}-{key[:16]}"
 
     @property
+    def shared(self) -> Path:
+        """Folder for what several runs of the stage have in common, by default beside the output."""
+        return self.shared_folder or self.out.parent / ".shared"
+
+    @property
     def staging(self) -> Path:
         """Folder whose content becomes the output."""
         return self.work / "staging"
+
+    def manifest_so_far(self) -> Manifest:
+        """What is known of the result's manifest before it is published: no files, no time."""
+        inputs = {name: manifest.ancestry for name, manifest in self.manifests.items()}
+        return Manifest(self.name, self.version, self.fingerprint, "", self.values, inputs, {}, self.summary)
+
+    def seconds_before(self) -> float:
+        """Wall time of this run's earlier attempts, as far as they could note it."""
+        try:
+            return float(json.loads((self.work / _SECONDS).read_text()))
+        except (OSError, ValueError, TypeError):
+            return 0.0
+
+    def note_seconds(self) -> None:
+        """Keep the wall time of an attempt that stops here; a full disk must not hide why it stops."""
+        with suppress(OSError):
+            write_json(self.work / _SECONDS, self.seconds_before() + time.monotonic() - self.started)
 
     def is_current(self) -> bool:
         """Whether the output folder already is the complete result of this recipe on these inputs."""
@@ -113,6 +142,8 @@ def open_run(
     inputs: Mapping[str, str | Path],
     out: str | Path,
     metrics: str | Path | None = None,
+    *,
+    shared: str | Path | None = None,
 ) -> StageRun:
     """Check params and inputs and set up a run of stage `name`; writes nothing.
 
@@ -122,6 +153,7 @@ def open_run(
         inputs: output folders of earlier stages, by the command line's name for them (data, tokenizer...).
         out: the output folder.
         metrics: where a copy of the output's metrics.json goes, for the stage that has one.
+        shared: folder for what several runs have in common; None: beside the output.
 
     Raises:
         UserError: bad params, or an input that is missing, incomplete, or made with other params.
@@ -144,6 +176,7 @@ def open_run(
         values=own_values,
         fingerprint=recipe_fingerprint(name, version, own_values, input_fingerprints),
         metrics=Path(metrics) if metrics else None,
+        shared_folder=Path(shared) if shared else None,
     )
 
 
@@ -173,12 +206,13 @@ def publish(run: StageRun) -> Manifest:
         for path in sorted(run.staging.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, stamp_name(run.fingerprint))
     }
+    repeatable = {name: entry for name, entry in files.items() if name not in run.timed_files}
     manifest = {
         "schema": SCHEMA,
         "stage": run.name,
         "version": run.version,
         "fingerprint": run.fingerprint,
-        "content": hashlib.sha256(canonical_json(files).encode()).hexdigest(),
+        "content": hashlib.sha256(canonical_json(repeatable).encode()).hexdigest(),
         "params": run.values,
         "inputs": {name: manifest.ancestry for name, manifest in run.manifests.items()},
         "summary": run.summary,
@@ -192,6 +226,9 @@ def publish(run: StageRun) -> Manifest:
         os.replace(run.out, old)
     os.replace(run.staging, run.out)
     publish_metrics(run)
+    # Beside the output, not in it: a result's bytes do not tell how long it took.
+    seconds = run.seconds_before() + time.monotonic() - run.started
+    write_json(_cost_file(run.out), {"fingerprint": run.fingerprint, "seconds": round(seconds, 1)})
     shutil.rmtree(run.work)
     return read_manifest(run.out)
 
@@ -202,6 +239,18 @@ def publish_metrics(run: StageRun) -> None:
         source = run.out / "metrics.json"
         if not run.metrics.exists() or run.metrics.read_bytes() != source.read_bytes():
             write_json(run.metrics, json.loads(source.read_text()))
+
+
+def read_seconds(folder: Path, fingerprint: str) -> float | None:
+    """Wall time that a result took on this machine, over all attempts that ended or were told to stop.
+
+    None where the result came from elsewhere.
+    """
+    try:
+        cost = json.loads(_cost_file(folder).read_text(encoding="utf-8"))
+        return float(cost["seconds"]) if cost["fingerprint"] == fingerprint else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -340,6 +389,10 @@ def _renew_command(folder: Path, stage: str | None = None) -> str:
     if stage is None:
         stage = next((spec.name for spec in load_stages().values() if Path(spec.output) == folder), None)
     return f"`snakemake --cores all {stage or 'all'}` or `dvc repro{' ' + stage if stage else ''}`"
+
+
+def _cost_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".cost.json")
 
 
 def _size(path: Path) -> int | None:

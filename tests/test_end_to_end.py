@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from crt.__main__ import STAGES
-from crt.pipeline import load_stages
+from crt.pipeline import load_stages, plot_files
 from tests.conftest import ROOT, TINY, write_params
 
 NAMES = (
@@ -93,6 +94,22 @@ def project(tmp_path_factory) -> Project:
     project = make_project(tmp_path_factory.mktemp("project"), TINY)
     project.run("snakemake", "--cores", "1", "all")
     return project
+
+
+def test_both_engines_show_the_figures_of_dvc_yaml(project):
+    """Oracle: the list in dvc.yaml; no figure may be missing, and the page is in Snakemake's report as well."""
+    project.run("dvc", "plots", "show")
+    page = (project.root / "dvc_plots/index.html").read_text()
+    project.run("snakemake", "--report", "report.zip")
+    with zipfile.ZipFile(project.root / "report.zip") as archive:
+        names = [Path(name).name for name in archive.namelist()]
+    assert "report.html" in names
+    for path, title in plot_files(project.root).items():
+        assert Path(path).name in names
+        if path.endswith(".png"):
+            assert f"workspace_{path.replace('/', '_')}" in page
+        else:
+            assert all(name in page for name in title.split("; "))
 
 
 def test_results_and_pictures_are_there(project):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from crt.errors import UserError
-from crt.stage import MANIFEST, exclusive, open_run, publish, read_manifest
+from crt.stage import MANIFEST, exclusive, open_run, publish, read_manifest, read_seconds
 from tests.conftest import write_params
 
 
@@ -160,3 +160,29 @@ def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
     second = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
     assert first.fingerprint == second.fingerprint
     assert first.work != second.work
+
+
+def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, params_file, monkeypatch):
+    """Oracle: the same result without its page of times, and the clock."""
+    clock = [100.0]
+    monkeypatch.setattr("crt.stage.time.monotonic", lambda: clock[0])
+    params, contents = params_file(), []
+    for text in ("took 5 s", "took 7 s"):
+        run = open_run("prepare_data", params, {}, tmp_path / "data")
+        run.staging.mkdir(parents=True)
+        (run.staging / "result").write_text("the same")
+        (run.staging / "page").write_text(text)
+        run.started = clock[0]
+        clock[0] += 5
+        run.note_seconds()  # as if stopped here
+        run = open_run("prepare_data", params, {}, tmp_path / "data")
+        run.timed_files.add("page")
+        run.started = clock[0]
+        clock[0] += 2
+        manifest = publish(run)
+        contents.append(manifest.content)
+        assert manifest.files["page"]["bytes"] == len(text)
+        assert read_seconds(tmp_path / "data", run.fingerprint) == 7
+        assert read_seconds(tmp_path / "data", "another recipe") is None
+    assert contents[0] == contents[1]
+    assert read_seconds(tmp_path / "elsewhere", run.fingerprint) is None

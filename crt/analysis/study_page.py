@@ -11,6 +11,7 @@ from pathlib import Path
 
 from crt.analysis.comparison import Row, mean_and_spread, paired_difference
 from crt.errors import UserError
+from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.study import Contrast, Scale, Study, StudyRun
 
 
@@ -34,6 +35,23 @@ def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
             raise UserError(f"{run.metrics_file}: has no {missing[0]!r}: it has {', '.join(sorted(numbers))}")
         rows.append({**run.choices, "seed": run.seed, **numbers})
     return rows
+
+
+def protocol_warnings(runs: Sequence[StudyRun]) -> list[str]:
+    """Runs of one seed that were measured differently, each against the seed's first: their figures do not compare.
+
+    Seeds are not held against each other: each has a classifier of its own, if that gives the features.
+    """
+    warnings = []
+    first: dict[int, tuple[str, Row]] = {}
+    for run in runs:
+        name = ", ".join([*(f"{axis} {choice}" for axis, choice in run.choices.items()), f"seed {run.seed}"])
+        metrics = json.loads(run.metrics_file.read_text(encoding="utf-8"))
+        first_name, first_metrics = first.setdefault(run.seed, (name, metrics))
+        differences = protocol_differences(first_metrics, metrics)
+        if differences:
+            warnings.append(protocol_warning((first_name, name), differences))
+    return warnings
 
 
 def write_results(rows: Sequence[Row], path: Path) -> None:

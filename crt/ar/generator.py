@@ -17,7 +17,7 @@ batches of one call have one size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crt.ar.decoder import Decoder
+from crt.ar.graphs import GraphedSteps
 from crt.ar.model import ARConfig, ARTransformer, load_model
 from crt.errors import UserError
 from crt.randomness import numpy_generator
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# Share of the guidance at a share x of the sequence.
+GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": torch.ones_like,
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - torch.cos(torch.pi * x)) / 2,
+}
 
 
 class Generator:
@@ -37,14 +45,22 @@ class Generator:
 
     Args:
         model: in evaluation mode, on the device and in the precision that it shall run in.
+        compile: on a GPU, compile a step and record it as a CUDA graph: minutes at first, several times faster then.
     """
 
-    def __init__(self, model: ARTransformer) -> None:
+    def __init__(self, model: ARTransformer, compile: bool = False) -> None:
         self.model = model
+        self.compile = compile and model.head.weight.device.type == "cuda"
+        self._decoder: Decoder | None = None
+        self._graphs: GraphedSteps | None = None
 
     @classmethod
     def load(
-        cls, folder: str | Path, precision: str = "float32", device: str | torch.device | None = None
+        cls,
+        folder: str | Path,
+        precision: str = "float32",
+        device: str | torch.device | None = None,
+        compile: bool = False,
     ) -> Generator:
         """Read the output folder of `train_ar` or `import_llamagen`.
 
@@ -52,12 +68,13 @@ class Generator:
             folder: holds config.json and model.safetensors.
             precision: "float32" or "bf16", of weights, activations and cache.
             device: None: the GPU if there is one.
+            compile: see the class.
 
         Raises:
             UserError: the folder is missing, damaged, or holds something else.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(load_model(folder, DTYPES[precision], device))
+        return cls(load_model(folder, DTYPES[precision], device), compile)
 
     @property
     def config(self) -> ARConfig:
@@ -71,6 +88,8 @@ class Generator:
         seed: int = 0,
         *,
         first_index: int = 0,
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -83,6 +102,8 @@ class Generator:
             guidance: scale s of classifier-free guidance; 1 turns it off, and with it the unconditional pass.
             seed: of the draws.
             first_index: the images are numbers first_index, first_index + 1, ... of the seed.
+            guidance_schedule: how the scale runs over the positions, see `guidance_scales`.
+            guidance_interval: shares of the sequence between which there is guidance.
             temperature: divides the logits.
             top_k: draw among the k most likely codes; 0: among all.
             top_p: draw among the fewest codes whose probabilities sum to p or more; 1: among all.
@@ -95,7 +116,7 @@ class Generator:
             UserError: a label that is no class of the model, or a setting out of range.
         """
         wanted = self._check_labels(labels)
-        settings = DrawSettings(guidance, temperature, top_k, top_p)
+        settings = DrawSettings(guidance, temperature, top_k, top_p, guidance_schedule, guidance_interval)
         settings.check(self.config.codebook_size)
         size = batch_size or max(len(wanted), 1)
         drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64)
@@ -112,21 +133,35 @@ class Generator:
         device = self.model.head.weight.device
         num_images, num_tokens = len(labels), self.config.num_tokens
         uniforms = image_uniforms(seed, range(first_index, first_index + num_images), num_tokens).to(device)
+        scales = guidance_scales(settings, num_tokens)
+        guided = bool((scales != 1).any())
         previous = labels.to(device)
-        if settings.guided:
+        if guided:
             previous = torch.cat((previous, torch.full_like(previous, self.config.null_class)))
-        cache = self.model.empty_cache(len(previous))
+        if self._decoder is None:
+            self._decoder = Decoder(self.model)
+        if self.compile:
+            return self._run_graphs(previous, uniforms, scales.to(device), settings).cpu()
         codes = torch.empty((num_images, num_tokens), dtype=torch.int64, device=device)
         for position in range(num_tokens):
-            logits = self.model.next_logits(previous, position, cache).float()
-            if settings.guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + settings.guidance * (conditional - unconditional)
-            probabilities = distribution(logits, settings.temperature, settings.top_k, settings.top_p)
-            code = draw(probabilities, uniforms[:, position])
+            logits = self._decoder.next_logits(previous, position)
+            code = draw_next(logits, uniforms[:, position], scales[position].item() if guided else None, settings)
             codes[:, position] = code
-            previous = torch.cat((code, code)) if settings.guided else code
+            previous = torch.cat((code, code)) if guided else code
         return codes.cpu()
+
+    def _run_graphs(self, previous: Tensor, uniforms: Tensor, scales: Tensor, settings: DrawSettings) -> Tensor:
+        assert self._decoder is not None
+        guided = len(previous) > len(uniforms)
+
+        def draw_step(logits: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
+            return draw_next(logits, uniform, scale if guided else None, settings)
+
+        key = (len(previous), guided, settings.temperature, settings.top_k, settings.top_p)
+        if self._graphs is None or self._graphs.key != key:
+            self._graphs = None  # its buffers go first
+            self._graphs = GraphedSteps(self._decoder, len(uniforms), len(previous), draw_step, key)
+        return self._graphs.run(previous, uniforms, scales)
 
     def _check_labels(self, labels: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         wanted = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
@@ -144,11 +179,8 @@ class DrawSettings:
     temperature: float
     top_k: int
     top_p: float
-
-    @property
-    def guided(self) -> bool:
-        """Whether an unconditional pass is needed."""
-        return self.guidance != 1.0
+    schedule: str = "constant"
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def check(self, codebook_size: int) -> None:
         """Refuse what makes no distribution.
@@ -158,12 +190,51 @@ class DrawSettings:
         """
         if not self.guidance >= 1:
             raise UserError(f"guidance {self.guidance}: must be 1 (none) or more")
+        if self.schedule not in GUIDANCE_SCHEDULES:
+            raise UserError(f"guidance schedule {self.schedule!r}: use one of {', '.join(GUIDANCE_SCHEDULES)}")
+        start, stop = self.interval
+        if not 0 <= start <= stop <= 1:
+            raise UserError(f"guidance interval {list(self.interval)}: must be two ascending shares from 0 to 1")
         if not self.temperature > 0:
             raise UserError(f"temperature {self.temperature}: must be greater than 0")
         if not 0 <= self.top_k <= codebook_size:
             raise UserError(f"top_k {self.top_k}: must be 0 (off) to the codebook's size {codebook_size}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be greater than 0 and at most 1 (off)")
+
+
+def guidance_scales(settings: DrawSettings, num_tokens: int) -> Tensor:
+    """The scale of classifier-free guidance at each position: (T,) float32; 1 is none.
+
+    `constant` holds the scale s. The others grow from 1 at the first position to s at the last, for early codes fix the
+    layout and suffer most from guidance: `linear` as in MAR (arXiv 2406.11838), `cosine` as in RAR (arXiv 2411.00776,
+    with power 1). Outside the interval (in shares of the sequence) the scale is 1.
+    """
+    position = torch.arange(num_tokens, dtype=torch.float64)
+    progress = GUIDANCE_SCHEDULES[settings.schedule](position / max(num_tokens - 1, 1))
+    scales = 1 + (settings.guidance - 1) * progress
+    start, stop = settings.interval
+    inside = (position >= start * num_tokens) & (position < stop * num_tokens)
+    return torch.where(inside, scales, 1.0).float()
+
+
+def draw_next(logits: Tensor, uniforms: Tensor, scale: Tensor | float | None, settings: DrawSettings) -> Tensor:
+    """From predictions to the next codes, without a look at any value: it can be recorded on a GPU.
+
+    Args:
+        logits: (B, K), or with a scale (2 B, K): with classes first, then without.
+        uniforms: (B,) float64 in [0, 1).
+        scale: of guidance at this position; None: no unconditional half.
+        settings: temperature, top-k and top-p.
+
+    Returns:
+        (B,) int64.
+    """
+    logits = logits.float()
+    if scale is not None:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + scale * (conditional - unconditional)
+    return draw(distribution(logits, settings.temperature, settings.top_k, settings.top_p), uniforms)
 
 
 def image_uniforms(seed: int, indices: Sequence[int], num_tokens: int) -> Tensor:
@@ -183,7 +254,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     Returns:
         (B, K), exactly 0 for what is not kept.
     """
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -206,7 +278,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) int64; never a code of probability 0.
     """
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # u * total may round up to total, beyond the last code: step below it.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -127,7 +127,7 @@ def config_from_params(model: Any, codes: Any) -> ARConfig:
 
 
 class ARTransformer(nn.Module):
-    """The transformer. Calling it gives losses; `logits` and `next_logits` give predictions.
+    """The transformer. Calling it gives losses; `logits` gives predictions (`crt.ar.decoder`: one after the other).
 
     Args:
         config: sizes.
@@ -173,31 +173,6 @@ class ARTransformer(nn.Module):
                 x = block(x, rotation)
         return self.head(self.norm(x))
 
-    @torch.no_grad()
-    def next_logits(self, previous: Tensor, position: int, cache: Tensor) -> Tensor:
-        """Predictions of the code at `position` alone, from the code before it and the cache of all earlier ones.
-
-        Args:
-            previous: (B,) int64: the labels at position 0, else the codes at `position - 1`.
-            position: 0 to T - 1; call once for each, in order, with the same cache.
-            cache: from `empty_cache`, updated in place.
-
-        Returns:
-            (B, K) logits.
-        """
-        table = self.class_embedding if position == 0 else self.code_embedding
-        x = table(previous)[:, None]  # B, 1, C
-        rotation = self.rotation(x.device)[position : position + 1]
-        for block, block_cache in zip(self.blocks, cache, strict=True):
-            x = block(x, rotation, block_cache, position)
-        return self.head(self.norm(x[:, 0]))
-
-    def empty_cache(self, batch_size: int) -> Tensor:
-        """Keys and values for `batch_size` images, at their full length from the start: (layers, 2, B, H, T, D)."""
-        c, weight = self.config, self.head.weight
-        shape = (c.layers, 2, batch_size, c.heads, c.num_tokens, c.head_width)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-
     def rotation(self, device: torch.device) -> Tensor:
         """`rotary_table` on `device`.
 
@@ -219,9 +194,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
-        """(B, T, C) to (B, T, C): a whole sequence, or with a cache (2, B, H, T, D) the one position (B, 1, C)."""
-        x = x + self.attention(self.attention_norm(x), rotation, cache, position)
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x), rotation)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -235,16 +210,10 @@ class Attention(nn.Module):
         self.out = Linear(config.width, config.width, config.init_std)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
-        """(B, T, C) to (B, T, C): a whole sequence, or with a cache (2, B, H, T, D) the one position (B, 1, C)."""
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
         q, k, v = self.project(x, rotation)  # B, H, T, D
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            cache[0, :, :, position : position + 1] = k
-            cache[1, :, :, position : position + 1] = v
-            keys, values = cache[..., : position + 1, :]
-            y = F.scaled_dot_product_attention(q, keys, values)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

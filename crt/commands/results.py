@@ -1,4 +1,7 @@
-"""`python -m crt results`: the metrics of the current evaluation, what they were measured by, and the pictures."""
+"""`python -m crt results`: the metrics of the current evaluation, what they were measured by, and the pictures.
+
+`python -m crt results A B` prints two results side by side, and warns if they were measured differently.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,33 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from crt.commands.check import add_arguments  # noqa: F401
+from crt.commands.check import add_arguments as add_params_argument
+from crt.errors import UserError
+from crt.evaluation.comparable import protocol_differences, protocol_warning
+from crt.evaluation.wording import RESULTS, protocol_text
 from crt.params import load_params
 from crt.pipeline import load_stages
 from crt.stage import read_current
 
 _WIDTH = 110
-# Name and what a reader must know of it, in the order in which they want them.
-RESULTS = (
-    ("rfid", "FID of reconstructions, lower is better"),
-    ("fd_classifier_rec", "classifier distance of reconstructions, lower is better"),
-    ("gfid", "FID of samples, lower is better; {gfid_of_perfect_images:.3g} for perfect ones"),
-    (
-        "fd_classifier_gen",
-        "classifier distance of samples, lower is better; {fd_classifier_gen_of_perfect_images:.3g} for perfect ones",
-    ),
-    ("kid", "kernel distance of samples, 0 for perfect ones"),
-    ("kd_classifier_gen", "kernel distance of samples, 0 for perfect ones"),
-    ("inception_score", "of samples, higher is better"),
-    ("precision", "share of samples among the real images"),
-    ("recall", "share of real images among the samples"),
-    (
-        "class_agreement",
-        "share of samples recognised as the class asked for; real images: {classifier_accuracy:.4g}",
-    ),
-    ("psnr", "dB, reconstructions, higher is better"),
-    ("ms_ssim", "reconstructions, 1 is best"),
-    ("ssim", "reconstructions, 1 is best"),
-    ("lpips", "reconstructions, lower is better"),
-    ("codebook_usage", "share of codes in use"),
-    ("bits_per_image", "as stored; {bits_per_image_stage2:.4g} by the transformer's predictions"),
-    ("stage2_val_loss", "nats per token"),
-)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the params file, and the results to compare."""
+    add_params_argument(parser)
+    parser.add_argument(
+        "results", type=Path, nargs="*", metavar="RESULT", help="evaluation folders or metrics.json files to print"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table.
 
     Raises:
-        UserError: the evaluation is missing or was made with other params.
+        UserError: the evaluation is missing or was made with other params, or a named result cannot be read.
     """
+    if args.results:
+        return _print_results(args.results)
     stage = load_stages()["evaluate"]
     read_current(stage.output, load_params(args.params).model_dump(by_alias=True), args.params)
     folder = Path(stage.output)
@@ -55,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(["", *table(metrics), ""]))
     width = max(len(name) for name, _ in RESULTS)
     print(f"  {'all metrics':{width}} {stage.metrics[0]}")
+    print(f"  {'report':{width}} {folder / 'report.html'}")
     for picture in sorted(folder.glob("*.png")):
         print(f"  {picture.stem:{width}} {picture}")
     print()
@@ -69,14 +60,40 @@ def table(metrics: dict[str, Any]) -> list[str]:
         for name, meaning in RESULTS
         if name in metrics
     ]
-    reference = (
-        "{generation_images} samples at guidance {guidance_scale:g} against the {generation_reference_images} images "
-        "of {generation_reference}; reconstructions of the {reconstruction_reference_images} images of "
-        "{reconstruction_reference}; features of {features} ({features_sha256:.8}), resize {features_resize}"
-    )
-    notes = [("measured by", reference.format(**metrics))]
+    notes = [("measured by", protocol_text(metrics))]
     notes += [("warning", warning) for warning in metrics.get("warnings", "").split("; ") if warning]
     for name, text in notes:
         first = f"  {name:{width}} "
         lines += ["", textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))]
     return lines
+
+
+def _print_results(paths: list[Path]) -> int:
+    found = [_read(path) for path in paths]
+    if len(found) == 1:
+        print("\n".join(["", *table(found[0]), ""]))
+        return 0
+    width = max(len(name) for name, _ in RESULTS)
+    columns = [max(len(str(path)), 12) for path in paths]
+    print("\n  " + " " * width + "".join(f"  {path!s:>{c}}" for path, c in zip(paths, columns, strict=True)))
+    for name, _ in RESULTS:
+        if any(name in metrics for metrics in found):
+            cells = (f"{metrics[name]:.4g}" if name in metrics else "-" for metrics in found)
+            print(f"  {name:{width}}" + "".join(f"  {cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
+    for path, metrics in zip(paths[1:], found[1:], strict=True):
+        differences = protocol_differences(found[0], metrics)
+        if differences:
+            print(f"\nwarning: {protocol_warning((str(paths[0]), str(path)), differences)}")
+    print()
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "metrics.json" if path.is_dir() else path
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        if "features" in metrics:
+            return metrics
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"{file}: missing, or no metrics of an evaluation: give its output folder or metrics.json")

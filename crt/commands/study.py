@@ -11,6 +11,7 @@ from crt.analysis.figures import draw_figure
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import (
     contrast_table,
+    protocol_warnings,
     published_table,
     read_results,
     summary_table,
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     write_results(rows, work / "results.csv")
     table = summary_table(rows, axes, scale.metrics)
     sections: dict[str, list[list[str]] | list[str] | Path] = {"Results, mean and standard deviation over seeds": table}
+    warnings = protocol_warnings(runs)
+    if warnings:
+        sections["Warnings"] = warnings
     if study.contrast is not None:
         sections["Paired differences"] = contrast_table(rows, axes, scale.metrics, study.contrast)
     if scale.published:
@@ -64,5 +68,7 @@ def run(args: argparse.Namespace) -> int:
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    for warning in warnings:
+        print(f"warning: {warning}")
     print(f"\npage: {folder / 'index.html'}")
     return 0

@@ -52,7 +52,7 @@ class ChunkStore:
         _barrier(world)  # all have counted before any works
         for first in range(0, len(self.bounds), world.size):
             index = first + world.rank
-            if index < len(self.bounds) and not self._path(self.bounds[index][0]).exists():
+            if index < len(self.bounds) and not self._path(*self.bounds[index]).exists():
                 self._compute(*self.bounds[index], work, progress if world.size == 1 else None)
             raise_if_any_stopped(world)
             if world.size > 1 and world.is_main:
@@ -62,8 +62,8 @@ class ChunkStore:
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """One array, a chunk at a time, in the order of the images."""
-        for start, _ in self.bounds:
-            with safe_open(self._path(start), "np") as file:
+        for start, stop in self.bounds:
+            with safe_open(self._path(start, stop), "np") as file:
                 yield file.get_tensor(name)
 
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
@@ -76,7 +76,7 @@ class ChunkStore:
         return np.concatenate(kept)
 
     def _done(self) -> int:
-        return sum(stop - start for start, stop in self.bounds if self._path(start).exists())
+        return sum(stop - start for start, stop in self.bounds if self._path(start, stop).exists())
 
     def _compute(
         self, start: int, stop: int, work: Callable[[int, int], dict[str, np.ndarray]], progress: Progress | None
@@ -87,13 +87,13 @@ class ChunkStore:
             if progress is not None:
                 progress.update(progress.done + len(next(iter(parts[-1].values()))))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        path = self._path(start)
+        path = self._path(start, stop)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file(arrays, temporary)
         os.replace(temporary, path)
 
-    def _path(self, start: int) -> Path:
-        return self.folder / f"{start:09d}.safetensors"
+    def _path(self, start: int, stop: int) -> Path:
+        return self.folder / f"{start:09d}-{stop:09d}.safetensors"
 
 
 def raise_if_any_stopped(world: World) -> None:

@@ -31,6 +31,7 @@ from crt.randomness import numpy_generator, seed_torch
 # Larger images are halved by strided convolutions until the residual blocks see at most this side.
 _MAX_BLOCK_SIDE = 32
 _CHECKPOINTS = 10
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 class ResidualBlock(nn.Module):
@@ -95,6 +96,7 @@ class ClassifierFeatures:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str) -> None:
+        self.path = Path(path)
         with safe_open(path, "pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

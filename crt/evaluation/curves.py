@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ _PANEL_INCHES = (4.8, 3.2)
 _COLUMNS = 3
 _DPI = 110
 # Columns that say how a run was driven rather than how it fared.
+_NO_SWEEP = ("_of_perfect_images", "_std")
 _LEFT_OUT = ("lambda", "learning_rate", "grad_norm")
 
 
@@ -41,7 +42,7 @@ def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
             axis.plot(x, y, label=kind, linewidth=2 if kind == "validation" else 1, marker="." if len(x) < 30 else None)
         axis.set(title=panel.title, xlabel=panel.x_name)
         values = np.concatenate([y for _, y in panel.series.values()])
-        if values.min() > 0 and values.max() > 10 * values.min():
+        if panel.x_name == "step" and values.min() > 0 and values.max() > 10 * values.min():
             axis.set_yscale("log")
         axis.legend()
     _save(figure, path)
@@ -65,6 +66,22 @@ def plot_code_usage(counts: np.ndarray, path: str | Path) -> None:
     )
     axis.set_xlim(0, len(counts))
     axis.legend()
+    _save(figure, path)
+
+
+def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Draw each figure over the scale of guidance, a panel for each.
+
+    Args:
+        rows: with `guidance_scale` and figures; two at least.
+        path: the PNG to write.
+    """
+    names = [name for name in rows[0] if name != "guidance_scale" and not name.endswith(_NO_SWEEP)]
+    columns = min(_COLUMNS, len(names))
+    figure, axes = _figure(columns, -(-len(names) // columns))
+    for axis, name in zip(axes, names, strict=False):
+        axis.plot([row["guidance_scale"] for row in rows], [row[name] for row in rows], marker="o", linewidth=2)
+        axis.set(title=name.replace("_", " "), xlabel="guidance scale")
     _save(figure, path)
 
 

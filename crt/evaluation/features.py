@@ -45,6 +45,10 @@ class FeatureNetwork(Protocol):
         """SHA-256 of the weights."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
     def resize(self) -> str:
         """How images are brought to the network's size, as recorded in results."""
 

@@ -25,34 +25,39 @@ def reconstruction_metrics(networks: Networks, passes: Passes, warnings: list[st
     """Reconstructions against their originals, over the whole validation split."""
     name = "fd_classifier_rec" if networks.features is networks.classifier else "rfid"
     dimension = networks.features.dimension
-    copies = _statistics(passes.val, "copy_features", dimension)
-    originals = _statistics(passes.val, "features", dimension)
+    copies = store_statistics(passes.copies, "features", dimension)
+    originals = store_statistics(passes.val, "features", dimension)
     if originals.count <= dimension:
         expected = expected_distance(originals, (copies.count, originals.count))
         warnings.append(scarcity(name, dimension, expected, {"validation": originals.count}))
     metrics: Metrics = {name: frechet_distance(copies, originals)}
     for score in networks.similarities():
-        metrics[score] = float(passes.val.column(score).mean())
+        metrics[score] = float(passes.copies.column(score).mean())
     return metrics
 
 
-def generation_metrics(params: Evaluate, seed: int, networks: Networks, passes: Passes, warnings: list[str]) -> Metrics:
+def generation_metrics(
+    params: Evaluate,
+    seed: int,
+    networks: Networks,
+    *,
+    samples: ChunkStore,
+    reference: ChunkStore,
+    warnings: list[str],
+) -> Metrics:
     """Samples against the reference: distances, precision and recall, inception score."""
     inception = networks.features is not networks.classifier
     name, kernel_name = ("gfid", "kid") if inception else ("fd_classifier_gen", "kd_classifier_gen")
     dimension = networks.features.dimension
-    made = _statistics(passes.samples, "features", dimension)
-    real = _statistics(passes.reference, "features", dimension)
+    made = store_statistics(samples, "features", dimension)
+    real = store_statistics(reference, "features", dimension)
     expected = expected_distance(real, (made.count, real.count))
     metrics: Metrics = {name: frechet_distance(made, real), f"{name}_of_perfect_images": expected}
     if min(made.count, real.count) <= dimension:
         counts = {"samples": made.count, "reference": real.count}
         warnings.append(scarcity(name, dimension, expected, counts))
 
-    x, y = (
-        store.column("features", spread(store.count, params.pairwise_images))
-        for store in (passes.samples, passes.reference)
-    )
+    x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in (samples, reference))
     if min(len(x), len(y)) > params.neighbours:
         metrics[kernel_name] = kernel_distance(
             x, y, subsets=params.kernel_subsets, subset_size=params.kernel_subset_size, seed=seed
@@ -61,7 +66,7 @@ def generation_metrics(params: Evaluate, seed: int, networks: Networks, passes: 
     else:
         warnings.append(f"{kernel_name}, precision and recall: left out, they need over {params.neighbours} images")
     if inception:
-        probabilities = [networks.features.probabilities(features) for features in passes.samples.parts("features")]
+        probabilities = [networks.features.probabilities(features) for features in samples.parts("features")]
         metrics["inception_score"], metrics["inception_score_std"] = inception_score(
             np.concatenate(probabilities), params.inception_score_splits, seed
         )
@@ -90,6 +95,20 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
         "bits_per_image_stage2": tokens_per_image * stage2_val_loss / math.log(2),
         "stage2_val_loss": stage2_val_loss,
     }
+
+
+def guidance_sweep(
+    params: Evaluate, seed: int, networks: Networks, sources: Sources, passes: Passes
+) -> list[dict[str, float]]:
+    """The figures of the samples at each scale of guidance, ascending, the main one among them."""
+    rows = []
+    drawn = zip((sources.samples, *sources.sweep), (passes.samples, *passes.sweep), strict=True)
+    for source, store in sorted(drawn, key=lambda pair: pair[0].guidance_scale):
+        metrics = generation_metrics(params, seed, networks, samples=store, reference=passes.reference, warnings=[])
+        agreement = class_agreement(store.column("predictions"), source.labels)
+        figures = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        rows.append({"guidance_scale": source.guidance_scale, **figures, "class_agreement": agreement})
+    return rows
 
 
 def class_metrics(sources: Sources, passes: Passes) -> Metrics:
@@ -123,7 +142,8 @@ def spread(count: int, wanted: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
 
 
-def _statistics(store: ChunkStore, column: str, dimension: int) -> GaussianStatistics:
+def store_statistics(store: ChunkStore, column: str, dimension: int) -> GaussianStatistics:
+    """Mean and covariance of an array (N, `dimension`), a chunk at a time."""
     statistics = GaussianStatistics(dimension)
     for features in store.parts(column):
         statistics.update(features)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from crt.evaluation import reconstruction
 from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.features import FeatureNetwork
+from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
@@ -33,6 +36,8 @@ class Sources:
     samples: SampleSource
     reference: ImageSource
     """What the samples are compared with; may be `val` itself."""
+    sweep: tuple[SampleSource, ...] = ()
+    """Samples at other scales of guidance."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,19 @@ class Passes:
     """What one look at each image left on disk."""
 
     val: ChunkStore
+    copies: ChunkStore
+    """Reconstructions of `val`."""
     samples: ChunkStore
     reference: ChunkStore
+    sweep: tuple[ChunkStore, ...]
 
 
-def measure(work: Path, batch_size: int, world: World, networks: Networks, sources: Sources) -> Passes:
+def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks: Networks, sources: Sources) -> Passes:
     """Look at every image once; all processes must call.
 
     Args:
         work: folder that keeps what was measured, by what was measured and with which weights.
+        shared: folder for what other evaluations of the same data can use: features of real images.
         batch_size: images worked on at once.
         world: the processes that share the work.
         networks: what measures.
@@ -106,39 +115,44 @@ def measure(work: Path, batch_size: int, world: World, networks: Networks, sourc
         ]
         return {name: np.concatenate([piece[name] for piece in scores]) for name in measures}
 
-    def measure_original(start: int, stop: int) -> dict[str, np.ndarray]:
+    def measure_copies(start: int, stop: int) -> dict[str, np.ndarray]:
         originals = sources.val.read(start, stop)
         copies = networks.reconstruct(originals)
-        features = features_of(originals)
-        return {
-            "features": features,
-            "copy_features": features_of(copies),
-            "predictions": predictions(originals, features),
-            **compare(originals, copies),
-        }
+        return {"features": features_of(copies), **compare(originals, copies)}
 
-    def measure_sample(start: int, stop: int) -> dict[str, np.ndarray]:
-        images = sources.samples.read(start, stop)
+    def features_and_predictions(source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
+        images = source.read(start, stop)
         features = features_of(images)
         return {"features": features, "predictions": predictions(images, features)}
 
-    def measure_reference(start: int, stop: int) -> dict[str, np.ndarray]:
-        return {"features": features_of(sources.reference.read(start, stop))}
-
-    def store(source: ImageSource) -> ChunkStore:
-        # The weights and the ADM batch are files of the user's, which may be others today.
+    def own(source: ImageSource, kind: str) -> ChunkStore:
+        # The weights are files of the user's, which may be others today.
         made_of = hashlib.sha256(f"{source.checksum} {features_of.checksum}".encode()).hexdigest()
-        return ChunkStore(work / f"{source.name}-{made_of[:16]}", len(source), batch_size)
+        return ChunkStore(work / f"{kind}-{made_of[:16]}", len(source), batch_size)
 
-    val = store(sources.val)
-    val.fill("reconstructions", measure_original, world)
-    samples = store(sources.samples)
-    samples.fill("samples", measure_sample, world)
-    if sources.reference is sources.val:
-        return Passes(val, samples, val)
-    reference = store(sources.reference)
-    reference.fill(f"reference {sources.reference.name}", measure_reference, world)
-    return Passes(val, samples, reference)
+    def real(source: ImageSource) -> ChunkStore:
+        recipe = {
+            "images": [source.checksum, source.name, source.image_size, len(source)],
+            "features": [features_of.checksum, features_of.resize],
+            "classifier": classifier.checksum,
+            "batch_size": batch_size,
+        }
+        path = shared_path(shared, "features", recipe)
+        store = ChunkStore(path, len(source), batch_size)
+        # The main process holds the lock for all: the others follow it into `fill`.
+        with exclusively(path, alone=world.size == 1) if world.is_main else nullcontext():
+            store.fill(f"reference {source.name}", partial(features_and_predictions, source), world)
+        return store
+
+    val = real(sources.val)
+    reference = val if sources.reference is sources.val else real(sources.reference)
+    copies = own(sources.val, "reconstructions")
+    copies.fill("reconstructions", measure_copies, world)
+    drawn = []
+    for source in (sources.samples, *sources.sweep):
+        drawn.append(own(source, source.name))
+        drawn[-1].fill(source.name.replace("_", " "), partial(features_and_predictions, source), world)
+    return Passes(val, copies, drawn[0], reference, tuple(drawn[1:]))
 
 
 def _pieces(images: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -83,14 +83,14 @@ class SampleSource:
     """The images that the stage sample made.
 
     Args:
-        folder: its output, with `samples.h5`.
+        folder: its output.
         content: digest of the folder's files, from its manifest.
+        file_name: the one with the images of the guidance scale in question.
     """
 
-    name = "samples"
-
-    def __init__(self, folder: str | Path, content: str) -> None:
-        self.path, self.checksum = Path(folder) / "samples.h5", content
+    def __init__(self, folder: str | Path, content: str, file_name: str = "samples.h5") -> None:
+        self.path, self.checksum = Path(folder) / file_name, content
+        self.name = self.path.stem
         with h5py.File(self.path, "r") as file:
             self.labels = np.asarray(file["labels"], np.int64)
             self.class_names: list[str] = json.loads(file.attrs["class_names"])

@@ -1,28 +1,27 @@
 """Stage evaluate: how well the tokenizer reconstructs, how well the pipeline generates, with pictures to look at.
 
 Reads the prepared data, the tokenizer, its codes, the transformer's validation loss and the samples. Writes
-`metrics.json` (flat: figures, and the protocol that they were measured by), `samples.png`, `reconstructions.png`,
-`curves.png`, `code_usage.png` and `classifier.safetensors`.
+`report.html` (a page with everything in it), `metrics.json` (flat: figures, and the protocol that they were measured
+by), `guidance_sweep.csv` (generation figures at each scale of guidance), pictures, and `classifier.safetensors`.
 
-Cost: one pass over the validation images (encode, decode, two feature networks), one over the samples, and one over
-the reference if that is another set; the classifier's training before, and a matrix root of some seconds (128
-features) to two minutes (2,048) after. Several processes share the passes. On the digits half a minute on two
-cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
+Cost: one pass over the validation images (encode, decode, two feature networks), one over the samples of each scale,
+and, once for all evaluations of the same data, one over the real images and the classifier's training; then a matrix
+root of some seconds (128 features) to two minutes (2,048) for each scale. Several processes share the passes. On the
+digits half a minute on two cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 
 from crt.distributed import World, join_world, reported_once
 from crt.errors import UserError
 from crt.evaluation.chunks import raise_if_any_stopped
-from crt.evaluation.classifier import ClassifierFeatures, train_classifier
-from crt.evaluation.curves import plot_code_usage, plot_losses
+from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
+from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
 from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
 from crt.evaluation.metrics import (
@@ -30,15 +29,20 @@ from crt.evaluation.metrics import (
     class_metrics,
     code_metrics,
     generation_metrics,
+    guidance_sweep,
     protocol,
     reconstruction_metrics,
     spread,
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure
+from crt.evaluation.report import REPORT_FILE, write_report
+from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
+from crt.history import write_rows
 from crt.interrupt import Stopped
 from crt.progress import logger
-from crt.stage import StageRun, write_json
+from crt.stage import StageRun, read_seconds, write_json
+from crt.stages.sample import SAMPLES_FILE
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache
@@ -54,7 +58,9 @@ def run(run: StageRun) -> None:
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         sources = _open_sources(run, tokenizer.image_size)
         networks = _load_networks(run, world, tokenizer)
-        passes = measure(run.work, run.params.evaluate.batch_size, world, networks, sources)
+        passes = measure(
+            run.work, run.shared, run.params.evaluate.batch_size, world, networks=networks, sources=sources
+        )
         if world.is_main:
             _write_results(run, networks, sources, passes)
 
@@ -63,7 +69,13 @@ def _open_sources(run: StageRun, image_size: int) -> Sources:
     params = run.params.evaluate
     content = run.manifests["prepare_data"].content
     val = SplitSource(run.inputs["data"], "val", image_size, content)
-    samples = SampleSource(run.inputs["samples"], run.manifests["sample"].content)
+    drawn = run.manifests["sample"]
+    samples, *sweep = (
+        SampleSource(run.inputs["samples"], drawn.content, name)
+        for name in sorted(
+            (name for name in drawn.files if name.endswith(".h5")), key=lambda name: name != SAMPLES_FILE
+        )
+    )
     reference: ImageSource = val
     if params.generation_reference == "train":
         reference = SplitSource(run.inputs["data"], "train", image_size, content)
@@ -77,7 +89,7 @@ def _open_sources(run: StageRun, image_size: int) -> Sources:
     for source in (val, samples, reference):
         if len(source) < 2:
             raise UserError(f"evaluate: {source.name} holds {len(source)} image, distances need two at least: add some")
-    return Sources(val, samples, reference)
+    return Sources(val, samples, reference, tuple(sweep))
 
 
 def _load_networks(run: StageRun, world: World, tokenizer: Tokenizer) -> Networks:
@@ -96,27 +108,28 @@ def _load_networks(run: StageRun, world: World, tokenizer: Tokenizer) -> Network
     return Networks(tokenizer, world.device, classifier, features or classifier, lpips)
 
 
-def _classifier_path(run: StageRun) -> Path:
-    return run.work / "classifier" / "classifier.safetensors"
-
-
 def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatures:
-    """The classifier, trained by the main process unless it already is."""
-    path = _classifier_path(run)
+    """The classifier of these data, params and seed, trained by the main process unless some run has already."""
+    params, seed, content = run.params.evaluate.classifier, run.params.seed, run.manifests["prepare_data"].content
+    recipe = {"data": content, "image_size": image_size, "params": params.model_dump(), "seed": seed}
+    folder = shared_path(run.shared, "classifier", recipe)
+    path = folder / CLASSIFIER_FILE
     if world.is_main and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train = SplitSource(run.inputs["data"], "train", image_size, run.manifests["prepare_data"].content)
+        train = SplitSource(run.inputs["data"], "train", image_size, content)
         try:
-            train_classifier(
-                train.read_rows,
-                labels=train.labels,
-                classes=train.images.num_classes,
-                image_size=image_size,
-                params=run.params.evaluate.classifier,
-                seed=run.params.seed,
-                path=path,
-                device=world.device,
-            )
+            with exclusively(folder):
+                if not path.exists():
+                    folder.mkdir(exist_ok=True)
+                    train_classifier(
+                        train.read_rows,
+                        labels=train.labels,
+                        classes=train.images.num_classes,
+                        image_size=image_size,
+                        params=params,
+                        seed=seed,
+                        path=path,
+                        device=world.device,
+                    )
         except Stopped:
             if world.size == 1:
                 raise
@@ -131,7 +144,14 @@ def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: 
     warnings: list[str] = []
     metrics: Metrics = (
         reconstruction_metrics(networks, passes, warnings)
-        | generation_metrics(run.params.evaluate, run.params.seed, networks, passes, warnings)
+        | generation_metrics(
+            run.params.evaluate,
+            run.params.seed,
+            networks,
+            samples=passes.samples,
+            reference=passes.reference,
+            warnings=warnings,
+        )
         | code_metrics(counts, networks.tokenizer.num_tokens, run.manifests["train_ar"].summary["val_loss"])
         | class_metrics(sources, passes)
         | {
@@ -149,8 +169,19 @@ def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: 
             raise FloatingPointError(f"{name} is {value}")
     write_json(run.staging / "metrics.json", metrics)
     run.summary.update({name: value for name, value in metrics.items() if not isinstance(value, str)})
+    sweep = guidance_sweep(run.params.evaluate, run.params.seed, networks, sources, passes)
+    write_rows(sweep, run.staging / "guidance_sweep.csv")
+    write_rows(_usage_rows(counts), run.staging / "code_usage.csv")
     _draw(run, networks, sources, counts)
-    shutil.copyfile(_classifier_path(run), run.staging / "classifier.safetensors")
+    if len(sweep) > 1:
+        plot_sweep(sweep, run.staging / "guidance_sweep.png")
+    seconds = {
+        m.stage: read_seconds(run.inputs[key], m.fingerprint)
+        for key, m in zip(run.inputs, run.manifests.values(), strict=True)
+    }
+    run.timed_files.add(REPORT_FILE)
+    write_report(run.staging, metrics, sweep, run.manifests, run.manifest_so_far(), seconds=seconds)
+    shutil.copyfile(networks.classifier.path, run.staging / CLASSIFIER_FILE)
 
 
 def _code_counts(run: StageRun) -> np.ndarray:
@@ -166,6 +197,12 @@ def _code_counts(run: StageRun) -> np.ndarray:
     return counts
 
 
+def _usage_rows(counts: np.ndarray) -> list[dict[str, float]]:
+    """Share of each code that occurs, most frequent first."""
+    shares = np.sort(counts[counts > 0])[::-1] / counts.sum()
+    return [{"rank": rank, "share": float(share)} for rank, share in enumerate(shares, 1)]
+
+
 def _draw(run: StageRun, networks: Networks, sources: Sources, counts: np.ndarray) -> None:
     """The pictures."""
     params, samples = run.params.evaluate, sources.samples
@@ -175,4 +212,5 @@ def _draw(run: StageRun, networks: Networks, sources: Sources, counts: np.ndarra
     originals = sources.val.read_rows(spread(len(sources.val), params.grid_reconstructions))
     save_png(reconstruction_grid(originals, networks.reconstruct(originals)), run.staging / "reconstructions.png")
     plot_code_usage(counts, run.staging / "code_usage.png")
-    plot_losses({"tokenizer": run.inputs["tokenizer"], "transformer": run.inputs["ar"]}, run.staging / "curves.png")
+    for title, key in (("tokenizer", "tokenizer"), ("transformer", "ar")):
+        plot_losses({title: run.inputs[key]}, run.staging / f"curves_{title}.png")

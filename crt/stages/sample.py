@@ -2,7 +2,9 @@
 
 Reads the tokenizer and the stage-2 model. Writes `samples.h5`: `images` (N, S, S, 3) uint8, `labels` (N,) int64 and
 `codes` (N, T), with the settings and class names as attributes. By default image i has class i modulo the number of
-classes.
+classes. Each further scale of `sample.guidance_sweep` makes a file of its own, `samples_guidance_SCALE.h5`, drawn from
+nothing but its own scale: the same file as if that were `guidance_scale`. `sample.export` adds other formats, see
+`crt.evaluation.export`.
 
 The images are made in chunks of `sample.batch_size`: chunk c holds the images from c * batch_size on, whoever makes it,
 and the last one is drawn in full before it is cut. So an image depends on (seed, index) and on nothing that a restart
@@ -31,6 +33,7 @@ from crt.ar.model import ARConfig
 from crt.data.transforms import to_uint8
 from crt.distributed import World, join_world, reported_once, stop_signal
 from crt.errors import UserError
+from crt.evaluation.export import export_samples
 from crt.interrupt import Stopped
 from crt.params import Sample
 from crt.progress import Progress
@@ -53,40 +56,61 @@ def run(run: StageRun) -> None:
     params = run.params.sample
     with join_world() as world:
         with reported_once(world):
-            generator = Generator.load(run.inputs["ar"], params.precision, world.device)
+            generator = Generator.load(run.inputs["ar"], params.precision, world.device, params.compile)
             tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
             check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)
             check_labels(params, generator.config)
 
-        chunks = _Chunks(run.work / "chunks", params)
-        missing = _missing_chunks(chunks, world)
-        made = chunks.count - len(missing)
-        progress = Progress("sample", params.num_images, "images", done=min(made * chunks.size, params.num_images))
-        # All processes go round equally often, so that they can agree to stop together.
-        for turn in range(0, len(missing), world.size):
-            if turn + world.rank < len(missing):
-                index = missing[turn + world.rank]
-                indices = np.arange(index * chunks.size, (index + 1) * chunks.size)
-                codes = generator.generate(
-                    labels_of(indices, params, generator.config),
-                    params.guidance_scale,
-                    run.params.seed,
-                    first_index=int(indices[0]),
-                    temperature=params.temperature,
-                    top_k=params.top_k,
-                    top_p=params.top_p,
-                )
-                images = decode(tokenizer, codes.to(world.device), generator.config.grid, params.precision)
-                chunks.save(index, codes, images)
-            made = min(made + world.size, chunks.count)
-            progress.update(min(made * chunks.size, params.num_images))
-            signum = stop_signal(world)
-            if signum:
-                raise Stopped(signum)
-        _wait_for_all(world)
+        for scale in params.scales:
+            _draw_all(run, world, generator, tokenizer, scale)
         if world.is_main:
-            _write_samples(run, chunks, generator.config)
+            for scale in params.scales:
+                path = run.staging / samples_file(params, scale)
+                _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
+                export_samples(path, params.export)
             run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
+
+
+def samples_file(params: Sample, scale: float) -> str:
+    """Name of the file with the images drawn at a guidance scale."""
+    return SAMPLES_FILE if scale == params.guidance_scale else f"samples_guidance_{scale}.h5"
+
+
+def _draw_all(run: StageRun, world: World, generator: Generator, tokenizer: Tokenizer, scale: float) -> None:
+    """Make the chunks of one guidance scale that are not there yet.
+
+    Raises:
+        Stopped: a signal arrived at any process.
+    """
+    params, chunks = run.params.sample, _Chunks(run, scale)
+    missing = _missing_chunks(chunks, world)
+    made = chunks.count - len(missing)
+    label = f"sample at guidance {scale:g}" if params.guidance_sweep else "sample"
+    progress = Progress(label, params.num_images, "images", done=min(made * chunks.size, params.num_images))
+    # All processes go round equally often, so that they can agree to stop together.
+    for turn in range(0, len(missing), world.size):
+        if turn + world.rank < len(missing):
+            index = missing[turn + world.rank]
+            indices = np.arange(index * chunks.size, (index + 1) * chunks.size)
+            codes = generator.generate(
+                labels_of(indices, params, generator.config),
+                scale,
+                run.params.seed,
+                first_index=int(indices[0]),
+                guidance_schedule=params.guidance_schedule,
+                guidance_interval=tuple(params.guidance_interval),
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+            )
+            images = decode(tokenizer, codes.to(world.device), generator.config.grid, params.precision)
+            chunks.save(index, codes, images)
+        made = min(made + world.size, chunks.count)
+        progress.update(min(made * chunks.size, params.num_images))
+        signum = stop_signal(world)
+        if signum:
+            raise Stopped(signum)
+    _wait_for_all(world)
 
 
 def labels_of(indices: np.ndarray, params: Sample, config: ARConfig) -> np.ndarray:
@@ -145,10 +169,11 @@ def decode(tokenizer: Tokenizer, codes: Tensor, grid: tuple[int, int], precision
 
 
 class _Chunks:
-    """Finished chunks in the stage's working folder, one file each, complete or absent."""
+    """Finished chunks of one guidance scale in the stage's working folder, one file each, complete or absent."""
 
-    def __init__(self, folder: Path, params: Sample) -> None:
-        self.folder, self.size = folder, params.batch_size
+    def __init__(self, run: StageRun, scale: float) -> None:
+        params = run.params.sample
+        self.folder, self.size = run.work / "chunks" / f"guidance_{scale}", params.batch_size
         self.count = -(-params.num_images // params.batch_size)
 
     def path(self, index: int) -> Path:
@@ -176,18 +201,19 @@ def _missing_chunks(chunks: _Chunks, world: World) -> list[int]:
     return torch.nonzero(made == 0)[:, 0].tolist()
 
 
-def _write_samples(run: StageRun, chunks: _Chunks, config: ARConfig) -> None:
-    """Join the chunks to samples.h5, in bounded memory."""
+def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig, scale: float) -> None:
+    """Join the chunks to one HDF5 file, in bounded memory."""
     params = run.params.sample
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     num_images = params.num_images
     code_type = np.uint16 if config.codebook_size <= 2**16 else np.uint32
-    temporary = run.staging / (SAMPLES_FILE + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["class_names"] = json.dumps(names, ensure_ascii=False)
         file.attrs["seed"] = run.params.seed
-        for name in ("guidance_scale", "temperature", "top_k", "top_p", "precision"):
+        file.attrs["guidance_scale"] = scale
+        for name in ("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "precision"):
             file.attrs[name] = getattr(params, name)
         size = chunks.load(0)["images"].shape[1:]
         images = file.create_dataset("images", (num_images, *size), np.uint8)
@@ -203,7 +229,7 @@ def _write_samples(run: StageRun, chunks: _Chunks, config: ARConfig) -> None:
         file.flush()
     with open(temporary, "rb") as written:
         os.fsync(written.fileno())
-    os.replace(temporary, run.staging / SAMPLES_FILE)
+    os.replace(temporary, path)
 
 
 def _wait_for_all(world: World) -> None:

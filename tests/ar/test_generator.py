@@ -7,7 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from crt.ar.generator import Generator, distribution, draw, image_uniforms
+from crt.ar.decoder import Decoder
+from crt.ar.generator import DrawSettings, Generator, distribution, draw, draw_next, guidance_scales, image_uniforms
+from crt.ar.graphs import SteppedBatch
 from crt.errors import UserError
 from tests.ar.conftest import CODEBOOK, small_model
 
@@ -53,6 +55,54 @@ def test_an_image_depends_on_seed_and_index_alone(generator: Generator) -> None:
         assert torch.equal(generator.generate([label], guidance=2.0, seed=1, first_index=index)[0], whole[index])
     assert not torch.equal(generator.generate(LABELS, guidance=2.0, seed=2), whole)
     assert len({tuple(row) for row in generator.generate([0] * 8).tolist()}) == 8
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_steps_on_fixed_buffers_draw_the_same_codes(
+    generator: Generator, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU compiles and records, traced here in one piece; oracle: the plain loop."""
+    monkeypatch.setattr("crt.ar.graphs.BUCKET", 6)
+    settings = DrawSettings(2.0 if guided else 1.0, 0.9, 10, 0.95, "linear")
+    expected = generator.generate(
+        LABELS, settings.guidance, seed=4, temperature=0.9, top_k=10, top_p=0.95, guidance_schedule="linear"
+    )
+    labels, sequences = torch.tensor(LABELS), len(LABELS) * (2 if guided else 1)
+    batch = SteppedBatch(
+        Decoder(generator.model, stepped=True),
+        len(LABELS),
+        sequences,
+        lambda logits, uniforms, scale: draw_next(logits, uniforms, scale if guided else None, settings),
+    )
+    assert batch.lengths() == [6, 12, 16]
+    step = torch.compile(batch.step, fullgraph=True, dynamic=False, backend="eager")
+    for _ in range(2):
+        previous = torch.cat((labels, torch.full_like(labels, 5))) if guided else labels
+        batch.begin(previous, image_uniforms(4, range(len(LABELS)), 16), guidance_scales(settings, 16))
+        batch.step(1, first=True)
+        for position in range(1, 16):
+            step(next(length for length in batch.lengths() if length > position))
+        assert torch.equal(batch.codes, expected)
+
+
+def test_guidance_scales_are_those_of_the_schedules() -> None:
+    def scales(schedule: str, interval: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+        return guidance_scales(DrawSettings(3.0, 1.0, 0, 1.0, schedule, interval), 5).tolist()
+
+    assert scales("constant") == [3, 3, 3, 3, 3]
+    assert scales("linear") == [1, 1.5, 2, 2.5, 3]
+    assert scales("cosine") == pytest.approx([1, 2 - 2**0.5 / 2, 2, 2 + 2**0.5 / 2, 3])
+    assert scales("constant", (0.2, 0.6)) == [1, 3, 3, 1, 1]
+    assert scales("constant", (0.5, 0.5)) == [1, 1, 1, 1, 1]
+
+
+def test_outside_the_interval_there_is_no_guidance(generator: Generator) -> None:
+    """Oracles: the unguided draw, as long as nothing was guided; and the uncached definition where it is."""
+    plain = generator.generate(LABELS, seed=6)
+    guided = generator.generate(LABELS, guidance=3.0, seed=6, guidance_interval=(0.5, 1.0))
+    assert torch.equal(guided[:, :8], plain[:, :8])
+    assert not torch.equal(guided[:, 8:], plain[:, 8:])
+    assert torch.equal(generator.generate(LABELS, guidance=3.0, seed=6, guidance_interval=(0.3, 0.3)), plain)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +172,8 @@ def test_bf16_draws_from_nearly_the_same_distribution() -> None:
         ({"temperature": 0.0}, "temperature 0"),
         ({"top_k": 33}, "top_k 33"),
         ({"top_p": 0.0}, "top_p 0"),
+        ({"guidance_schedule": "sine"}, "guidance schedule 'sine': use one of constant, linear, cosine"),
+        ({"guidance_interval": (0.6, 0.5)}, "guidance interval"),
     ],
 )
 def test_impossible_requests_are_refused(generator: Generator, settings: dict, message: str) -> None:

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from crt.ar import decoder as decoder_module
+from crt.ar.decoder import Decoder
 from crt.ar.model import (
     ARConfig,
     ARTransformer,
@@ -121,18 +123,26 @@ def test_a_prediction_sees_only_the_class_and_the_codes_before() -> None:
     assert (model.logits(codes, (labels + 1) % 5) != before).any(-1).all()
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("bucket", [5, 64])
 @pytest.mark.parametrize("changes", [{}, {"grid": (2, 8)}, {"heads": 1, "width": 20}, {"layers": 1, "heads": 8}])
-def test_cached_predictions_equal_uncached(changes: dict) -> None:
+def test_cached_predictions_equal_uncached(
+    changes: dict, bucket: int, stepped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both layouts: the CPU's and the GPU's, which runs anywhere."""
+    monkeypatch.setattr(decoder_module, "BUCKET", bucket)
     model = small_model(scale=2.0, **changes)
     codes, labels = codes_and_labels()
     expected = model.logits(codes, labels)
     assert expected.std() > 0.5
-    cache, previous = model.empty_cache(6), labels
-    for position in range(16):
-        torch.testing.assert_close(
-            model.next_logits(previous, position, cache), expected[:, position], atol=1e-4, rtol=0
-        )
-        previous = codes[:, position]
+    decoder = Decoder(model, stepped)
+    for _ in range(2):  # position 0 begins anew
+        previous = labels
+        for position in range(16):
+            torch.testing.assert_close(
+                decoder.next_logits(previous, position), expected[:, position], atol=1e-4, rtol=0
+            )
+            previous = codes[:, position]
 
 
 def test_losses_are_the_cross_entropy_of_the_predictions() -> None:

@@ -101,7 +101,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     monkeypatch.setattr(sample, "Progress", StopAt)
     monkeypatch.setattr(StopAt, "plan", (8, _fail))
     assert main(torn) == 1
-    (chunk,) = (tmp_path / "torn" / ".work").glob("samples-*/chunks/*")
+    (chunk,) = (tmp_path / "torn" / ".work").glob("samples-*/chunks/*/*")
     written = chunk.stat().st_mtime_ns
     StopAt.plan = (16, lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -138,7 +138,7 @@ def test_kills_at_random_moments_leave_no_trace(sample_run: Make, tmp_path: Path
     assert main(whole) == 0
 
     def chunks() -> int:
-        return len(list((tmp_path / "killed" / ".work").glob("samples-*/chunks/*.safetensors")))
+        return len(list((tmp_path / "killed" / ".work").glob("samples-*/chunks/*/*.safetensors")))
 
     kill_and_repeat([*launcher(processes), "-m", "crt", *killed], chunks, 40, random.Random(processes))
     assert file_of(killed).read_bytes() == file_of(whole).read_bytes()

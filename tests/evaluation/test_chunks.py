@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from crt.distributed import World
 from crt.evaluation import chunks as module
 from crt.evaluation.chunks import ChunkStore
+from crt.evaluation.metrics import spread, store_statistics
 from crt.interrupt import Stopped
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -91,3 +93,21 @@ def _fill_as_rank(rank: int, folder: str) -> None:
     store.fill("test", logged, World(rank, 2, rank, torch.device("cpu")))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def test_a_large_set_is_streamed(tmp_path, monkeypatch):
+    """Statistics and chosen rows of many features take the memory of a few chunks; oracle: the whole array."""
+    monkeypatch.setattr(module, "_CHUNK_IMAGES", 1000)
+    count, dimension = 100_000, 32
+    features = np.random.default_rng(0).normal(size=(count, dimension)).astype(np.float32)
+    store = ChunkStore(tmp_path, count, 500)
+    store.fill("test", lambda start, stop: {"features": features[start:stop]}, ALONE)
+    rows = spread(count, 2000)
+    tracemalloc.start()
+    statistics = store_statistics(store, "features", dimension)
+    column = store.column("features", rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(statistics.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(column, features[rows])
+    assert peak < features.nbytes / 5

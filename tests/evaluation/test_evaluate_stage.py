@@ -5,9 +5,13 @@ Oracles: the same figures computed from the images in one go, an uninterrupted r
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import re
+import shutil
 import signal
+import subprocess
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +32,7 @@ from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
-from crt.history import History
+from crt.history import History, read_history
 from crt.params import load_params
 from crt.randomness import seed_torch
 from crt.stage import open_run, publish, sha256_file
@@ -67,7 +71,9 @@ class Pipeline:
         run = open_run("train_ar", self.params, self.inputs("tokens"), root / "ar")
         run.staging.mkdir(parents=True)
         config = config_from_params(params.train_ar.model, TokenCache(root / "tokens", "train"))
-        save_model(ARTransformer(config).state_dict(), config, run.staging)
+        model = ARTransformer(config)
+        torch.nn.init.normal_(model.head.weight)  # a new one is zero: no class would make a difference
+        save_model(model.state_dict(), config, run.staging)
         run.summary |= {"val_loss": 2.5, "training_flops": 10**9}
         publish(run)
         assert self.stage("sample", "samples", "tokenizer", "ar") == 0
@@ -159,7 +165,7 @@ def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated)
 
 def test_pictures_show_the_samples_of_each_class(evaluated):
     folder = evaluated.root / "evaluation"
-    for name in ("samples", "reconstructions", "curves", "code_usage"):
+    for name in ("samples", "reconstructions", "curves_tokenizer", "code_usage"):
         with Image.open(folder / f"{name}.png") as image:
             assert min(image.size) >= 64
     with h5py.File(evaluated.root / "samples/samples.h5") as file:
@@ -316,3 +322,96 @@ def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales
     assert [metrics["psnr"], metrics["ms_ssim"]] == pytest.approx(np.mean(scores, axis=0), rel=1e-3)
     with Image.open(tmp_path / "evaluation/reconstructions.png") as image:
         assert image.width > 256
+
+
+def test_the_page_stands_alone_and_tells_the_run(evaluated):
+    page = (evaluated.root / "evaluation/report.html").read_text()
+    metrics = evaluated.metrics("evaluation")
+    # Nothing is fetched: every source is inside, and there is no script.
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) >= 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in page
+    assert str(evaluated.root) not in page  # no path of this machine
+    embedded = {base64.b64decode(source.partition(",")[2]) for source in sources}
+    for name in ("samples", "reconstructions", "code_usage", "curves_tokenizer"):
+        assert (evaluated.root / f"evaluation/{name}.png").read_bytes() in embedded
+    for name in ("psnr", "fd_classifier_gen", "class_agreement", "stage2_val_loss"):
+        assert f"{metrics[name]:.4g}" in page
+    assert "they are for ImageNet at 256 px, this run is on digits at 16 px" in page
+    assert "Guidance sweep" not in page
+    assert "1.00e+10" in page  # FLOPs of the tokenizer's training
+    assert re.search(r"generation_reference: val\b", page)  # the params
+
+
+def test_the_page_shows_in_a_browser(evaluated, tmp_path):
+    """Headless Chromium draws it without a network: its pictures have their sizes, and nothing overflows the page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    page = (evaluated.root / "evaluation/report.html").read_text()
+    probe = (
+        "<script>onload = () => document.title = 'probe ' + JSON.stringify({"
+        "sizes: [...document.images].map(image => image.naturalWidth),"
+        "overflow: document.documentElement.scrollWidth - innerWidth})</script></body>"
+    )
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    options = ["--window-size=1200,2400", f"--screenshot={tmp_path}/page.png", "--dump-dom"]
+    result = subprocess.run(
+        [*command, *options, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120, check=True
+    )
+    (title,) = re.findall(r"<title>probe (.*?)</title>", result.stdout)
+    found = json.loads(html.unescape(title))
+    assert len(found["sizes"]) >= 4
+    assert min(found["sizes"]) > 100
+    assert found["overflow"] <= 0
+
+
+def test_a_sweep_measures_each_scale_by_itself(evaluated):
+    """Oracle: a run with that scale as its only one."""
+    swept = evaluated.changes | {"sample.guidance_scale": 2.0, "sample.guidance_sweep": [1.5]}
+    alone = evaluated.changes | {"sample.guidance_scale": 1.5}
+    rows = {}
+    for name, changes in (("swept", swept), ("alone", alone)):
+        write_params(evaluated.params, changes)
+        assert evaluated.stage("sample", f"samples_{name}", "tokenizer", "ar") == 0
+        options = [
+            text
+            for key in NAMES
+            for text in (f"--{key}", str(evaluated.root / (f"samples_{name}" if key == "samples" else key)))
+        ]
+        out = evaluated.root / f"evaluation_{name}"
+        assert main(["evaluate", "--params", str(evaluated.params), *options, "--out", str(out)]) == 0
+        rows[name] = {row["guidance_scale"]: row for row in read_history(out / "guidance_sweep.csv")}
+    assert list(rows["swept"]) == [1.5, 2.0]
+    assert list(rows["alone"]) == [1.5]
+    assert rows["swept"][1.5] == rows["alone"][1.5]
+    assert rows["swept"][2.0] != rows["swept"][1.5] | {"guidance_scale": 2.0}
+    with (
+        h5py.File(evaluated.root / "samples_swept/samples_guidance_1.5.h5") as one,
+        h5py.File(evaluated.root / "samples_alone/samples.h5") as other,
+    ):
+        assert one.attrs["guidance_scale"] == 1.5
+        assert np.array_equal(one["images"], other["images"])
+    assert rows["swept"][2.0]["precision"] == evaluated.metrics("evaluation_swept")["precision"]
+    page = (evaluated.root / "evaluation_swept/report.html").read_text()
+    assert "Guidance sweep" in page
+    write_params(evaluated.params, evaluated.changes)
+
+
+def test_runs_on_the_same_data_share_the_classifier(evaluated):
+    """The classifier of an earlier run serves one whose other params differ, and is not touched."""
+    (trained,) = [
+        path
+        for path in (evaluated.root / ".shared").glob("classifier-*/classifier.safetensors")
+        if path.read_bytes() == (evaluated.root / "evaluation/classifier.safetensors").read_bytes()
+    ]
+    written = trained.stat().st_mtime_ns
+    assert evaluated.evaluate("other_neighbours", neighbours=5) == 0
+    assert trained.stat().st_mtime_ns == written
+    copy = evaluated.root / "other_neighbours/classifier.safetensors"
+    assert copy.read_bytes() == trained.read_bytes()
+    before = len(list((evaluated.root / ".shared").glob("classifier-*/classifier.safetensors")))
+    assert evaluated.evaluate("other_classifier", **{"classifier.steps": 3}) == 0
+    assert len(list((evaluated.root / ".shared").glob("classifier-*/classifier.safetensors"))) == before + 1

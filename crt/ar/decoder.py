@@ -1,0 +1,200 @@
+"""Decoding with a key-value cache: predictions of one code after the other, at the cost of one position each.
+
+What bounds it is memory traffic: each code reads every weight once, and the keys and values of all codes before it.
+So nothing is allocated or copied along the sequence, attention reads the filled part of the cache only, and each
+kind of device has the layout that its products read fastest:
+
+- CPU: weights in oneDNN's blocked layout (made once; plain ones are reordered at each call, which doubles the
+  traffic), and attention as batched products over buckets of `BUCKET` positions that each lie in one piece: the fused
+  kernel takes several times as long for a single query in bfloat16, and a product with a cut of a cache copies it.
+- GPU: a step works on fixed buffers and reads the position from one of them, so that it can be compiled and recorded
+  as a CUDA graph; it attends to the cache's filled part rounded up to `BUCKET` positions.
+
+Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, K codes in
+the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crt.ar.model import ARTransformer, Block, rotate
+
+BUCKET = 64
+Linear = Callable[[Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a block multiplies with."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    out: Linear
+    ffn_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """A model with caches for `batch_size` sequences.
+
+    Call `next_logits` for positions 0 to T - 1 in order; position 0 begins anew, whatever the caches hold.
+
+    Args:
+        model: in evaluation mode; its weights are shared, or copied to a faster layout.
+        stepped: with the GPU's layout, for `logits_at`; None: wherever the model is not on a CPU.
+    """
+
+    def __init__(self, model: ARTransformer, stepped: bool | None = None) -> None:
+        self.model, self.config = model, model.config
+        weight = model.head.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.stepped = self.device.type != "cpu" if stepped is None else stepped
+        linear = _plain if self.stepped or not _can_pack(self.dtype) else _packed
+        self._layers = [
+            _Layer(
+                block.attention_norm.weight,
+                linear(block.attention.qkv),
+                linear(block.attention.out),
+                block.ffn_norm.weight,
+                linear(block.ffn.gate_up),
+                linear(block.ffn.down),
+            )
+            for block in cast("list[Block]", list(model.blocks))
+        ]
+        self._head = linear(model.head)
+        num_tokens = self.config.num_tokens
+        self._bucket = min(BUCKET, num_tokens)
+        self._buckets = -(-num_tokens // self._bucket)
+        # Row t: the positions that the code at t may look at.
+        size = self._bucket * self._buckets
+        self._visible = torch.ones(num_tokens, size, dtype=torch.bool, device=self.device).tril()
+        self._rotation = model.rotation(self.device)  # T, D/2, 2
+        # For a CPU as one product of complex numbers, into which the queries' scale goes as well: T, 2 H, D/2.
+        turn = torch.view_as_complex(self._rotation)[:, None].expand(-1, self.config.heads, -1)
+        self._turn = torch.cat((turn * self.config.head_width**-0.5, turn), dim=1)
+        self.batch_size = 0
+
+    def resize(self, batch_size: int) -> None:
+        """Make room for so many sequences; caches of the right size are kept."""
+        if batch_size == self.batch_size:
+            return
+        c, self.batch_size = self.config, batch_size
+        self._keys = self._values = torch.empty(0)  # the old ones go before the new ones come
+        shape: tuple[int, ...]
+        if not self.stepped:
+            shape = (c.layers, self._buckets, batch_size * c.heads, self._bucket, c.head_width)
+        else:
+            shape = (c.layers, batch_size, c.heads, c.num_tokens, c.head_width)
+        self._keys, self._values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+
+    @torch.no_grad()
+    def next_logits(self, previous: Tensor, position: int) -> Tensor:
+        """Predictions of the code at `position` alone.
+
+        Args:
+            previous: (B,) int64: the labels at position 0, else the codes at `position - 1`.
+            position: 0 to T - 1.
+
+        Returns:
+            (B, K), in the model's precision.
+        """
+        self.resize(len(previous))
+        if self.stepped:
+            return self.logits_at(previous, torch.tensor([position], device=self.device), position + 1, position == 0)
+        table = self.model.class_embedding if position == 0 else self.model.code_embedding
+        bucket, place = divmod(position, self._bucket)
+
+        def turn(qk: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))  # B, 2 H, D/2
+            return torch.view_as_real(pairs * self._turn[position]).flatten(-2).to(self.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self._keys[layer], self._values[layer]  # buckets, B H, positions of a bucket, D
+            keys[bucket, :, place] = k.flatten(0, 1)
+            values[bucket, :, place] = v.flatten(0, 1)
+            query = q.flatten(0, 1)[:, None]
+            scores = [torch.bmm(query, piece.transpose(1, 2)) for piece in keys[: bucket + 1]]  # B H, 1, positions
+            joined = torch.cat(scores, dim=-1).float()
+            joined[..., position + 1 :] = -torch.inf
+            weights = joined.softmax(-1).to(self.dtype).split(self._bucket, dim=-1)
+            y = torch.bmm(weights[0], values[0])
+            for share, piece in zip(weights[1:], values[1:], strict=False):
+                y += torch.bmm(share, piece)
+            return y.view_as(q)
+
+        return self._forward(table(previous), turn, attend)
+
+    def logits_at(self, previous: Tensor, position: Tensor, length: int, first: bool = False) -> Tensor:
+        """`next_logits` in a form that can be compiled and recorded: only `length` and `first` are Python values.
+
+        Args:
+            previous: (B,) int64.
+            position: (1,) int64 on the device.
+            length: attend to the cache's first `length` positions, `position` among them.
+            first: whether `previous` holds labels.
+
+        Returns:
+            (B, K).
+        """
+        table = self.model.class_embedding if first else self.model.code_embedding
+        rotation = self._rotation.index_select(0, position)
+
+        def turn(qk: Tensor) -> Tensor:
+            return rotate(qk[:, None], rotation)[:, 0]
+
+        mask = self._visible.index_select(0, position)[:, :length]  # 1, length
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self._keys[layer], self._values[layer]  # B, H, T, D
+            keys.index_copy_(2, position, k[:, :, None])
+            values.index_copy_(2, position, v[:, :, None])
+            return F.scaled_dot_product_attention(
+                q[:, :, None], keys[:, :, :length], values[:, :, :length], attn_mask=mask
+            )[:, :, 0]
+
+        return self._forward(table(previous), turn, attend)
+
+    def _forward(self, x: Tensor, turn: Linear, attend: Attend) -> Tensor:
+        """(B, C) to (B, K); `turn` rotates (B, 2 H, D), `attend` makes (B, H, D) of a layer's index, q, k and v."""
+        heads, eps = self.config.heads, self.config.norm_eps
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(normalize(x, layer.attention_norm, eps)).unflatten(-1, (3 * heads, -1))
+            qk, v = qkv.split((2 * heads, heads), dim=1)
+            q, k = turn(qk).chunk(2, dim=1)
+            x = x + layer.out(attend(index, q, k, v).flatten(1))
+            gate, up = layer.gate_up(normalize(x, layer.ffn_norm, eps)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._head(normalize(x, self.model.norm.weight, eps))
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` of (B, C) over the channels in fewer kernels, which count at one position a call."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    return (x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype) * weight
+
+
+def _plain(module: nn.Linear) -> Linear:
+    return module
+
+
+def _packed(module: nn.Linear) -> Linear:
+    """The product with a weight in oneDNN's own layout."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x, weight, None, "none", [], "")
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether torch was built with oneDNN, and the processor has its instructions for `dtype`."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

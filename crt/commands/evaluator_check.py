@@ -1,0 +1,147 @@
+"""`python -m crt evaluator_check`: our score of real ImageNet images beside the published one.
+
+The 50,000 validation images against the ADM batch: whoever gets the published figures has the right weights, resize,
+reference and formulas. Anything else means that no FID of this machine compares with a paper's. Needs prepared
+ImageNet data and the ADM batch file; minutes on a GPU. sFID is not measured: it needs an inner layer of the network,
+which clean-fid's wrapper does not hand out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crt import interrupt
+from crt.commands.check import add_arguments as add_params_argument
+from crt.distributed import World
+from crt.errors import UserError
+from crt.evaluation.chunks import ChunkStore
+from crt.evaluation.features import FeatureNetwork, InceptionFeatures
+from crt.evaluation.frechet import expected_distance, frechet_distance, scarcity
+from crt.evaluation.metrics import spread, store_statistics
+from crt.evaluation.precision_recall import inception_score, precision_recall
+from crt.evaluation.shared import exclusively, shared_path
+from crt.evaluation.sources import AdmBatch, ImageSource, SplitSource
+from crt.params import load_params
+from crt.pipeline import load_stages, path_variables
+from crt.progress import start_logging
+from crt.stage import read_manifest
+
+# Of ADM's evaluator on the real validation images, as LlamaGen's repository lists them.
+PUBLISHED = {"FID": 1.684, "inception score": 231.8, "precision": 0.752, "recall": 0.671}
+_IMAGES, _SIDE = 50_000, 256
+# Another decoder or resize of the images moves the figures by less, a wrong resize or reference by more.
+_TOLERANCE = 0.03
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the params file and the prepared data."""
+    add_params_argument(parser)
+    parser.add_argument(
+        "--data", type=Path, default=Path(load_stages()["prepare_data"].output), metavar="FOLDER",
+        help="ImageNet as prepare_data left it (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; status 1 if the figures are not the published ones.
+
+    Raises:
+        UserError: data, reference or weights are missing or wrong.
+        Stopped: a signal arrived; features that were taken are kept.
+    """
+    params = load_params(args.params)
+    if params.evaluate.adm_reference is None:
+        raise UserError("evaluate.adm_reference: null, but the check needs VIRTUAL_imagenet256_labeled.npz: set it")
+    manifest = read_manifest(args.data)
+    source = manifest.params["prepare_data"]["source"]
+    if source != "imagenet":
+        raise UserError(f"{args.data}: holds {source}, the published figures are for ImageNet: give --data of it")
+    start_logging(None)
+    interrupt.listen()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = InceptionFeatures(params.evaluate.inception_weights, "legacy_tensorflow", device)
+    reference = AdmBatch(params.evaluate.adm_reference)
+    if reference.image_size != _SIDE:
+        raise UserError(f"{reference.path}: its images have {reference.image_size} pixels a side instead of {_SIDE}")
+    images = SplitSource(args.data, "val", _SIDE, manifest.content)
+    ours, warnings = score(
+        network,
+        images,
+        reference,
+        shared=Path(path_variables()["shared"]),
+        batch_size=params.evaluate.batch_size,
+        neighbours=params.evaluate.neighbours,
+        splits=params.evaluate.inception_score_splits,
+    )
+    if len(images) != _IMAGES:
+        warnings.append(f"{len(images)} validation images instead of all {_IMAGES}: the published figures are for all")
+    agrees = True
+    print(f"\n  {'':16} {'ours':>9} {'published':>10} {'difference':>11}")
+    for name, published in PUBLISHED.items():
+        difference = ours[name] / published - 1
+        agrees &= abs(difference) <= _TOLERANCE
+        print(f"  {name:16} {ours[name]:9.4g} {published:10.4g} {difference:+10.1%}")
+    for warning in warnings:
+        print(f"\nwarning: {warning}")
+    print(f"\n{'agrees with' if agrees else 'differs from'} the published figures (tolerance {_TOLERANCE:.0%})\n")
+    return 0 if agrees else 1
+
+
+def score(
+    network: FeatureNetwork,
+    images: ImageSource,
+    reference: ImageSource,
+    *,
+    shared: Path,
+    batch_size: int,
+    neighbours: int,
+    splits: int,
+) -> tuple[dict[str, float], list[str]]:
+    """FID, inception score, precision and recall of images against a reference, and warnings.
+
+    Args:
+        network: whose features count.
+        images: to score.
+        reference: what they are held against.
+        shared: folder that keeps the features.
+        batch_size: images worked on at once.
+        neighbours: k of precision and recall.
+        splits: parts of the inception score.
+    """
+    stores = [_features(network, source, shared, batch_size) for source in (images, reference)]
+    statistics = [store_statistics(store, "features", network.dimension) for store in stores]
+    probabilities = np.concatenate([network.probabilities(part) for part in stores[0].parts("features")])
+    columns = [store.column("features", spread(store.count, _IMAGES)) for store in stores]
+    precision, recall = precision_recall(columns[0], columns[1], neighbours, network.device)
+    warnings = []
+    counts = {"validation": statistics[0].count, "reference": statistics[1].count}
+    if min(counts.values()) <= network.dimension:
+        expected = expected_distance(statistics[1], (counts["validation"], counts["reference"]))
+        warnings.append(scarcity("FID", network.dimension, expected, counts))
+    figures = {
+        "FID": frechet_distance(*statistics),
+        "inception score": inception_score(probabilities, splits, seed=0)[0],
+        "precision": precision,
+        "recall": recall,
+    }
+    return figures, warnings
+
+
+def _features(network: FeatureNetwork, source: ImageSource, shared: Path, batch_size: int) -> ChunkStore:
+    recipe = {
+        "images": [source.checksum, source.name, source.image_size, len(source)],
+        "features": [network.checksum, network.resize],
+    }
+    path = shared_path(shared, "evaluator-check", recipe)
+    store = ChunkStore(path, len(source), batch_size)
+
+    def work(start: int, stop: int) -> dict[str, np.ndarray]:
+        return {"features": network(source.read(start, stop))}
+
+    with exclusively(path):
+        store.fill(source.name, work, World(0, 1, 0, network.device))
+    return store

@@ -1,0 +1,61 @@
+"""Samples in the formats of other tools: PNG folders by class, and the batch file of ADM's evaluator."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image
+
+_IMAGES_AT_ONCE = 256
+# Zip's earliest date: a fixed one, so that the same images make the same bytes.
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def export_samples(path: Path, formats: Collection[str]) -> None:
+    """Write a samples file beside itself in other formats.
+
+    Args:
+        path: an HDF5 file of the stage sample, NAME.h5.
+        formats: of "npz" (NAME.npz: `arr_0` (N, S, S, 3) uint8, as ADM's evaluator reads it, and labels as `arr_1`)
+            and "png" (NAME_png/CLASS/INDEX.png, where CLASS is the number of the class).
+    """
+    if "npz" in formats:
+        write_adm_batch(path, path.with_suffix(".npz"))
+    if "png" in formats:
+        write_png_folders(path, path.with_name(f"{path.stem}_png"))
+
+
+def write_adm_batch(source: Path, target: Path) -> None:
+    """One .npz, streamed: uncompressed, so that readers may seek in it, and complete or absent.
+
+    In the order of the samples file, classes in turn: the evaluator's Inception Score takes its splits in this order.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    with h5py.File(source, "r") as file, zipfile.ZipFile(temporary, "w") as archive:
+        for name, key in (("arr_0", "images"), ("arr_1", "labels")):
+            data = file[key]
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
+                header = {"descr": data.dtype.str, "fortran_order": False, "shape": data.shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for start in range(0, len(data), _IMAGES_AT_ONCE):
+                    stream.write(data[start : start + _IMAGES_AT_ONCE].tobytes())
+    os.replace(temporary, target)
+
+
+def write_png_folders(source: Path, folder: Path) -> None:
+    """One PNG per image; the names of the classes go to `class_names.json` beside the folders."""
+    with h5py.File(source, "r") as file:
+        images, labels = file["images"], file["labels"][()]
+        folder.mkdir(exist_ok=True)
+        (folder / "class_names.json").write_text(json.dumps(json.loads(file.attrs["class_names"]), ensure_ascii=False))
+        for label in np.unique(labels):
+            (folder / f"{label:05d}").mkdir(exist_ok=True)
+        for start in range(0, len(images), _IMAGES_AT_ONCE):
+            for row, image in enumerate(images[start : start + _IMAGES_AT_ONCE], start):
+                Image.fromarray(image).save(folder / f"{labels[row]:05d}" / f"{row:08d}.png", compress_level=1)

@@ -1,0 +1,156 @@
+"""The page of a run: one HTML file with everything in it, for people who have not read the code.
+
+It holds no date and no path; of what it shows, only the stages' wall times differ where the same run is made again.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
+from crt.evaluation.wording import RESULTS, protocol_text
+from crt.progress import duration
+from crt.stage import Manifest
+
+REPORT_FILE = "report.html"
+_TEMPLATE = "report.html.j2"
+_TILES = {
+    "gfid": "FID of the samples (lower is better)",
+    "fd_classifier_gen": "distance of the samples from real images (lower is better)",
+    "class_agreement": "of the samples are recognised as the class asked for",
+    "psnr": "PSNR of the reconstructions, in dB (higher is better)",
+    "stage2_val_loss": "nats per code: how hard the codes are to predict (lower is better)",
+    "codebook_usage": "of the codebook is in use",
+}
+_PERCENT = ("class_agreement", "codebook_usage")
+_STAGES = {
+    "prepare_data": "checks and packs the images",
+    "train_tokenizer": "trains encoder, codebook and decoder",
+    "tokenize": "turns the images into codes",
+    "train_ar": "trains the transformer on the codes",
+    "sample": "draws new images",
+    "evaluate": "measures, and wrote this page",
+}
+_LARGE_SIDE = 64
+
+
+def write_report(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    sweep: Sequence[Mapping[str, float]],
+    manifests: Mapping[str, Manifest],
+    own: Manifest,
+    *,
+    seconds: Mapping[str, float | None],
+) -> None:
+    """Write report.html into a folder that holds the pictures.
+
+    Args:
+        folder: with samples.png, reconstructions.png, code_usage.png and, where made,
+            curves_tokenizer.png, curves_transformer.png and guidance_sweep.png.
+        metrics: the content of metrics.json.
+        sweep: figures by guidance scale, the main one among them.
+        manifests: of the earlier stages, by name.
+        own: what is known of this stage's manifest before it is published.
+        seconds: wall time by stage, as far as it is known.
+    """
+    pictures = {path.stem: _data_url(path) for path in sorted(folder.glob("*.png"))}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    train, data = manifests["train_tokenizer"].params, manifests["prepare_data"].params["prepare_data"]
+    side = train["train_tokenizer"]["image_size"]
+    page = environment.get_template(_TEMPLATE).render(
+        title=f"Run report: {data['source']} at {side} px, lambda {train['lambda']:g}, seed {train['seed']}",
+        lead=_lead(metrics, manifests, side),
+        tiles=[{"value": _tile(name, metrics[name]), "text": text} for name, text in _TILES.items() if name in metrics],
+        warnings=[text for text in metrics.get("warnings", "").split("; ") if text],
+        tokens=metrics["tokens_per_image"],
+        enlarged=side < _LARGE_SIDE,
+        pictures={"curves_tokenizer": None, "curves_transformer": None, "guidance_sweep": None, **pictures},
+        results=[
+            {"name": name, "value": f"{metrics[name]:.4g}", "meaning": meaning.format(**metrics)}
+            for name, meaning in RESULTS
+            if name in metrics
+        ],
+        protocol=protocol_text(metrics),
+        paper=beside_paper(metrics, side, manifests) | {"columns": PAPER_TABLE_COLUMNS, "table": PAPER_TABLE},
+        sweep=_sweep(metrics, sweep),
+        stages=[_stage(name, manifest, seconds.get(name)) for name, manifest in {**manifests, "evaluate": own}.items()],
+        params=_params_text([*manifests.values(), own]),
+    )
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
+
+
+def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: int) -> str:
+    weight, parameters = manifests["train_tokenizer"].params["lambda"], manifests["train_ar"].summary.get("parameters")
+    kind = (
+        f"It was trained with the causal regularizer at weight {weight:g}, which makes each code easier to predict "
+        "from those before it."
+        if weight
+        else "It was trained without the causal regularizer (lambda 0): the plain VQGAN, the method's baseline."
+    )
+    size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
+    return (
+        f"A tokenizer turns an image of {side}x{side} pixels into {metrics['tokens_per_image']} codes "
+        f"({metrics['bits_per_image']:.0f} bits). {kind} A transformer{size} then learned to write such codes, "
+        f"and drew {metrics['generation_images']:,} new images with them."
+    )
+
+
+def _tile(name: str, value: float) -> str:
+    return f"{100 * value:.1f}%" if name in _PERCENT else f"{value:.3g}"
+
+
+def _sweep(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Nothing to show for a single scale."""
+    header = [name for name in rows[0] if not name.endswith(("_of_perfect_images", "_std"))] if len(rows) > 1 else []
+    return {
+        "header": [name.replace("_", " ") for name in header],
+        "rows": [[f"{row[name]:.4g}" for name in header] for row in rows] if header else [],
+        "images": f"{metrics['generation_images']:,}",
+        "chosen": f"{metrics['guidance_scale']:g}",
+    }
+
+
+def _stage(name: str, manifest: Manifest, seconds: float | None) -> dict[str, str]:
+    flops = manifest.summary.get("training_flops")
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    return {
+        "name": name,
+        "what": _STAGES[name],
+        "time": "" if seconds is None else duration(seconds),
+        "flops": f"{flops:.2e}" if flops else "",
+        "bytes": _bytes(size) if size else "",
+        "recipe": manifest.fingerprint[:16],
+    }
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _params_text(manifests: Sequence[Manifest]) -> str:
+    """The params of all stages as one YAML text."""
+    values: dict[str, Any] = {}
+    for manifest in manifests:
+        values |= manifest.params
+    stream = io.StringIO()
+    yaml = YAML()  # keeps the order of the keys
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

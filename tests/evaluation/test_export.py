@@ -1,0 +1,53 @@
+"""Oracles: numpy's and Pillow's own readers, and the arrays that were written."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from crt.evaluation import export
+from crt.evaluation.export import export_samples
+from crt.evaluation.sources import AdmBatch
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), np.uint8)
+LABELS = np.arange(23) % 4
+
+
+@pytest.fixture
+def samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_IMAGES_AT_ONCE", 10)
+    path = tmp_path / "samples.h5"
+    with h5py.File(path, "w") as file:
+        file["images"], file["labels"] = IMAGES, LABELS
+        file.attrs["class_names"] = json.dumps(["ä", "b", "c", "d"])
+    return path
+
+
+def test_the_batch_file_is_what_adms_evaluator_reads(samples):
+    export_samples(samples, ["npz"])
+    target = samples.with_suffix(".npz")
+    with np.load(target) as batch:
+        assert list(batch) == ["arr_0", "arr_1"]
+        np.testing.assert_array_equal(batch["arr_0"], IMAGES)
+        np.testing.assert_array_equal(batch["arr_1"], LABELS)
+        assert batch["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(AdmBatch(target).read(5, 20), IMAGES[5:20])
+    first = target.read_bytes()
+    export_samples(samples, ["npz"])
+    assert target.read_bytes() == first
+    assert not samples.with_name("samples_png").exists()
+
+
+def test_png_folders_hold_each_image_under_its_class(samples):
+    export_samples(samples, ["png"])
+    folder = samples.with_name("samples_png")
+    assert len(list(folder.glob("*/*.png"))) == 23
+    for row in range(23):
+        with Image.open(folder / f"{LABELS[row]:05d}" / f"{row:08d}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), IMAGES[row])
+    assert json.loads((folder / "class_names.json").read_text()) == ["ä", "b", "c", "d"]
+    assert not samples.with_suffix(".npz").exists()
