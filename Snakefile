@@ -55,22 +55,20 @@ except UserError as error:
 
 
 def shown(stage):
-    """What `snakemake --report` shows of a stage: the main run's figures and its page; of a study's runs nothing."""
+    """Files that `snakemake --report` shows of a stage, with titles: the main run's; of a study's runs nothing."""
     if stage.output not in STAMPS:
-        return []
+        return {}
     pages = {f"{stage.output}/report.html": "report"} if stage.name == "evaluate" else {}
-    figures = []
-    for path, title in (pages | plot_files()).items():
-        if path.startswith(f"{stage.output}/"):
-            figure = report(path, category=stage.name, labels={"figure": title})
-            figures.append(figure)
-    return figures
+    files = pages | plot_files()
+    return {path: files[path] for path in files if path.startswith(f"{stage.output}/")}
 
 
 rule all:
     default_target: True
     input:
         *STAMPS.values(),
+        # A picture that was deleted is drawn again.
+        *(path for stage in load_stages().values() for path in (*stage.metrics, *shown(stage))),
 
 
 for name, (stage, stamp, inputs) in JOBS.items():
@@ -84,7 +82,7 @@ for name, (stage, stamp, inputs) in JOBS.items():
         output:
             stamp,
             *stage.metrics,
-            *shown(stage),
+            *(report(path, category=stage.name, labels={"figure": title}) for path, title in shown(stage).items()),
         log:
             stage.log,
         threads: 1 if name.startswith(RUN_RULE) else (workflow.resource_settings.cores or 1)
