@@ -1,14 +1,14 @@
 """Decoding with a key-value cache: predictions of one code after the other, at the cost of one position each.
 
 What bounds it is memory traffic: each code reads every weight once, and the keys and values of all codes before it.
-So nothing is allocated or copied along the sequence, attention reads the filled part of the cache only, and each
-kind of device has the layout that its products read fastest:
+So no cache grows or is copied along the sequence, attention reads the filled part only, rounded up to a bucket of
+`BUCKET` positions, and each kind of device has the layout that its products read fastest:
 
 - CPU: weights in oneDNN's blocked layout (made once; plain ones are reordered at each call, which doubles the
-  traffic), and attention as batched products over buckets of `BUCKET` positions that each lie in one piece: the fused
-  kernel takes several times as long for a single query in bfloat16, and a product with a cut of a cache copies it.
+  traffic), and attention as batched products over buckets that each lie in one piece: the fused kernel takes several
+  times as long for a single query in bfloat16, and a product with a cut of a cache copies it.
 - GPU: a step works on fixed buffers and reads the position from one of them, so that it can be compiled and recorded
-  as a CUDA graph; it attends to the cache's filled part rounded up to `BUCKET` positions.
+  as a CUDA graph, one for each bucket that attention may end in.
 
 Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, K codes in
 the codebook.
