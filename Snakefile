@@ -6,6 +6,7 @@
 import sys
 
 from crt.errors import UserError
+from crt.launch import has_gpu
 from crt.params import load_params
 from crt.pipeline import PARAMS_FILE, expected_fingerprints, load_stages, stamp_name
 from crt.study import (
@@ -48,6 +49,17 @@ except UserError as error:
     sys.exit(2)
 
 
+# Without GPUs the runs of a study share the cores, one each; otherwise each stage in turn has all cores and all GPUs.
+# On a cluster threads follow from the CPUs that each job was given.
+CORES = workflow.resource_settings.cores or 1
+
+
+def set_resources(stage):
+    """What the profile's `set-resources` (or the command line) asks for a stage."""
+    wanted = workflow.resource_settings.overwrite_resources.get(stage, {})
+    return {name: resource.value for name, resource in wanted.items()}
+
+
 rule all:
     default_target: True
     input:
@@ -67,9 +79,10 @@ for name, (stage, stamp, inputs) in JOBS.items():
             *stage.metrics,
         log:
             stage.log,
-        threads: 1 if name.startswith(RUN_RULE) else (workflow.cores or 1)
+        threads: 1 if name.startswith(RUN_RULE) and not has_gpu() else CORES
         resources:
-            **stage.resources,
+            # A study's runs ask for what the profile sets for their stage.
+            **{**stage.resources, **set_resources(stage.name)},
         params:
             command=stage.command,
         shell:

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from crt import slurm
 from crt.errors import UserError
 from crt.params import load_params
 from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
@@ -152,15 +153,20 @@ def exclusive(run: StageRun) -> Iterator[None]:
     """Hold the output for this process alone, so that a job submitted twice cannot mix its writes.
 
     Raises:
-        UserError: another process is writing the same output.
+        UserError: another process is writing the same output; where both are Slurm jobs, this one goes back into the
+            queue behind the other.
     """
     path = run.out.parent / ".work" / f"{run.out.name}.lock"
+    holder = path.with_suffix(".holder")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=0):
+            holder.write_text(slurm.job_id() or "")
             yield
     except Timeout:
-        raise UserError(f"{run.out}: another process is writing it (lock {path}): wait for it, or stop it") from None
+        waits = slurm.requeue_behind(holder.read_text() if holder.exists() else "")
+        remedy = waits or f"another process is writing it (lock {path}): wait for it, or stop it"
+        raise UserError(f"{run.out}: {remedy}") from None
 
 
 def publish(run: StageRun) -> Manifest:

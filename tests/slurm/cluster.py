@@ -45,7 +45,7 @@ class Cluster:
         for name in ("state", "spool", "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._start_munge()
-        self._start("slurmctld", "slurmctld", "-D", "-i")
+        self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
         self._wait_until_idle()
@@ -74,10 +74,10 @@ class Cluster:
         for job in subprocess.run(
             ["squeue", "-h", "-w", node, "-o", "%A"], capture_output=True, text=True, check=True
         ).stdout.split():
-            subprocess.run(["pkill", "-KILL", "-f", rf"slurmstepd: \[{job}[.]"], check=False)
             for process in Path("/proc").glob("[0-9]*"):
                 try:
-                    if f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes():
+                    step = (process / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+                    if step or f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes():
                         os.kill(int(process.name), signal.SIGKILL)
                 except OSError:
                     continue
@@ -100,7 +100,7 @@ class Cluster:
     def _wait_until_idle(self) -> None:
         for _ in range(60):
             states = subprocess.run(
-                ["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, check=False
+                ["sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"], capture_output=True, text=True, check=False
             ).stdout.split()
             if states == ["idle"] * len(NODES):
                 return
@@ -121,6 +121,9 @@ SlurmctldPort=16817
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+# A requeued job starts again after so many seconds (two minutes by default).
+AuthInfo=cred_expire=5
+SchedulerParameters=sched_interval=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -131,7 +134,7 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=15
-KillWait=15
+KillWait=10
 OverTimeLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -143,5 +146,6 @@ SlurmdPidFile={self.folder}/slurmd-%n.pid
 SlurmctldLogFile={self.folder}/log/slurmctld.log
 SlurmdLogFile={self.folder}/log/slurmd-%n.log
 {nodes}
-PartitionName=gpu Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes={",".join(NODES)} MaxTime=INFINITE State=UP PriorityTier=2
 """
