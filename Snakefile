@@ -54,12 +54,6 @@ except UserError as error:
 CORES = workflow.resource_settings.cores or 1
 
 
-def set_resources(stage):
-    """What the profile's `set-resources` (or the command line) asks for a stage."""
-    wanted = workflow.resource_settings.overwrite_resources.get(stage, {})
-    return {name: resource.value for name, resource in wanted.items()}
-
-
 rule all:
     default_target: True
     input:
@@ -81,12 +75,15 @@ for name, (stage, stamp, inputs) in JOBS.items():
             stage.log,
         threads: 1 if name.startswith(RUN_RULE) and not has_gpu() else CORES
         resources:
-            # A study's runs ask for what the profile sets for their stage.
-            **{**stage.resources, **set_resources(stage.name)},
+            **stage.resources,
         params:
             command=stage.command,
         shell:
             "{params.command}"
+
+    # A study's runs ask for what the profile sets for their stage.
+    wanted = workflow.resource_settings.overwrite_resources.get(stage.name, {})
+    workflow.get_rule(name).resources.update(wanted)
 
 
 for name, (file, scale, runs) in STUDIES.items():

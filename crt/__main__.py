@@ -20,7 +20,7 @@ from pathlib import Path
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
 from crt.launch import environment_rank, launch_command
-from crt.progress import duration, logger, start_logging
+from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import exclusive, open_run, publish, publish_metrics
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
@@ -99,6 +99,8 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         os.execvp(command[0], command)
     rank, processes, _ = environment_rank()
     run.out.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        restore_log(log_file, run.out.parent / ".work" / log_file.name)
     start_logging(log_file, rank)
     interrupt.listen()
     started = time.monotonic()

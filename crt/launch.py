@@ -32,11 +32,13 @@ def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
     if _is_launched():
         return None
     own = slurm.job_id()
-    if own is not None:
+    if own is not None and "SLURM_STEP_NUM_TASKS" not in os.environ:  # a batch script, which may span nodes
         job = slurm.show_job(own)
         limit_threads(job.cpus_per_task)
         if stage in DISTRIBUTED_STAGES and job.tasks > 1:
             return srun_command(job, arguments)
+    elif os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        limit_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
     gpus = visible_gpus() if stage in DISTRIBUTED_STAGES else 0
     if gpus > 1:
         limit_threads(max(1, _threads() // gpus))

@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reaso
 
 # Stage 1 lasts long enough to be disturbed many times.
 LONG = TINY | {
-    "train_tokenizer.steps": 800,
+    "train_tokenizer.steps": 600,
     "train_tokenizer.checkpoint_every": 10,
-    "train_tokenizer.validate_every": 800,
+    "train_tokenizer.validate_every": 600,
 }
 TWO_NODES = {"mpi": "srun", "nodes": 2, "tasks": 2}
 
