@@ -49,6 +49,10 @@ except UserError as error:
     sys.exit(2)
 
 
+# Used only with `--software-deployment-method apptainer`; made from workflow/apptainer.def.
+container: "crt.sif"
+
+
 # Without GPUs the runs of a study share the cores, one each; otherwise each stage in turn has all cores and all GPUs.
 # On a cluster threads follow from the CPUs that each job was given.
 CORES = workflow.resource_settings.cores or 1
