@@ -42,16 +42,24 @@ class Cluster:
     def __enter__(self) -> Cluster:
         CONFIG.parent.mkdir(parents=True, exist_ok=True)
         CONFIG.write_text(self._config())
-        for name in ("state", "spool", "log"):
+        for name in ("state", *(f"spool/{node}" for node in NODES), "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._start_munge()
-        self._start("slurmctld", "slurmctld", "-D", "-c")
-        for node in NODES:
-            self.start_node(node)
-        self._wait_until_idle()
+        try:
+            self._start_munge()
+            self._start("slurmctld", "slurmctld", "-D", "-c")
+            for node in NODES:
+                self.start_node(node)
+            self._wait_until_idle()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Cancel all jobs, end the daemons and take the configuration away."""
         subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
         time.sleep(1)
         for daemon in reversed(list(self.daemons.values())):
@@ -102,7 +110,7 @@ class Cluster:
             states = subprocess.run(
                 ["sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"], capture_output=True, text=True, check=False
             ).stdout.split()
-            if states == ["idle"] * len(NODES):
+            if states == ["idle"] * len(NODES) and all(d.poll() is None for d in self.daemons.values()):
                 return
             time.sleep(0.5)
         logs = "\n".join(path.read_text()[-2000:] for path in (self.folder / "log").iterdir())
