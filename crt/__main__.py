@@ -90,6 +90,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     name = args.command
     inputs = {key: getattr(args, key) for key in STAGES[name][1]}
     run = open_run(name, args.params, inputs, args.out, getattr(args, "metrics", None))
+    run.restore_stamp()
     if run.is_current():
         publish_metrics(run)
         print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)

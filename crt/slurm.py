@@ -25,6 +25,7 @@ class Job:
     cpus_per_task: int
     running: bool
     """False as soon as it was cancelled, pre-empted or ran out of time, while its processes may still end."""
+    restarts: int
     requeueable: bool
     """Whether it is a batch job that may go back into the queue."""
 
@@ -49,8 +50,18 @@ def show_job(job: str) -> Job:
         tasks=_first_number(fields.get("NumTasks")),
         cpus_per_task=_first_number(fields.get("CPUs/Task")),
         running=fields.get("JobState") == "RUNNING",
+        restarts=int(fields.get("Restarts", "0")),
         requeueable=fields.get("Requeue") == "1" and fields.get("BatchFlag") == "1",
     )
+
+
+def was_requeued() -> bool:
+    """Whether this process runs in a Slurm job that has been in the queue before; False where Slurm does not answer."""
+    own = job_id()
+    try:
+        return own is not None and show_job(own).restarts > 0
+    except UserError:
+        return False
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:

@@ -98,11 +98,23 @@ class StageRun:
 
     def is_current(self) -> bool:
         """Whether the output folder already is the complete result of this recipe on these inputs."""
+        return (self.out / stamp_name(self.fingerprint)).exists() and self._is_complete()
+
+    def restore_stamp(self) -> None:
+        """Mark a result again from which only the stamp was taken.
+
+        Snakemake deletes the stamp when it starts a stage. In a Slurm job that was requeued, the stage may have ended
+        before: by another job that it waited for, or in its own last moments.
+        """
+        stamp = self.out / stamp_name(self.fingerprint)
+        if not stamp.exists() and self._is_complete() and slurm.was_requeued():
+            stamp.touch()
+
+    def _is_complete(self) -> bool:
         manifest = _read_manifest_or_none(self.out)
         return (
             manifest is not None
             and manifest.fingerprint == self.fingerprint
-            and (self.out / stamp_name(self.fingerprint)).exists()
             and all(manifest.inputs[name]["content"] == m.content for name, m in self.manifests.items())
             and all(_size(self.out / path) == entry["bytes"] for path, entry in manifest.files.items())
         )
@@ -217,6 +229,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         UserError: the folder is missing, is no stage's output, or is incomplete.
     """
     folder = Path(folder)
+    manifest = _read_unstamped(folder)
+    if not (folder / stamp_name(manifest.fingerprint)).exists():
+        raise UserError(f"{folder}: incomplete, no stamp: run {_renew_command(folder, manifest.stage)}")
+    return manifest
+
+
+def _read_unstamped(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: not found: make it first with {_renew_command(folder)}")
     path = folder / MANIFEST
@@ -235,8 +254,6 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise UserError(
                 f"{folder / name}: {state}: delete {folder} and run {_renew_command(folder, manifest.stage)}"
             )
-    if not (folder / stamp_name(manifest.fingerprint)).exists():
-        raise UserError(f"{folder}: incomplete, no stamp: run {_renew_command(folder, manifest.stage)}")
     return manifest
 
 
@@ -288,7 +305,7 @@ def sha256_file(path: str | Path) -> str:
 
 def _read_manifest_or_none(folder: Path) -> Manifest | None:
     try:
-        return read_manifest(folder)
+        return _read_unstamped(folder)
     except UserError:
         return None
 

@@ -12,8 +12,8 @@ from crt import slurm
 from crt.errors import UserError
 from crt.launch import launch_command, limit_threads, srun_command
 
-SLURM_JOB = """JobId=7 JobName=x UserId=a(1) BatchFlag=1 Requeue=1 JobState=RUNNING Reason=None NumNodes=4-4 \
-NumCPUs=32 NumTasks=32 CPUs/Task=8 ReqB:S:C:T=0:0:*:* Comment=rule_train_ar"""
+SLURM_JOB = """JobId=7 JobName=x UserId=a(1) BatchFlag=1 Requeue=1 Restarts=2 JobState=RUNNING \
+NumNodes=4-4 NumCPUs=32 NumTasks=32 CPUs/Task=8 ReqB:S:C:T=0:0:*:* Comment=rule_train_ar"""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     job = slurm.show_job("7")
-    assert job == slurm.Job("7", nodes=4, tasks=32, cpus_per_task=8, running=True, requeueable=True)
+    assert job == slurm.Job("7", nodes=4, tasks=32, cpus_per_task=8, running=True, restarts=2, requeueable=True)
     command = launch_command("train_ar", ["train_ar", "--out", "x"])
     assert command == srun_command(job, ["train_ar", "--out", "x"])
     assert {"--nodes=4", "--ntasks=32", "--cpus-per-task=8"} <= set(command)

@@ -164,7 +164,7 @@ def test_a_node_that_dies_costs_the_job_but_not_its_work(project, cluster):
     def crash() -> None:
         node = slurm("squeue", "-h", "-j", job, "-o", "%N").strip()
         cluster.kill_node(node)
-        time.sleep(2)
+        project.wait(lambda: "JobState=RUNNING" not in slurm("scontrol", "show", "job", job), "Slurm to notice")
         cluster.start_node(node)
 
     project.wait_for_restart(crash)
@@ -189,7 +189,9 @@ def test_the_controller_may_be_killed_and_started_again_while_its_job_goes_on(pr
 
 def test_the_disturbed_training_ends_with_the_undisturbed_result(project, reference):
     project.finish()
+    log = project.log("out/tokenizer")
     assert len(project.continued()) >= 4
+    assert len(re.findall(r"train_tokenizer: done in", log)) == 1, "made twice"
     manifest = "out/tokenizer/manifest.json"
     ours, theirs = (json.loads((p.root / manifest).read_text()) for p in (project, reference))
     assert ours["files"] == theirs["files"]
