@@ -6,6 +6,7 @@
 import sys
 
 from crt.errors import UserError
+from crt.launch import has_gpu
 from crt.params import load_params
 from crt.pipeline import (
     PARAMS_FILE,
@@ -63,6 +64,15 @@ def shown(stage):
     return {path: files[path] for path in files if path.startswith(f"{stage.output}/")}
 
 
+# Used only with `--software-deployment-method apptainer`; made from workflow/apptainer.def.
+container: "crt.sif"
+
+
+# Without GPUs the runs of a study share the cores, one each; otherwise each stage in turn has all cores and all GPUs.
+# On a cluster threads follow from the CPUs that each job was given.
+CORES = workflow.resource_settings.cores or 1
+
+
 rule all:
     default_target: True
     input:
@@ -85,13 +95,17 @@ for name, (stage, stamp, inputs) in JOBS.items():
             *(report(path, category=stage.name, labels={"figure": title}) for path, title in shown(stage).items()),
         log:
             stage.log,
-        threads: 1 if name.startswith(RUN_RULE) else (workflow.resource_settings.cores or 1)
+        threads: 1 if name.startswith(RUN_RULE) and not has_gpu() else CORES
         resources:
             **stage.resources,
         params:
             command=stage.command,
         shell:
             "{params.command}"
+
+    # A study's runs ask for what the profile sets for their stage.
+    wanted = workflow.resource_settings.overwrite_resources.get(stage.name, {})
+    workflow.get_rule(name).resources.update(wanted)
 
 
 for name, (file, scale, runs) in STUDIES.items():

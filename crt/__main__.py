@@ -17,10 +17,10 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from crt import __version__, interrupt
+from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.launch import launch_command
-from crt.progress import duration, logger, start_logging
+from crt.launch import environment_rank, launch_command
+from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import exclusive, open_run, publish, publish_metrics
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except interrupt.Stopped as stop:
         _report(str(stop))
+        later = slurm.continue_later(stop.signum) if environment_rank()[0] == 0 else None
+        if later:
+            _report(later)
         return stop.exit_status
     except Exception as error:
         message = _disk_message(error, getattr(args, "out", None))
@@ -90,6 +93,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     run = open_run(
         name, args.params, inputs, args.out, getattr(args, "metrics", None), shared=getattr(args, "shared", None)
     )
+    run.restore_stamp()
     if run.is_current():
         publish_metrics(run)
         print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
@@ -97,15 +101,17 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     command = launch_command(name, arguments)
     if command is not None:
         os.execvp(command[0], command)
-    from crt.distributed import environment_rank
-
-    rank = environment_rank()[0]
+    rank, processes, _ = environment_rank()
     run.out.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        restore_log(log_file, run.out.parent / ".work" / log_file.name)
     start_logging(log_file, rank)
     interrupt.listen()
     started = time.monotonic()
     with exclusive(run) if rank == 0 else nullcontext():
-        logger.info("%s: starts, recipe %s", name, run.fingerprint[:16])
+        job = f", Slurm job {slurm.job_id()}" if slurm.job_id() else ""
+        plural = "" if processes == 1 else "es"
+        logger.info("%s: starts, recipe %s, %d process%s%s", name, run.fingerprint[:16], processes, plural, job)
         run.staging.mkdir(parents=True, exist_ok=True)
         try:
             importlib.import_module(f"crt.stages.{name}").run(run)

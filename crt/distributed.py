@@ -11,9 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from crt import interrupt
+from crt import interrupt, slurm
 from crt.errors import UserError
-from crt.launch import slurm_rendezvous
+from crt.launch import environment_rank
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,6 @@ class World:
         return self.rank == 0
 
 
-def environment_rank() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun state them; (0, 1, 0) for a process alone."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return (
-            int(os.environ["SLURM_PROCID"]),
-            int(os.environ["SLURM_STEP_NUM_TASKS"]),
-            int(os.environ["SLURM_LOCALID"]),
-        )
-    return 0, 1, 0
-
-
 @contextmanager
 def join_world() -> Iterator[World]:
     """Join the stage's processes (gloo on CPU, NCCL on GPUs) and leave them together.
@@ -57,7 +44,7 @@ def join_world() -> Iterator[World]:
     started = size > 1 and not dist.is_initialized()
     if started:
         if "MASTER_ADDR" not in os.environ:  # srun, unlike torchrun, names no meeting point
-            address, port = slurm_rendezvous(os.environ)
+            address, port = slurm.rendezvous(os.environ)
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
             # DeepSpeed reads its place from torchrun's names.
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}

@@ -14,6 +14,7 @@ class Stopped(Exception):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}: run the same command to continue")
+        self.signum = signum
         self.exit_status = 128 + signum
 
 

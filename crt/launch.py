@@ -1,4 +1,4 @@
-"""Several processes for one stage: who starts them, and where they meet.
+"""Several processes for one stage: who starts them, and how many threads each gets.
 
 Engines run `python -m crt STAGE ...` once. Where that process finds itself in a Slurm job of several tasks it
 becomes `srun` over them; where it sees several GPUs it becomes `torchrun` over those. So dvc.yaml and the
@@ -8,15 +8,15 @@ Snakefile state one command for a laptop, a workstation and a cluster.
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from crt.errors import UserError
+from crt import slurm
 
 # Stages that can share their work between processes.
 DISTRIBUTED_STAGES = ("train_tokenizer", "tokenize", "train_ar", "sample")
+# Snakemake sets these to the threads of the rule, which knows nothing of several processes.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
@@ -29,59 +29,77 @@ def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
     Raises:
         UserError: Slurm does not answer about the job that this process runs in.
     """
-    environment = os.environ
-    if (
-        stage not in DISTRIBUTED_STAGES
-        or "RANK" in environment
-        or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    ):
+    if _is_launched():
         return None
-    if "SLURM_JOB_ID" in environment:
-        nodes, tasks = _job_size(environment)
-        if tasks > 1:
-            srun = ["srun", f"--nodes={nodes}", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL"]
-            return [*srun, sys.executable, "-m", "crt", *arguments]
-    gpus = _visible_gpus()
+    own = slurm.job_id()
+    if own is not None and "SLURM_STEP_NUM_TASKS" not in os.environ:  # a batch script, which may span nodes
+        job = slurm.show_job(own)
+        limit_threads(job.cpus_per_task)
+        if stage in DISTRIBUTED_STAGES and job.tasks > 1:
+            return srun_command(job, arguments)
+    elif os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        limit_threads(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    gpus = visible_gpus() if stage in DISTRIBUTED_STAGES else 0
     if gpus > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        return [sys.executable, *torchrun, "-m", "crt", *arguments]
+        limit_threads(max(1, _threads() // gpus))
+        return torchrun_command(gpus, arguments)
     return None
 
 
-def slurm_rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port at which the tasks of a Slurm step meet: its first node, and a port made from the job's id.
+def environment_rank() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun state them; (0, 1, 0) for a process alone."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (
+            int(os.environ["SLURM_PROCID"]),
+            int(os.environ["SLURM_STEP_NUM_TASKS"]),
+            int(os.environ["SLURM_LOCALID"]),
+        )
+    return 0, 1, 0
 
-    Raises:
-        UserError: Slurm does not answer.
+
+def srun_command(job: slurm.Job, arguments: Sequence[str]) -> list[str]:
+    """`python -m crt` over all tasks of a Slurm job, ended together if one fails."""
+    size = [f"--nodes={job.nodes}", f"--ntasks={job.tasks}", f"--cpus-per-task={job.cpus_per_task}"]
+    return ["srun", *size, "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", "crt", *arguments]
+
+
+def torchrun_command(processes: int, arguments: Sequence[str]) -> list[str]:
+    """`python -m crt` in several processes on this machine, ended together if one fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *torchrun, "-m", "crt", *arguments]
+
+
+def limit_threads(threads: int) -> None:
+    """Let this process, and those that it becomes, use at most so many threads; torch reads this when imported.
+
+    More threads than CPUs spin while they wait for each other.
     """
-    first = _scontrol("show", "hostnames", environment["SLURM_STEP_NODELIST"]).split()[0]
-    address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first, "--oneliner"))
-    port = 20000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"]) % 16) % 20000
-    return (address.group(1) if address else first), port
+    for name in _THREAD_VARIABLES:
+        os.environ[name] = str(min(threads, _threads(name)))
 
 
-def _job_size(environment: Mapping[str, str]) -> tuple[int, int]:
-    """(nodes, tasks) of this Slurm job; Snakemake hides them from the environment of jobs that span nodes."""
-    text = _scontrol("show", "job", environment["SLURM_JOB_ID"], "--oneliner")
-    numbers = [re.search(rf"\b{name}=(\d+)", text) for name in ("NumNodes", "NumTasks")]
-    nodes, tasks = (int(number.group(1)) if number else 1 for number in numbers)
-    return nodes, tasks
+def has_gpu() -> bool:
+    """Whether the machine has an NVIDIA GPU, without importing torch."""
+    return os.path.exists("/dev/nvidiactl")
 
 
-def _scontrol(*arguments: str) -> str:
-    try:
-        result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"scontrol {' '.join(arguments)}: {error}: is Slurm's client installed on this node?") from None
-    if result.returncode:
-        raise UserError(f"scontrol {' '.join(arguments)}: {result.stderr.strip() or 'failed'}: run the stage again")
-    return result.stdout
-
-
-def _visible_gpus() -> int:
-    # Asking torch costs seconds of import; a process that sees no NVIDIA device need not.
-    if not os.path.exists("/dev/nvidiactl"):
+def visible_gpus() -> int:
+    """Number of GPUs that this process may use."""
+    # Asking torch costs seconds of import.
+    if not has_gpu():
         return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def _is_launched() -> bool:
+    """Whether torchrun or srun started this process among others."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _threads(variable: str = "OMP_NUM_THREADS") -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() and int(text) > 0 else len(os.sched_getaffinity(0))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("crt")
@@ -29,6 +31,24 @@ def start_logging(log_file: str | Path | None, rank: int = 0) -> None:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
+
+
+def restore_log(log_file: Path, kept: Path) -> None:
+    """Bring back a log that Snakemake deleted when it started the stage again, so that it goes on over restarts.
+
+    Args:
+        log_file: the stage's log.
+        kept: another name for the same file, that Snakemake does not know.
+    """
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # A file system without hard links costs the earlier lines, nothing else.
+    with suppress(OSError):
+        if kept.exists() and not log_file.exists():
+            os.link(kept, log_file)
+        log_file.touch()
+        if not kept.exists() or not kept.samefile(log_file):
+            kept.unlink(missing_ok=True)
+            os.link(log_file, kept)
 
 
 class Progress:

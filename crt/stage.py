@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from crt import slurm
 from crt.errors import UserError
 from crt.params import load_params
 from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
@@ -126,11 +127,23 @@ class StageRun:
 
     def is_current(self) -> bool:
         """Whether the output folder already is the complete result of this recipe on these inputs."""
+        return (self.out / stamp_name(self.fingerprint)).exists() and self._is_complete()
+
+    def restore_stamp(self) -> None:
+        """Mark a result again from which only the stamp was taken.
+
+        Snakemake deletes the stamp when it starts a stage. In a Slurm job that was requeued, the stage may have ended
+        before: by another job that it waited for, or in its own last moments.
+        """
+        stamp = self.out / stamp_name(self.fingerprint)
+        if not stamp.exists() and self._is_complete() and slurm.was_requeued():
+            stamp.touch()
+
+    def _is_complete(self) -> bool:
         manifest = _read_manifest_or_none(self.out)
         return (
             manifest is not None
             and manifest.fingerprint == self.fingerprint
-            and (self.out / stamp_name(self.fingerprint)).exists()
             and all(manifest.inputs[name]["content"] == m.content for name, m in self.manifests.items())
             and all(_size(self.out / path) == entry["bytes"] for path, entry in manifest.files.items())
         )
@@ -185,15 +198,20 @@ def exclusive(run: StageRun) -> Iterator[None]:
     """Hold the output for this process alone, so that a job submitted twice cannot mix its writes.
 
     Raises:
-        UserError: another process is writing the same output.
+        UserError: another process is writing the same output; where both are Slurm jobs, this one goes back into the
+            queue behind the other.
     """
     path = run.out.parent / ".work" / f"{run.out.name}.lock"
+    holder = path.with_suffix(".holder")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=0):
+            holder.write_text(slurm.job_id() or "")
             yield
     except Timeout:
-        raise UserError(f"{run.out}: another process is writing it (lock {path}): wait for it, or stop it") from None
+        waits = slurm.requeue_behind(holder.read_text() if holder.exists() else "")
+        remedy = waits or f"another process is writing it (lock {path}): wait for it, or stop it"
+        raise UserError(f"{run.out}: {remedy}") from None
 
 
 def publish(run: StageRun) -> Manifest:
@@ -260,6 +278,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         UserError: the folder is missing, is no stage's output, or is incomplete.
     """
     folder = Path(folder)
+    manifest = _read_unstamped(folder)
+    if not (folder / stamp_name(manifest.fingerprint)).exists():
+        raise UserError(f"{folder}: incomplete, no stamp: run {_renew_command(folder, manifest.stage)}")
+    return manifest
+
+
+def _read_unstamped(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: not found: make it first with {_renew_command(folder)}")
     path = folder / MANIFEST
@@ -278,8 +303,6 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise UserError(
                 f"{folder / name}: {state}: delete {folder} and run {_renew_command(folder, manifest.stage)}"
             )
-    if not (folder / stamp_name(manifest.fingerprint)).exists():
-        raise UserError(f"{folder}: incomplete, no stamp: run {_renew_command(folder, manifest.stage)}")
     return manifest
 
 
@@ -331,7 +354,7 @@ def sha256_file(path: str | Path) -> str:
 
 def _read_manifest_or_none(folder: Path) -> Manifest | None:
     try:
-        return read_manifest(folder)
+        return _read_unstamped(folder)
     except UserError:
         return None
 

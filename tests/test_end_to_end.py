@@ -207,6 +207,21 @@ def test_a_fresh_clone_with_copied_results_is_current_in_both_engines(project, t
     assert clone.planned() == set()
 
 
+def test_results_pushed_to_a_remote_are_current_where_they_are_pulled(project, tmp_path):
+    project.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "remote"))
+    project.run("git", "commit", "-qam", "remote")
+    project.run("dvc", "push")
+    project.run("git", "clone", "-q", str(project.root), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    assert clone.planned() == set(load_stages(project.root))
+    clone.run("dvc", "pull")
+    assert clone.contents() == project.contents()
+    assert clone.planned() == set()
+    assert clone.run("python", "-m", "crt", "status").count(" current ") == len(STAGES)
+    assert "up to date" in clone.run("dvc", "status")
+    assert "Running stage" not in clone.run("dvc", "repro")
+
+
 def test_an_experiment_shows_the_effect_of_lambda(project):
     project.run("dvc", "exp", "run", "-S", "lambda=0.0", "-S", "train_ar.steps=10")
     row = json.loads(project.run("dvc", "metrics", "diff", "--json"))["metrics.json"]

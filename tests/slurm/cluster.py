@@ -42,16 +42,24 @@ class Cluster:
     def __enter__(self) -> Cluster:
         CONFIG.parent.mkdir(parents=True, exist_ok=True)
         CONFIG.write_text(self._config())
-        for name in ("state", "spool", "log"):
+        for name in ("state", *(f"spool/{node}" for node in NODES), "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._start_munge()
-        self._start("slurmctld", "slurmctld", "-D", "-i")
-        for node in NODES:
-            self.start_node(node)
-        self._wait_until_idle()
+        try:
+            self._start_munge()
+            self._start("slurmctld", "slurmctld", "-D", "-c")
+            for node in NODES:
+                self.start_node(node)
+            self._wait_until_idle()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Cancel all jobs, end the daemons and take the configuration away."""
         subprocess.run(["scancel", "--user=root"], check=False, capture_output=True)
         time.sleep(1)
         for daemon in reversed(list(self.daemons.values())):
@@ -74,10 +82,10 @@ class Cluster:
         for job in subprocess.run(
             ["squeue", "-h", "-w", node, "-o", "%A"], capture_output=True, text=True, check=True
         ).stdout.split():
-            subprocess.run(["pkill", "-KILL", "-f", rf"slurmstepd: \[{job}[.]"], check=False)
             for process in Path("/proc").glob("[0-9]*"):
                 try:
-                    if f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes():
+                    step = (process / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+                    if step or f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes():
                         os.kill(int(process.name), signal.SIGKILL)
                 except OSError:
                     continue
@@ -100,9 +108,9 @@ class Cluster:
     def _wait_until_idle(self) -> None:
         for _ in range(60):
             states = subprocess.run(
-                ["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, check=False
+                ["sinfo", "-h", "-N", "-p", "gpu", "-o", "%T"], capture_output=True, text=True, check=False
             ).stdout.split()
-            if states == ["idle"] * len(NODES):
+            if states == ["idle"] * len(NODES) and all(d.poll() is None for d in self.daemons.values()):
                 return
             time.sleep(0.5)
         logs = "\n".join(path.read_text()[-2000:] for path in (self.folder / "log").iterdir())
@@ -121,6 +129,9 @@ SlurmctldPort=16817
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+# A requeued job starts again after so many seconds (two minutes by default).
+AuthInfo=cred_expire=5
+SchedulerParameters=sched_interval=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -130,8 +141,8 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
-SlurmdTimeout=15
-KillWait=15
+SlurmdTimeout=10
+KillWait=10
 OverTimeLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -143,5 +154,6 @@ SlurmdPidFile={self.folder}/slurmd-%n.pid
 SlurmctldLogFile={self.folder}/log/slurmctld.log
 SlurmdLogFile={self.folder}/log/slurmd-%n.log
 {nodes}
-PartitionName=gpu Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes={",".join(NODES)} MaxTime=INFINITE State=UP PriorityTier=2
 """

@@ -1,33 +1,36 @@
 """The Slurm profile on a real Slurm of two nodes: every stage as a job, and what happens when jobs and nodes die.
 
-`make slurm-test` installs Slurm from Debian's packages where it can and runs this; without root it skips.
+`make slurm-test` installs Slurm from Debian's packages where it can and runs this; without root it skips. One
+project is made, and the tests go through its life in order: training is disturbed in every way while it runs, then
+the rest of the pipeline follows. The oracle is the same pipeline run once without Slurm and without disturbance.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
+import signal
 import subprocess
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from crt.__main__ import STAGES
 from tests.conftest import TINY, write_params
 from tests.slurm.cluster import Cluster, why_not
 from tests.test_end_to_end import Project, make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-# Long enough to be interrupted in the middle: a minute or so of training.
+# Stage 1 lasts long enough to be disturbed many times.
 LONG = TINY | {
     "train_tokenizer.steps": 600,
-    "train_tokenizer.checkpoint_every": 50,
+    "train_tokenizer.checkpoint_every": 10,
     "train_tokenizer.validate_every": 600,
 }
+TWO_NODES = {"mpi": "srun", "nodes": 2, "tasks": 2}
 
 
 @pytest.fixture(scope="module")
@@ -44,117 +47,185 @@ def reference(tmp_path_factory) -> Project:
     return project
 
 
-def slurm_project(root: Path, **resources) -> Project:
+class SlurmProject(Project):
     """A clone whose owner has edited the profile for the cluster at hand: no GPUs, little memory, one core a task."""
-    project = make_project(root, LONG)
-    path = root / "workflow/profiles/slurm/config.yaml"
-    yaml = YAML()
-    profile = yaml.load(path.read_text())
-    profile["default-resources"] |= {"mem_mb": 3000, "cpus_per_task": 1, "runtime": 15}
-    profile["set-resources"] = {"tokenize": {"mpi": "srun", "nodes": 2, "tasks": 2}, **resources}
-    profile |= {"slurm-init-seconds-before-status-checks": 3, "seconds-between-status-checks": 3, "latency-wait": 10}
-    with open(path, "w") as file:
-        yaml.dump(profile, file)
-    return project
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(make_project(root, LONG).root)
+        path = root / "workflow/profiles/slurm/config.yaml"
+        yaml = YAML()
+        profile = yaml.load(path.read_text())
+        profile["default-resources"] |= {"mem_mb": 3000, "cpus_per_task": 1, "runtime": 15}
+        profile["set-resources"] = {"tokenize": TWO_NODES, "sample": TWO_NODES}
+        profile |= {"slurm-init-seconds-before-status-checks": 3, "seconds-between-status-checks": 3}
+        with open(path, "w") as file:
+            yaml.dump(profile, file)
+        self.output = root.parent / "snakemake.out"
+        self.controller: subprocess.Popen[bytes] | None = None
+
+    def start(self, target: str) -> None:
+        """Start Snakemake in the background; what it prints is appended to `output`."""
+        with open(self.output, "ab") as file:
+            self.controller = subprocess.Popen(
+                ["snakemake", "--profile", "slurm", target],
+                cwd=self.root, env=self.environment, stdout=file, stderr=file,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """Wait for Snakemake's good end."""
+        assert self.controller is not None
+        assert self.controller.wait(300) == 0, self.output.read_text()[-5000:]
+
+    def log(self, output: str) -> str:
+        path = self.root / f"{output}.log"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        """Poll; fails with Snakemake's output."""
+        deadline = time.monotonic() + 150
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: waited in vain:\n{self.output.read_text()[-3000:]}"
+            assert self.controller is None or not self.controller.poll(), self.output.read_text()[-5000:]
+            time.sleep(0.2)
+
+    def training_job(self) -> str:
+        """Wait until stage 1 has saved a checkpoint since its last start; returns the id of its job."""
+        starts = len(re.findall(r"starts, recipe", self.log("out/tokenizer")))
+        checkpoints = list((self.root / "out/.work").glob("tokenizer-*/checkpoint.pt"))
+        before = checkpoints[0].stat().st_mtime_ns if checkpoints else 0
+
+        def saved() -> bool:
+            found = list((self.root / "out/.work").glob("tokenizer-*/checkpoint.pt"))
+            return bool(found) and found[0].stat().st_mtime_ns != before
+
+        self.wait(
+            lambda: saved() and len(re.findall("starts, recipe", self.log("out/tokenizer"))) >= starts, "training"
+        )
+        return re.findall(r"Slurm job (\d+)\n", self.log("out/tokenizer"))[-1]
+
+    def wait_for_restart(self, disturb: Callable[[], object]) -> None:
+        """Disturb stage 1, and wait until it has continued from a later step than ever before."""
+        before = self.continued()
+        disturb()
+        self.wait(lambda: len(self.continued()) > len(before), "stage 1 to continue")
+        steps = self.continued()
+        assert steps == sorted(set(steps)), f"a restart lost work: {steps}"
+
+    def continued(self) -> list[int]:
+        """The steps from which stage 1 has continued."""
+        return [int(step) for step in re.findall(r"continues at (\d+) of", self.log("out/tokenizer"))]
 
 
-def jobs(state: str = "RUNNING") -> dict[str, str]:
-    """Rule of each Slurm job in a state, by job id; the executor puts the rule's name into the job's comment."""
-    command = ["squeue", "-h", "-t", state, "-o", "%A %k"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {line.split()[0]: line for line in text.splitlines()}
+def slurm(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def wait_for_checkpoint(project: Project) -> str:
-    """Wait until train_tokenizer has saved something, and return the id of its job."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        log = project.root / "out/tokenizer.log"
-        if list((project.root / "out/.work").glob("tokenizer-*/checkpoint*")) and log.exists():
-            running = [job for job, line in jobs().items() if "train_tokenizer" in line]
-            if running:
-                return running[0]
-        time.sleep(0.2)
-    raise AssertionError("train_tokenizer saved no checkpoint")
+@pytest.fixture(scope="module")
+def project(cluster, reference, tmp_path_factory) -> SlurmProject:
+    project = SlurmProject(tmp_path_factory.mktemp("project") / "clone")
+    project.start("train_tokenizer")
+    yield project
+    if project.controller is not None and project.controller.poll() is None:
+        project.controller.kill()
 
 
-def run_and_disturb(project: Project, disturb) -> str:
-    """Run everything through the profile, call `disturb(job id)` in the middle of stage 1; returns all output."""
-    output: list[str] = []
-    thread = threading.Thread(target=lambda: output.append(project.run("snakemake", "--profile", "slurm", "all")))
-    thread.start()
-    disturb(wait_for_checkpoint(project))
-    thread.join(600)
-    assert output, "the workflow did not end well"
-    return output[0]
+def test_a_job_at_its_time_limit_saves_is_requeued_and_continues(project):
+    job = project.training_job()
+
+    def expire() -> None:
+        # Slurm counts limits in minutes; --signal lies further ahead than that, so the warning comes at once.
+        slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        project.wait(lambda: "goes back into the queue" in project.log("out/tokenizer"), "the warning")
+        project.wait(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), "the requeue")
+        slurm("scontrol", "update", f"JobId={job}", "TimeLimit=15")
+
+    project.wait_for_restart(expire)
+    assert "stopped by SIGTERM" in project.log("out/tokenizer")
+    assert project.training_job() == job
 
 
-def test_all_stages_are_jobs_and_two_tasks_on_two_nodes_give_the_local_result(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-    text = project.run("snakemake", "--profile", "slurm", "all")
-    assert len(re.findall(r"has been submitted with SLURM jobid \d+", text)) == len(STAGES)
-    assert project.contents() == reference.contents()
-    assert "2 processes" in (project.root / "out/tokens.log").read_text()
+def test_a_preempted_job_is_requeued_and_continues(project, cluster):
+    """A job of a higher partition takes both nodes."""
+    job = project.training_job()
+
+    def preempt() -> None:
+        command = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1", "-o", "/dev/null"]
+        urgent = slurm(*command).strip()
+        project.wait(lambda: "COMPLETED" in slurm("scontrol", "show", "job", urgent), "the urgent job")
+
+    project.wait_for_restart(preempt)
+    assert project.training_job() == job
+    assert "Restarts=2" in slurm("scontrol", "show", "job", job)
 
 
-def test_a_cancelled_job_is_submitted_again_and_continues(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-    run_and_disturb(project, lambda job: subprocess.run(["scancel", job], check=True))
-    assert "continues at" in (project.root / "out/tokenizer.log").read_text()
-    assert project.contents() == reference.contents()
+def test_a_node_that_dies_costs_the_job_but_not_its_work(project, cluster):
+    job = project.training_job()
 
-
-def test_a_preempted_job_is_requeued_and_continues(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-    run_and_disturb(project, lambda job: subprocess.run(["scontrol", "requeue", job], check=True))
-    assert "continues at" in (project.root / "out/tokenizer.log").read_text()
-    assert project.contents() == reference.contents()
-
-
-def test_a_job_at_its_time_limit_saves_and_continues(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-    # Slurm ends a job whose limit has passed at its next check: the real signal, without waiting for a full minute.
-    run_and_disturb(
-        project, lambda job: subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=0:10"], check=True)
-    )
-    assert "continues at" in (project.root / "out/tokenizer.log").read_text()
-    assert project.contents() == reference.contents()
-
-
-def test_a_node_that_dies_costs_the_job_but_not_its_work(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-
-    def crash(job: str) -> None:
-        text = subprocess.run(["squeue", "-h", "-j", job, "-o", "%N"], capture_output=True, text=True, check=True)
-        node = text.stdout.strip()
+    def crash() -> None:
+        node = slurm("squeue", "-h", "-j", job, "-o", "%N").strip()
         cluster.kill_node(node)
-        time.sleep(2)
+        project.wait(lambda: "JobState=RUNNING" not in slurm("scontrol", "show", "job", job), "Slurm to notice")
         cluster.start_node(node)
 
-    run_and_disturb(project, crash)
-    assert "continues at" in (project.root / "out/tokenizer.log").read_text()
-    assert project.contents() == reference.contents()
+    project.wait_for_restart(crash)
 
 
-def test_the_controller_may_be_killed_and_started_again(cluster, reference, tmp_path):
-    project = slurm_project(tmp_path)
-    process = subprocess.Popen(["snakemake", "--profile", "slurm", "all"], cwd=project.root, env=project.environment)
-    wait_for_checkpoint(project)
-    process.kill()
-    process.wait()
+def test_a_cancelled_job_is_submitted_again_and_continues(project):
+    job = project.training_job()
+    project.wait_for_restart(lambda: slurm("scancel", job))
+    assert project.training_job() != job
+
+
+def test_the_controller_may_be_killed_and_started_again_while_its_job_goes_on(project):
+    job = project.training_job()
+    project.controller.send_signal(signal.SIGKILL)
+    project.controller.wait()
     project.run("snakemake", "--profile", "slurm", "--unlock")
-    project.run("snakemake", "--profile", "slurm", "all")
+    project.start("train_tokenizer")
+    project.wait(lambda: f"Slurm job {job} is writing it" in project.log("out/tokenizer"), "the second job")
+    slurm("scontrol", "show", "job", job)
+    assert project.continued() == sorted(set(project.continued()))
+
+
+def test_the_disturbed_training_ends_with_the_undisturbed_result(project, reference):
+    project.finish()
+    log = project.log("out/tokenizer")
+    assert len(project.continued()) >= 4
+    assert len(re.findall(r"train_tokenizer: done in", log)) == 1, "made twice"
+    manifest = "out/tokenizer/manifest.json"
+    ours, theirs = (json.loads((p.root / manifest).read_text()) for p in (project, reference))
+    assert ours["files"] == theirs["files"]
+
+
+def test_all_stages_are_jobs_and_two_tasks_on_two_nodes_give_the_local_result(project, reference):
+    project.start("all")
+    project.finish()
     assert project.contents() == reference.contents()
+    for output in ("data/prepared", "out/tokenizer", "out/ar", "out/evaluation"):
+        assert re.search(r"1 process, Slurm job \d+", project.log(output)), output
+    for output in ("out/tokens", "out/samples"):
+        assert re.search(r"2 processes, Slurm job \d+", project.log(output)), output
+    submitted = re.findall(r"has been submitted with SLURM jobid (\d+)", project.output.read_text())
+    assert len(set(submitted)) >= 6
 
 
-def test_a_failing_stage_is_explained(cluster, tmp_path):
-    project = slurm_project(tmp_path)
+def test_deepspeed_trains_across_nodes(project, reference):
+    """Two processes on two nodes agree to rounding with one process."""
+    assert (project.root / "out/ar").exists()
+    subprocess.run(["rm", "-r", "out/ar"], cwd=project.root, check=True)
+    resources = [f"train_ar:{key}={value}" for key, value in TWO_NODES.items()]
+    project.run("snakemake", "--profile", "slurm", "train_ar", "--set-resources", *resources)
+    assert re.search(r"2 processes, Slurm job \d+", project.log("out/ar"))
+    ours, theirs = (json.loads((p.root / "out/ar/manifest.json").read_text())["summary"] for p in (project, reference))
+    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-2)
+
+
+def test_a_failing_stage_is_explained(project):
     write_params(
         project.params, {"prepare_data.source": "imagefolder", "prepare_data.path": "/nowhere"}, base=project.params
     )
-    output = project.run("snakemake", "--profile", "slurm", "--retries", "0", "all", status=1)
-    assert "rule prepare_data" in output
-    assert re.search(r"external_jobid: \d+|SLURM jobid \d+", output)
+    output = project.run("snakemake", "--profile", "slurm", "--retries", "0", "prepare_data", status=1)
+    assert re.search(r"Error in rule prepare_data", output)
+    assert re.search(r"external_jobid: \d+", output)
     assert "data/prepared.log" in output
     assert "error: /nowhere" in output
-    shutil.rmtree(project.root)

@@ -1,0 +1,68 @@
+"""Who starts a stage's processes, and with how many threads. The oracle is what the started processes report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from crt import slurm
+from crt.errors import UserError
+from crt.launch import launch_command, limit_threads, srun_command
+
+SLURM_JOB = """JobId=7 JobName=x UserId=a(1) BatchFlag=1 Requeue=1 Restarts=2 JobState=RUNNING \
+NumNodes=4-4 NumCPUs=32 NumTasks=32 CPUs/Task=8 ReqB:S:C:T=0:0:*:* Comment=rule_train_ar"""
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """No job, and every variable that a test changes restored."""
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "64")
+
+
+def test_threads_of_a_single_task_are_its_cpus(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert launch_command("train_tokenizer", ["train_tokenizer"]) is None
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "1"
+
+
+def test_threads_are_only_ever_lowered(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    limit_threads(5)
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert os.environ["MKL_NUM_THREADS"] == "5"
+
+
+def test_a_process_among_others_starts_none(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert launch_command("train_ar", ["train_ar"]) is None
+
+
+def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{SLURM_JOB}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = slurm.show_job("7")
+    assert job == slurm.Job("7", nodes=4, tasks=32, cpus_per_task=8, running=True, restarts=2, requeueable=True)
+    command = launch_command("train_ar", ["train_ar", "--out", "x"])
+    assert command == srun_command(job, ["train_ar", "--out", "x"])
+    assert {"--nodes=4", "--ntasks=32", "--cpus-per-task=8"} <= set(command)
+    assert launch_command("prepare_data", ["prepare_data"]) is None
+    assert os.environ["OMP_NUM_THREADS"] == "8"
+
+
+def test_without_slurms_client_a_batch_script_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match="is Slurm's client installed"):
+        launch_command("train_ar", ["train_ar"])
