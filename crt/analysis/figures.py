@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,37 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
     axes.set_xlabel(figure.x)
     axes.set_ylabel(figure.y)
     axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    canvas.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(canvas)
+
+
+def draw_position_losses(losses: Mapping[tuple[str, ...], Sequence[Sequence[float]]], axis: int, path: Path) -> None:
+    """Draw validation loss over position in the sequence, a line for each value of one axis.
+
+    A line is the mean over seeds and all other axes, so that runs with another number of tokens are left out: those
+    of the most frequent number are drawn.
+
+    Args:
+        losses: nats at each position of each run, by the run's choices.
+        axis: index in the choices of the axis whose values are told apart.
+        path: PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lengths = [len(run) for runs in losses.values() for run in runs]
+    length = max(set(lengths), key=lengths.count)
+    canvas, axes = plt.subplots(figsize=(7.2, 3.6), constrained_layout=True)
+    for name in dict.fromkeys(choices[axis] for choices in losses):
+        chosen = [run for key, runs in losses.items() if key[axis] == name for run in runs if len(run) == length]
+        if chosen:
+            axes.plot(range(1, length + 1), np.mean(chosen, axis=0), marker=".", label=name)
+    axes.set_xlabel("position in raster order")
+    axes.set_ylabel("stage-2 validation loss (nats)")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     canvas.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(canvas)

@@ -12,6 +12,7 @@ from pathlib import Path
 from crt.analysis.comparison import Row, mean_and_spread, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
+from crt.history import read_history
 from crt.study import Contrast, Scale, Study, StudyRun
 
 
@@ -35,6 +36,23 @@ def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
             raise UserError(f"{run.metrics_file}: has no {missing[0]!r}: it has {', '.join(sorted(numbers))}")
         rows.append({**run.choices, "seed": run.seed, **numbers})
     return rows
+
+
+def read_position_losses(runs: Sequence[StudyRun]) -> dict[tuple[str, ...], list[list[float]]]:
+    """Stage 2's validation loss at each position of the raster, of every run, by the run's choices on all axes.
+
+    Raises:
+        UserError: a run's file is missing or damaged.
+    """
+    losses: dict[tuple[str, ...], list[list[float]]] = {}
+    for run in runs:
+        path = Path(run.stages["train_ar"].output) / "loss_per_position.csv"
+        try:
+            curve = [row["loss"] for row in read_history(path)]
+        except (OSError, KeyError, ValueError):
+            raise UserError(f"{path}: missing or damaged: delete its folder and run the study again") from None
+        losses.setdefault(tuple(run.choices.values()), []).append(curve)
+    return losses
 
 
 def protocol_warnings(runs: Sequence[StudyRun]) -> list[str]:

@@ -7,12 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
-from crt.analysis.figures import draw_figure
+from crt.analysis.figures import draw_figure, draw_position_losses
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import (
     contrast_table,
     protocol_warnings,
     published_table,
+    read_position_losses,
     read_results,
     summary_table,
     write_page,
@@ -61,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
             if study.contrast is not None and figure.axes == [study.contrast.axis]:
                 sections[f"Compute saved, by {figure.y}"] = savings_lines(rows, figure, study.contrast.baseline)
             sections[f"Scaling law of {figure.y}: L(C) = L_min + C^alpha e^lambda_0"] = scaling_lines(rows, figure)
+    axis = study.contrast.axis if study.contrast is not None else axes[0]
+    picture = work / "loss_per_position.png"
+    draw_position_losses(read_position_losses(runs), axes.index(axis), picture)
+    sections["Loss per token position"] = picture
     write_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
     (work / stamp.name).touch()
     shutil.rmtree(folder, ignore_errors=True)

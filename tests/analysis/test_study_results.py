@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from crt.analysis.comparison import cells
-from crt.analysis.figures import draw_figure
+from crt.analysis.figures import draw_figure, draw_position_losses
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table
 from crt.errors import UserError
@@ -101,6 +101,13 @@ def test_pictures_show_points_and_published_values(tmp_path):
         assert a.size == b.size
         assert np.asarray(a).std() > 5
         assert not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_losses_per_position_leave_out_sequences_of_another_length(tmp_path):
+    losses = {("plain", "a"): [[3.0, 2.0], [3.2, 2.2]], ("crt", "a"): [[2.5, 1.5]]}
+    draw_position_losses(losses, 0, tmp_path / "two.png")
+    draw_position_losses(losses | {("crt", "b"): [[9.0, 9.0, 9.0]]}, 0, tmp_path / "with_another.png")
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "with_another.png").read_bytes()
 
 
 def test_results_are_read_with_the_compute_of_both_stages(tmp_path):
