@@ -18,7 +18,8 @@ from tests.conftest import ROOT, write_params
 
 WIDTH = 256  # wide enough that weights outweigh everything else
 KEYS = ("precision", "zero_stage", "micro_batch_size")
-RUNS = [(precision, stage, micro) for precision in ("float32", "bf16") for stage in range(4) for micro in (None, 4)]
+RUNS = [*(("bf16", stage, micro) for stage in range(4) for micro in (None, 4))]
+RUNS += [("float32", stage, 4) for stage in (0, 1, 3)]
 
 
 def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
@@ -29,7 +30,7 @@ def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
         jobs.append(str(write_params(tmp_path / f"{index}.yaml", SMALL | changes | {"train_ar.model.width": WIDTH})))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [*torchrun(2), "-m", "tests.ar.state_ranks", str(tmp_path / "jobs.json"), str(tmp_path / "results.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     parameters = count_parameters(small_config(width=WIDTH))
     totals = {}
@@ -39,10 +40,10 @@ def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
         assert by_rank == pytest.approx([derived] * 2, rel=0.05), run
         totals[run] = max(by_rank)
     # Memory falls with the stage; ZeRO 3 adds one buffer, which for a model of this size is as large as the model.
-    for precision, element in (("float32", 4), ("bf16", 2)):
-        zero, one, two, three = (totals[precision, stage, 4] for stage in range(4))
-        three -= element * bucket_elements(parameters)
-        assert zero > one >= two > three
+    zero, one, two, three = (totals["bf16", stage, 4] for stage in range(4))
+    assert zero > one > two > three - 2 * bucket_elements(parameters)
+    zero, one, three = (totals["float32", stage, 4] for stage in (0, 1, 3))
+    assert zero > one > three - 4 * bucket_elements(parameters)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
