@@ -50,6 +50,8 @@ class Live:
         if first_step == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self.folder, self.every = folder, -(-steps // _POINTS)
+        # DVCLive writes its summary in place: a kill may have left half of it, and the run states the step itself.
+        (folder / "dvclive" / "metrics.json").unlink(missing_ok=True)
         for path in (folder / "dvclive" / "plots").rglob("*.tsv"):
             _drop_later_rows(path, first_step)
         # Only the files: no experiment, no dvc.yaml, no report.
@@ -88,10 +90,14 @@ class Live:
 
 
 def _drop_later_rows(path: Path, last_step: int) -> None:
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file, delimiter="\t")
+    text = path.read_text(encoding="utf-8")
+    # A kill while writing leaves an unfinished last line, or nothing at all.
+    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines(), delimiter="\t"))
+    if not lines:
+        path.unlink()
+        return
+    header, *rows = lines
     column = header.index("step")
-    # A kill while writing leaves a short last row.
     kept = [row for row in rows if len(row) == len(header) and int(row[column]) <= last_step]
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *kept])
