@@ -37,6 +37,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 COMMANDS = {
     "check": "check a params file",
+    "plan": "parameters, FLOPs, memory and hours of a params file on a cluster",
     "status": "say which stages' results are current",
     "results": "print the results of the last evaluation",
     "evaluator_check": "score real ImageNet images, beside the published figures",

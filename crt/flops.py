@@ -15,13 +15,35 @@ if TYPE_CHECKING:
     from crt.ar.model import ARConfig
     from crt.params import TrainTokenizer
 
+Shape = tuple[int, ...]
+
+
+def _attention_flops(query: Shape, key: Shape, *_: object, **__: object) -> int:
+    """Scores and weighted sum of (B, H, T, D): two products."""
+    batch, heads, length, width = query
+    return 2 * (2 * batch * heads * length * key[2] * width)
+
+
+def _attention_backward_flops(grad: Shape, query: Shape, key: Shape, *_: object, **__: object) -> int:
+    """The scores again, and two products for each of those of the forward pass."""
+    return 5 * _attention_flops(query, key) // 2
+
+
+# torch counts its attention kernels of GPUs, and forgets those of CPUs, which fake tensors go through as well.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
 
 def count_flops(work: Callable[[], object]) -> int:
     """FLOPs (multiply and add count as two) of all matrix products, convolutions and attentions in `work`.
 
+    Attention counts as if no position were masked, as is usual.
+
     Build models and inputs of `work` under `FakeTensorMode` to count without computing.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     with counter:
         work()
     return int(counter.get_total_flops())
@@ -66,12 +88,12 @@ def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) ->
         return sum(count_flops(partial(_forward_and_backward, network)) for network in networks)
 
 
-def ar_flops_per_image(config: ARConfig) -> int:
-    """FLOPs that stage 2 spends on one training sequence: forward and backward."""
+def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False) -> int:
+    """FLOPs that stage 2 spends on one training sequence: forward and backward, and recomputation if asked."""
     from crt.ar.model import ARTransformer
 
     with FakeTensorMode():
-        model = ARTransformer(config)
+        model = ARTransformer(config, activation_checkpointing).train()
         codes = torch.zeros(1, config.num_tokens, dtype=torch.int64)
         labels = torch.zeros(1, dtype=torch.int64)
         return count_flops(lambda: model(codes, labels).mean().backward())

@@ -283,6 +283,7 @@ class TrainAR(Section):
     validate_every: PositiveInt
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
+    sample_images: NonNegativeInt
 
     @model_validator(mode="after")
     def _check(self) -> TrainAR:

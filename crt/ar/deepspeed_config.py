@@ -68,8 +68,18 @@ def deepspeed_config(
     return config
 
 
+def bucket_elements(num_parameters: int) -> int:
+    """Elements of the buffers in which gradients and weights travel."""
+    return min(num_parameters, _MAX_BUCKET)
+
+
+def max_live_elements(num_parameters: int) -> int:
+    """Elements of gathered weights that ZeRO 3 keeps at once on a process."""
+    return max(num_parameters // 4, bucket_elements(num_parameters))
+
+
 def _zero(params: TrainAR, num_parameters: int, device_type: str) -> dict[str, Any]:
-    bucket = min(num_parameters, _MAX_BUCKET)
+    bucket = bucket_elements(num_parameters)
     zero: dict[str, Any] = {
         "stage": params.zero_stage,
         "reduce_bucket_size": bucket,
@@ -81,8 +91,8 @@ def _zero(params: TrainAR, num_parameters: int, device_type: str) -> dict[str, A
         zero["stage3_prefetch_bucket_size"] = bucket
         # Norms stay whole on every process: gathering a few kilobytes costs more than keeping them.
         zero["stage3_param_persistence_threshold"] = min(num_parameters // 100, 10**5)
-        zero["stage3_max_live_parameters"] = max(num_parameters // 4, bucket)
-        zero["stage3_max_reuse_distance"] = max(num_parameters // 4, bucket)
+        zero["stage3_max_live_parameters"] = max_live_elements(num_parameters)
+        zero["stage3_max_reuse_distance"] = max_live_elements(num_parameters)
         zero["sub_group_size"] = bucket
     host = {"device": "cpu", "pin_memory": device_type == "cuda"}
     if params.offload != "none":

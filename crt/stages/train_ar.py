@@ -3,7 +3,9 @@
 Reads the token cache. Writes the model (`config.json`, `model.safetensors` in float32, read by
 `crt.Generator.load`), `train.csv` (loss, gradient norm and learning rate by step), `validation.csv` (mean loss over
 the whole validation split) and `loss_per_position.csv` (the same for each code of the raster, at the last
-validation). Losses are in nats per code; the untrained model starts at ln(codebook size).
+validation). Losses are in nats per code; the untrained model starts at ln(codebook size). To watch: `out/ar.live` has
+curves for TensorBoard and DVCLive, speed and share of the machine's matrix rate among them, and a picture of samples
+at each validation.
 
 Runs in one process or many (torchrun, srun). Stopped at any moment it continues from its last checkpoint, bit for
 bit at the same number of processes: batches, dropped labels and dropout are functions of (seed, step), and the rest
@@ -40,6 +42,7 @@ from crt.ar.engine import (
     gradient_norm,
     set_learning_rate,
 )
+from crt.ar.live import Live, SampleGrid, live_folder, matmul_rate
 from crt.ar.model import config_from_params, count_parameters, save_model
 from crt.distributed import World, join_world, reported_once
 from crt.errors import UserError
@@ -100,7 +103,8 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             checkpoints.restore(engine, checkpoint)
         first_step = checkpoint.step if checkpoint is not None else 0
 
-        log = _Log(run, world, first_step)
+        log = _Log(run, world, first_step, ar_flops_per_image(config) * params.batch_size)
+        grid = SampleGrid(run, params.sample_images, train_codes.class_names, world)
         progress = Progress("train_ar", params.steps, "steps", done=first_step)
         batches = training_batches(
             train_codes,
@@ -116,6 +120,8 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             last, fresh = step == params.steps, step > first_step
             if fresh and (last or step % params.validate_every == 0):
                 log.validation(step, validate(engine, val_codes, micro, world))
+                if grid.enabled:
+                    log.picture(step, *grid.draw(engine.module))
                 engine.train()
 
             if fresh and (last or log.stop_signal or step % params.checkpoint_every == 0):
@@ -150,14 +156,15 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             log.training(done, step_loss, gradient_norm(engine), rate)
             if done % report_steps == 0 or _is_due(done, params):
                 log.flush()
-                progress.update(
-                    done, loss=log.last_loss, tokens_per_second=log.rate(params.batch_size * config.num_tokens)
-                )
+                speed = log.speed(params.batch_size * config.num_tokens)
+                log.live_figures(done, speed)
+                progress.update(done, loss=log.last_loss, grad_norm=log.last_norm, **speed)
 
         weights = gather_weights(engine, world)
         if world.is_main:
             save_model(weights, config, run.staging)
             run.summary.update(log.summary())
+            log.close()
             run.summary["parameters"] = count_parameters(config)
             run.summary["training_flops"] = ar_flops_per_image(config) * params.batch_size * params.steps
             run.summary["tokens_seen"] = params.steps * params.batch_size * config.num_tokens
@@ -201,22 +208,26 @@ def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> n
 
 
 class _Log:
-    """The run's figures: what has not been looked at yet, and the CSV files of rank 0.
+    """The run's figures: what has not been looked at yet, and the files of rank 0.
 
     `flush` brings the losses of all steps since the last one to the host, with one collective for all of them and
     for the question whether any process was asked to stop.
     """
 
-    def __init__(self, run: StageRun, world: World, first_step: int) -> None:
+    def __init__(self, run: StageRun, world: World, first_step: int, flops_per_step: int) -> None:
         self.world, self.folder = world, run.staging
+        self.flops_per_step = flops_per_step
+        # All processes measure at once, as they will compute at once.
+        self.peak_flops = matmul_rate(world.device, run.params.train_ar.precision) * world.size
         self.keep_every = math.ceil(run.params.train_ar.steps / _HISTORY_ROWS)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.stop_signal: int | None = None
-        self.last_loss = math.nan
-        self.steps_since, self.since = 0, time.monotonic()
+        self.last_loss = self.last_norm = self.last_rate = math.nan
+        self.steps_since, self.since, self.live_step = 0, time.monotonic(), first_step
         if world.is_main:
             self.train = History(self.folder / "train.csv", ["loss", "grad_norm", "learning_rate"], first_step)
             self.val = History(self.folder / "validation.csv", ["loss"], first_step)
+            self.live = Live(live_folder(run), run.params.train_ar.steps, first_step)
 
     def training(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
         """Note the figures of one step, still on the device."""
@@ -243,19 +254,45 @@ class _Log:
             for step, loss, norm, rate in zip(steps, mean_losses, grad_norms, rates, strict=True):
                 if step % self.keep_every == 0:
                     self.train.append(step, {"loss": loss, "grad_norm": norm, "learning_rate": rate})
-        self.last_loss = mean_losses[-1]
+        self.last_loss, self.last_norm, self.last_rate = mean_losses[-1], grad_norms[-1], rates[-1]
         self.steps_since += len(steps)
         self.pending.clear()
 
-    def rate(self, tokens_per_step: int) -> float:
-        """Codes trained on per second since the last validation."""
-        return self.steps_since * tokens_per_step / max(time.monotonic() - self.since, 1e-9)
+    def speed(self, tokens_per_step: int) -> dict[str, float]:
+        """Since the last validation: codes trained on per second, and the share of the matrix rate (MFU).
+
+        MFU counts the FLOPs of the model, not what is recomputed, against the rate measured at the start.
+        """
+        steps_per_second = self.steps_since / max(time.monotonic() - self.since, 1e-9)
+        return {
+            "tokens_per_second": steps_per_second * tokens_per_step,
+            "mfu": steps_per_second * self.flops_per_step / self.peak_flops,
+        }
+
+    def live_figures(self, step: int, speed: dict[str, float]) -> None:
+        """Add the last step to the curves."""
+        if self.world.is_main and (step % self.live.every == 0 or step - self.live_step >= self.live.every):
+            self.live_step = step
+            figures = {"loss": self.last_loss, "grad_norm": self.last_norm, "learning_rate": self.last_rate}
+            self.live.log(step, figures | speed)
+
+    def picture(self, step: int, rows: list[np.ndarray], labels: list[str]) -> None:
+        """Show samples; rank 0 has them."""
+        if self.world.is_main:
+            self.live.picture(step, rows, labels)
+        self.steps_since, self.since = 0, time.monotonic()
+
+    def close(self) -> None:
+        """Finish the curves. Rank 0 only."""
+        self.live.close()
 
     def validation(self, step: int, loss_per_position: np.ndarray) -> None:
         """Record a validation."""
         if self.world.is_main:
             self.val.append(step, {"loss": float(loss_per_position.mean())})
             _write_positions(self.folder / "loss_per_position.csv", loss_per_position)
+            self.live.log(step, {"validation/loss": float(loss_per_position.mean())})
+            self.live.positions(step, loss_per_position)
         self.steps_since, self.since = 0, time.monotonic()
 
     def summary(self) -> dict[str, float]:

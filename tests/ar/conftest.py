@@ -43,6 +43,7 @@ SMALL = {
     "train_ar.validate_every": 5,
     "train_ar.checkpoint_every": 4,
     "train_ar.keep_checkpoints": 2,
+    "train_ar.sample_images": 5,
     "sample.num_images": 20,
     "sample.batch_size": 8,
 }

@@ -1,0 +1,178 @@
+"""`python -m crt plan`: what a params file costs on a cluster, before anything runs.
+
+FLOPs and parameters are counted, memory is derived (see `crt.ar.memory`), hours rest on the share of the peak rate
+that is assumed: give your own measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from crt.errors import UserError
+from crt.params import Params, load_params
+
+# Assumed shares of the peak rate. Published dense transformers of this size reach 0.4 to 0.46 on H100 (llm-foundry);
+# the paper's stage 2 reached 0.15 and its stage 1, LPIPS not counted, 0.09 (84 and 72 hours on 8 A100).
+_MFU = {"train_ar": 0.35, "train_tokenizer": 0.10}
+# Drawing code by code reads all weights for each: far below what training reaches.
+_MFU_SAMPLE = 0.05
+# JPEG images of ImageNet's size that one host decodes per second, with some 16 cores.
+_IMAGES_PER_SECOND = 1500.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the params file, the cluster and what is assumed."""
+    parser.add_argument("--params", type=Path, metavar="FILE", default=Path("params.yaml"), help="default: %(default)s")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200, ...; default: %(default)s")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, instead of the named one's")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU, likewise, in every precision")
+    parser.add_argument("--reserve", type=float, default=4.0, metavar="GB", help="set aside on each GPU for CUDA, NCCL and fragmentation; default: %(default)s")  # fmt: skip  # noqa: E501
+    parser.add_argument("--mfu", type=float, default=_MFU["train_ar"], help="assumed share of the peak rate, train_ar; default: %(default)s")  # fmt: skip  # noqa: E501
+    parser.add_argument("--mfu-tokenizer", type=float, default=_MFU["train_tokenizer"], help="likewise, tokenizer and evaluation; default: %(default)s")  # fmt: skip  # noqa: E501
+    parser.add_argument("--mfu-sample", type=float, default=_MFU_SAMPLE, help="likewise, sampling; default: %(default)s")  # fmt: skip  # noqa: E501
+    parser.add_argument("--images-per-second", type=float, default=_IMAGES_PER_SECOND, help="that the host decodes in prepare_data; default: %(default)s")  # fmt: skip  # noqa: E501
+    parser.add_argument("--images", type=int, metavar="N", help="in the data set, where the source does not tell")
+    parser.add_argument("--classes", type=int, metavar="N", help="likewise")
+    parser.add_argument("--model", metavar="SIZE", help="a named size instead of train_ar.model's: see --models")
+    parser.add_argument("--models", action="store_true", help="print all named sizes for these params, and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; returns 0 if the run of the params fits, else 1.
+
+    Raises:
+        UserError: bad params or options, a batch that does not divide among the GPUs.
+    """
+    from crt.ar.sizes import resized
+    from crt.plan.cluster import make_cluster
+    from crt.plan.layouts import layouts
+    from crt.plan.work import ar_config, data_size, stage_work
+
+    params = load_params(args.params)
+    if args.model:
+        model = resized(params.train_ar.model, args.model)
+        params = params.model_copy(update={"train_ar": params.train_ar.model_copy(update={"model": model})})
+    data = data_size(params, args.images, args.classes)
+    if args.models:
+        _print_models(params, data.classes)
+        return 0
+    for option in ("mfu", "mfu_tokenizer", "mfu_sample", "images_per_second"):
+        value = getattr(args, option)
+        if not value > 0 or (option.startswith("mfu") and value > 1):
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be greater than 0, a share at most 1")
+    cluster = make_cluster(args.gpu, args.gpus, args.gpu_memory, args.peak, args.reserve)
+    config = ar_config(params, data.classes)
+    ways = list(layouts(params.train_ar, config, cluster))
+    peaks = cluster.peak_flops
+
+    print(
+        f"{args.params} on {cluster.gpus} x {cluster.name}: {cluster.memory_bytes / 1e9:g} GB, "
+        f"{peaks['bf16'] / 1e12:g} TFLOPS in bf16, {peaks['float32'] / 1e12:g} in float32, each"
+    )
+    _print_sizes(params, config, data)
+    _print_hours(args, stage_work(params, data, config), cluster, data)
+    _print_memory(ways, cluster)
+    return _print_verdict(ways, cluster)
+
+
+def _print_models(params: Params, classes: int) -> None:
+    """All named sizes with their parameter counts, as blocks to copy into train_ar.model."""
+    from crt.ar.model import count_parameters
+    from crt.ar.sizes import named_sizes, resized
+    from crt.plan.work import ar_config
+
+    print(f"{'size':6} {'parameters':>15}   keys of train_ar.model")
+    for name, size in named_sizes().items():
+        stage2 = params.train_ar.model_copy(update={"model": resized(params.train_ar.model, name)})
+        config = ar_config(params.model_copy(update={"train_ar": stage2}), classes)
+        block = ", ".join(f"{key}: {value}" for key, value in size.items())
+        print(f"{name:6} {count_parameters(config):15,}   {{{block}}}")
+
+
+def _print_sizes(params: Params, config: Any, data: Any) -> None:
+    from crt.ar.model import count_parameters
+    from crt.plan.work import cache_bytes, checkpoint_bytes, num_views, tokenizer_flops
+
+    stage2, parameters = params.train_ar, count_parameters(config)
+    checkpoint = checkpoint_bytes(config, stage2.precision, stage2.zero_stage)
+    kept = stage2.keep_checkpoints + 1
+    lines = {
+        "tokenizer": f"{tokenizer_flops(params)[2]:,} parameters",
+        "train_ar.model": f"{parameters:,} parameters, {config.layers} layers, {config.heads} heads, width "
+        f"{config.width}, feed-forward {config.ffn_width}",
+        "codes": f"{config.num_tokens} per image ({config.grid[0]} x {config.grid[1]}) of {config.codebook_size:,}",
+        "token cache": f"{_size(cache_bytes(params, data, config))}: {data.train:,} and {data.val:,} images x "
+        f"{num_views(params)} views",
+        "checkpoint": f"{_size(checkpoint)}, at most {kept} at once: {_size(kept * checkpoint)}",
+        "finished model": f"{_size(4 * parameters)} in float32",
+    }
+    for name, text in lines.items():
+        print(f"  {name:15} {text}")
+
+
+def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any) -> None:
+    print(f"\n{'stage':16} {'FLOPs':>10} {'MFU':>5} {'':9}{'hours':>10} {'GPU-hours':>10}")
+    hours = (data.train + data.val) / args.images_per_second / 3600
+    print(f"{'prepare_data':16} {'-':>10} {'-':>5} {'':9}{hours:10.3g} {'-':>10}  the host decodes {args.images_per_second:g} images/s")  # fmt: skip  # noqa: E501
+    total = 0.0
+    for work in stages:
+        mfu = {"train_ar": args.mfu, "sample": args.mfu_sample}.get(work.stage, args.mfu_tokenizer)
+        gpu_hours = work.flops / (cluster.peak_flops[work.precision] * mfu) / 3600
+        total += gpu_hours
+        print(
+            f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{gpu_hours / cluster.gpus:10.3g} {gpu_hours:10.3g}  {work.text}"  # noqa: E501
+        )
+    print(f"{'all':16} {'':>10} {'':>5} {'':9}{total / cluster.gpus:10.3g} {total:10.3g}")
+    print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...), LPIPS's network is not counted")
+
+
+def _print_memory(ways: Any, cluster: Any) -> None:
+    micro = ways[0].micro_batch
+    print(
+        f"\ntrain_ar's memory per GPU, derived, not measured; {cluster.available_bytes / 1e9:g} GB after the reserve:\n"
+        f"{'':2}{'ZeRO':5}{'offload':25}{'recompute':10}{'weights':>9}{'gradients':>10}{'optimizer':>10}"
+        f"{'per image':>10}{f'peak at {micro}':>13}{'largest micro-batch':>20}{'host':>9}"
+    )
+    for way in ways:
+        m, fits = way.memory, way.peak_bytes <= cluster.available_bytes
+        print(
+            f"{'>' if way.chosen else '':2}{way.split.zero_stage:<5}{way.split.offload:25}"
+            f"{'yes' if way.split.activation_checkpointing else 'no':10}{_size(m.weights):>9}{_size(m.gradients):>10}"
+            f"{_size(m.optimizer):>10}{_size(m.activations_per_image):>10}{_size(way.peak_bytes) + ('' if fits else ' !'):>13}"  # noqa: E501
+            f"{way.largest or 'does not fit':>20}{_size(m.host):>9}"
+        )
+    print("> as in the params; ! more than a GPU has; recompute: train_ar.activation_checkpointing; host: per process")
+
+
+def _print_verdict(ways: Any, cluster: Any) -> int:
+    chosen = next(way for way in ways if way.chosen)
+    if chosen.peak_bytes <= cluster.available_bytes:
+        print("fits: train_ar as the params have it")
+        return 0
+    peak = f"{_size(chosen.peak_bytes)} of {_size(cluster.available_bytes)}"
+    if chosen.largest:
+        print(f"does not fit: needs {peak}: set train_ar.micro_batch_size to {chosen.largest} or less")
+        return 1
+    others = [way for way in ways if way.largest]
+    if not others:
+        print(f"does not fit: needs {peak}: in no way that is listed: use more or larger GPUs")
+        return 1
+    # The first that fits does the least extra work.
+    best = min(others, key=lambda way: (way.split.offload != "none", way.split.activation_checkpointing))
+    print(
+        f"does not fit: needs {peak}: set train_ar.zero_stage to {best.split.zero_stage}, offload to "
+        f"{best.split.offload}, activation_checkpointing to {str(best.split.activation_checkpointing).lower()} and "
+        f"micro_batch_size to {best.largest} or less"
+    )
+    return 1
+
+
+def _size(number: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f} B"

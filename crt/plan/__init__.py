@@ -1,0 +1,1 @@
+"""What a params file costs on a given cluster, before anything runs."""

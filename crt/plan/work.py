@@ -1,0 +1,186 @@
+"""FLOPs and sizes of every stage, from the params alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from crt.ar.model import ARConfig, ARTransformer, count_parameters
+from crt.errors import UserError
+from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image
+from crt.params import Params, parse_view
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+from crt.tokens.layout import CacheHeader
+
+# (training images, validation images or None where a share is set aside, classes) of the sources that are known.
+_SOURCES: dict[str, tuple[int, int | None, int]] = {
+    "digits": (1_797, None, 10),
+    "cifar10": (50_000, 10_000, 10),
+    "imagenet": (1_281_167, 50_000, 1_000),
+}
+# Inception-v3 at 299 px: 5.7 billion multiplications and additions per image.
+_INCEPTION_FLOPS = 2 * 5.7e9
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Images and classes of the prepared data."""
+
+    train: int
+    val: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage: its FLOPs, in which precision, and what they are made of, in words."""
+
+    stage: str
+    flops: float
+    precision: str
+    text: str
+
+
+def data_size(params: Params, images: int | None, classes: int | None) -> DataSize:
+    """Images of both splits.
+
+    Args:
+        params: all of them.
+        images: of the source, where the params do not tell.
+        classes: likewise.
+
+    Raises:
+        UserError: they are needed.
+    """
+    data = params.prepare_data
+    train, val, known_classes = _SOURCES.get(data.source, (images, None, classes))
+    train, known_classes = images or train, classes or known_classes
+    if train is None or known_classes is None:
+        raise UserError(
+            f"prepare_data.source {data.source!r} does not say how large it is: give --images and --classes"
+        )
+    if data.max_images_per_class is not None:
+        most = data.max_images_per_class * known_classes
+        train, val = min(train, most), None if val is None else min(val, most)
+    if val is None:
+        val = round(train * data.val_fraction)
+        train -= val
+    return DataSize(train, val, known_classes)
+
+
+def ar_config(params: Params, classes: int) -> ARConfig:
+    """The stage-2 model, its codes taken from the tokenizer's params."""
+    model, tokenizer = params.train_ar.model, params.train_tokenizer
+    side = tokenizer.image_size // tokenizer.architecture.downsampling
+    sizes = {name: getattr(model, name) for name in ARConfig.__dataclass_fields__ if hasattr(model, name)}
+    return ARConfig(
+        **sizes,
+        codebook_size=tokenizer.quantizer.codebook_size,
+        grid=(side, side),
+        num_classes=classes,
+        class_names=None,
+        tokenizer_content=None,
+    )
+
+
+def ar_flops(config: ARConfig, activation_checkpointing: bool) -> int:
+    """FLOPs of one training image, what is recomputed included; one and two layers tell, as all are alike."""
+    one, two = (ar_flops_per_image(replace(config, layers=layers), activation_checkpointing) for layers in (1, 2))
+    return one + (config.layers - 1) * (two - one)
+
+
+def ar_forward_flops(config: ARConfig) -> int:
+    """FLOPs of one image's forward pass."""
+    one, two = (_ar_forward_flops(replace(config, layers=layers)) for layers in (1, 2))
+    return one + (config.layers - 1) * (two - one)
+
+
+def _ar_forward_flops(config: ARConfig) -> int:
+    with FakeTensorMode(), torch.no_grad():
+        model = ARTransformer(config)
+        codes = torch.zeros(1, config.num_tokens, dtype=torch.int64)
+        return count_flops(partial(model, codes, torch.zeros(1, dtype=torch.int64)))
+
+
+def tokenizer_flops(params: Params) -> tuple[int, int, int]:
+    """(encoder's FLOPs, decoder's FLOPs, both of one image, forward; number of parameters)."""
+    with FakeTensorMode(), torch.no_grad():
+        model = Tokenizer(TokenizerConfig.from_params(params.train_tokenizer)).eval()
+        side = params.train_tokenizer.image_size
+        images = torch.zeros(1, 3, side, side)
+        values = torch.zeros(1, params.train_tokenizer.quantizer.codebook_dim, *model.grid)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return count_flops(partial(model.encode, images)), count_flops(partial(model.reconstruct, values)), parameters
+
+
+def num_views(params: Params) -> int:
+    """Views of each image in the token cache."""
+    return sum(10 if parse_view(view)[0] == "ten_crop" else 1 for view in params.tokenize.views)
+
+
+def cache_bytes(params: Params, data: DataSize, config: ARConfig) -> int:
+    """Codes of all views of both splits, as `crt.tokens.layout` stores them."""
+    header = CacheHeader(
+        split="train",
+        rows=data.train,
+        views=("",) * num_views(params),
+        grid=config.grid,
+        codebook_size=config.codebook_size,
+        num_classes=config.num_classes,
+        tokenizer_content="",
+        data_content="",
+        block_rows=1,
+    )
+    return (data.train + data.val) * header.row_bytes
+
+
+def checkpoint_bytes(config: ARConfig, precision: str, zero_stage: int) -> int:
+    """One resume state on disk: the weights, and the optimizer's float32 state with its master weights if any."""
+    weights = 2 if precision == "bf16" else 4
+    master = 4 if precision == "bf16" or zero_stage > 0 else 0
+    return (weights + master + 8) * count_parameters(config)
+
+
+def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWork]:
+    """FLOPs of every stage that computes; prepare_data, which decodes images on the CPUs, is not among them."""
+    stage1, stage2, sample = params.train_tokenizer, params.train_ar, params.sample
+    encode, decode, _ = tokenizer_flops(params)
+    per_image = tokenizer_flops_per_image(stage1, params.lambda_ > 0)
+    train_image, forward = ar_flops(config, stage2.activation_checkpointing), ar_forward_flops(config)
+    views, images = num_views(params), data.train + data.val
+    passes = 2 if sample.guidance_scale != 1 else 1
+    features = _INCEPTION_FLOPS if params.evaluate.features == "inception" else 0.0
+    references = {"val": data.val, "train": data.train, "adm_train": 10_000}[params.evaluate.generation_reference]
+    again = ", blocks twice" if stage2.activation_checkpointing else ""
+    return [
+        StageWork(
+            "train_tokenizer",
+            per_image * stage1.batch_size * stage1.steps,
+            stage1.precision,
+            f"{stage1.steps:,} steps of {stage1.batch_size * per_image:.3e}",
+        ),
+        StageWork(
+            "tokenize", encode * views * images, params.tokenize.precision, f"{images:,} images, {views} views each"
+        ),
+        StageWork(
+            "train_ar",
+            train_image * stage2.batch_size * stage2.steps,
+            stage2.precision,
+            f"{stage2.steps:,} steps of {stage2.batch_size * train_image:.3e}{again}",
+        ),
+        StageWork(
+            "sample",
+            (forward * passes + decode) * sample.num_images,
+            sample.precision,
+            f"{sample.num_images:,} images, {passes} passes each",
+        ),
+        StageWork(
+            "evaluate",
+            (encode + decode + 2 * features) * data.val + features * (sample.num_images + references),
+            "float32",
+            "reconstructions and features",
+        ),
+    ]

@@ -1,0 +1,69 @@
+"""The derived memory against what real tensors take, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from crt.ar.deepspeed_config import bucket_elements
+from crt.ar.memory import Split, activation_bytes, held_bytes, saved_bytes
+from crt.ar.model import ARTransformer, count_parameters
+from tests.ar.conftest import SMALL, small_config
+from tests.ar.test_processes import torchrun
+from tests.conftest import ROOT, write_params
+
+WIDTH = 256  # wide enough that weights outweigh everything else
+KEYS = ("precision", "zero_stage", "micro_batch_size")
+RUNS = [*(("bf16", stage, micro) for stage in range(4) for micro in (None, 4))]
+RUNS += [("float32", stage, 4) for stage in (0, 1, 3)]
+
+
+def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
+    """Oracle: the bytes of all tensors alive between backward pass and update, on each of two processes."""
+    jobs = []
+    for index, run in enumerate(RUNS):
+        changes = {f"train_ar.{key}": value for key, value in zip(KEYS, run, strict=True)}
+        jobs.append(str(write_params(tmp_path / f"{index}.yaml", SMALL | changes | {"train_ar.model.width": WIDTH})))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [*torchrun(2), "-m", "tests.ar.state_ranks", str(tmp_path / "jobs.json"), str(tmp_path / "results.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    parameters = count_parameters(small_config(width=WIDTH))
+    totals = {}
+    for run, *by_rank in zip(RUNS, *json.loads((tmp_path / "results.json").read_text()), strict=True):
+        precision, stage, micro = run
+        derived = sum(held_bytes(parameters, Split(2, precision, stage, "none", False, micro is not None)))
+        assert by_rank == pytest.approx([derived] * 2, rel=0.05), run
+        totals[run] = max(by_rank)
+    # Memory falls with the stage; ZeRO 3 adds one buffer, which for a model of this size is as large as the model.
+    zero, one, two, three = (totals["bf16", stage, 4] for stage in range(4))
+    assert zero > one > two > three - 2 * bucket_elements(parameters)
+    zero, one, three = (totals["float32", stage, 4] for stage in (0, 1, 3))
+    assert zero > one > three - 4 * bucket_elements(parameters)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_activations_are_what_autograd_keeps(precision: str) -> None:
+    """Oracle: the storages that autograd saves of a real model of more layers, and of more images."""
+    config, images = small_config(layers=5), 3
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = ARTransformer(config).to(dtype).train()
+    codes, labels = torch.zeros(images, config.num_tokens, dtype=torch.int64), torch.zeros(images, dtype=torch.int64)
+    kept = saved_bytes(lambda: model(codes, labels), model)
+    assert images * activation_bytes(config, precision, False, "cpu") == pytest.approx(kept, rel=0.02)
+
+
+def test_recomputation_keeps_one_input_per_block() -> None:
+    config = small_config(layers=40)
+    kept, recomputed = (activation_bytes(config, "float32", checkpointing, "cpu") for checkpointing in (False, True))
+    model = ARTransformer(config, activation_checkpointing=True).train()
+    codes, labels = torch.zeros(1, config.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    # The real model's tensors before any recomputation: all but the one block that is whole for a moment.
+    inputs_and_ends = saved_bytes(lambda: model(codes, labels), model)
+    block = (kept - activation_bytes(small_config(layers=20), "float32", False, "cpu")) / 20
+    assert inputs_and_ends < recomputed < inputs_and_ends + 1.2 * block
+    assert recomputed < kept / 5

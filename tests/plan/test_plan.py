@@ -1,0 +1,150 @@
+"""The plan's figures against torch's counters, its command against what it must say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from crt.__main__ import main
+from crt.ar.model import ARTransformer, count_parameters
+from crt.ar.sizes import named_sizes, resized
+from crt.flops import ar_flops_per_image, count_flops
+from crt.params import load_params
+from crt.plan.cluster import make_cluster
+from crt.plan.layouts import layouts
+from crt.plan.work import ar_config, ar_flops, ar_forward_flops, cache_bytes, data_size, num_views, stage_work
+from tests.ar.conftest import small_config
+from tests.conftest import ROOT, write_params
+
+# The first five are LlamaGen's published counts; the others fix what was chosen here.
+COUNTS = {
+    "B": 110_888_448,
+    "L": 342_910_976,
+    "XL": 774_699_520,
+    "XXL": 1_410_972_672,
+    "3B": 3_096_659_200,
+    "52M": 52_094_720,
+    "74M": 74_248_064,
+    "192M": 191_767_296,
+    "517M": 516_729_600,
+    "10B": 9_852_723_200,
+}
+IMAGENET = ROOT / "presets/imagenet256.yaml"
+
+
+def with_model(name: str):
+    params = load_params(IMAGENET)
+    stage2 = params.train_ar.model_copy(update={"model": resized(params.train_ar.model, name)})
+    return params.model_copy(update={"train_ar": stage2})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_named_size_has_its_parameter_count(name: str) -> None:
+    assert count_parameters(ar_config(with_model(name), 1000)) == COUNTS[name]
+
+
+def test_the_table_is_complete_and_ordered() -> None:
+    assert set(named_sizes()) == set(COUNTS)
+    assert [COUNTS[name] for name in named_sizes()] == sorted(COUNTS.values())
+
+
+def test_flops_of_a_step_are_those_that_torch_counts_on_real_tensors() -> None:
+    """Oracle: FlopCounterMode over the whole model, forward and backward, with and without recomputation."""
+    config = small_config(layers=5, dropout=0.0)
+    codes, labels = torch.zeros(1, config.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for checkpointing in (False, True):
+        model = ARTransformer(config, checkpointing).train()
+        counted = count_flops(lambda model=model: model(codes, labels).mean().backward())
+        assert ar_flops(config, checkpointing) == pytest.approx(counted, rel=0.02)
+    with torch.no_grad():
+        assert ar_forward_flops(config) == pytest.approx(count_flops(lambda: model(codes, labels)), rel=0.02)
+
+
+def test_flops_of_the_largest_models_need_no_large_model() -> None:
+    """Oracle: the counter over all 36 layers of XL."""
+    config = ar_config(with_model("XL"), 1000)
+    assert ar_flops(config, False) == pytest.approx(ar_flops_per_image(config), rel=1e-6)
+
+
+def test_stages_follow_the_params() -> None:
+    params = load_params(IMAGENET)
+    data = data_size(params, None, None)
+    assert (data.train, data.val, data.classes) == (1_281_167, 50_000, 1_000)
+    config = ar_config(params, data.classes)
+    work = {stage.stage: stage for stage in stage_work(params, data, config)}
+    # 6 FLOPs per parameter that multiplies and code, and some for attention.
+    matrices = count_parameters(config) - (16_384 + 1_001) * 1280
+    approximate = 6 * matrices * 256 * params.train_ar.batch_size * params.train_ar.steps
+    assert 1.0 < work["train_ar"].flops / approximate < 1.1
+    assert num_views(params) == 20
+    # LlamaGen's cache holds 10 crops in 26 GB, as int64: a quarter of that as uint16, twice for two resize ranges.
+    assert cache_bytes(params, data, config) == pytest.approx(2 * 26e9 / 4, rel=0.06)
+
+
+def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
+    params = load_params(IMAGENET).train_ar
+    config = ar_config(load_params(IMAGENET), 1000)
+    largest = []
+    for memory in (8, 24, 80):
+        ways = list(layouts(params, config, make_cluster("h100", 8, memory, None, 4.0)))
+        assert sum(way.chosen for way in ways) == 1
+        for way in ways:
+            assert way.largest == 0 or 32 % way.largest == 0
+            if way.largest == 32:
+                assert way.memory.peak(32) <= (memory - 4) * 1e9 or way.split.accumulating
+        largest.append([way.largest for way in ways])
+    assert all(a <= b <= c for a, b, c in zip(*largest, strict=True))
+    assert largest[0] != largest[1] != largest[2]
+
+
+def test_command_tells_that_all_fits(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--params", str(IMAGENET), "--gpu", "h100", "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    for part in ("774,699,520 parameters", "71,883,403 parameters", "20 views", "fits: train_ar as the params have it"):
+        assert part in text
+    for stage in ("prepare_data", "train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"):
+        assert any(line.startswith(stage) for line in text.splitlines())
+
+
+def test_command_tells_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture) -> None:
+    command = ["plan", "--params", str(IMAGENET), "--model", "10B", "--gpu", "l40s", "--gpus", "4"]
+    assert main(command) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "does not fit" in last
+    assert "offload to optimizer" in last
+    assert main([*command, "--gpu-memory", "6"]) == 1
+    assert "use more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--params", str(IMAGENET), "--models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("XL ") and "774,699,520" in line and "layers: 36" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h300"], "--gpu h300: unknown"),
+        (["--gpus", "0"], "--gpus 0: must be greater than 0"),
+        (["--gpus", "7"], "does not divide among 7 processes"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1"),
+        (["--reserve", "90"], "--reserve 90"),
+        (["--mfu", "1.5"], "--mfu 1.5"),
+        (["--model", "huge"], "--model huge: no such size"),
+    ],
+)
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture, options: list[str], message: str) -> None:
+    assert main(["plan", "--params", str(IMAGENET), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_data_set_needs_its_size(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    changes = {"prepare_data.source": "imagefolder", "prepare_data.path": "somewhere"}
+    params = str(write_params(tmp_path / "params.yaml", changes))
+    assert main(["plan", "--params", params]) == 2
+    assert "give --images and --classes" in capsys.readouterr().err
+    assert main(["plan", "--params", params, "--images", "1000", "--classes", "3"]) == 0
+    assert "800 and 200 images" in capsys.readouterr().out
