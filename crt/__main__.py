@@ -95,7 +95,10 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         name, args.params, inputs, args.out, getattr(args, "metrics", None), shared=getattr(args, "shared", None)
     )
     run.restore_stamp()
+    kept_log = run.out.parent / ".work" / log_file.name
     if run.is_current():
+        if kept_log.exists() and not log_file.exists():
+            restore_log(log_file, kept_log)
         publish_metrics(run)
         print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
         return 0
@@ -105,7 +108,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     rank, processes, _ = environment_rank()
     run.out.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        restore_log(log_file, run.out.parent / ".work" / log_file.name)
+        restore_log(log_file, kept_log)
     start_logging(log_file, rank)
     interrupt.listen()
     started = time.monotonic()
