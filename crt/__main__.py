@@ -19,7 +19,7 @@ from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.launch import environment_rank, launch_command
+from crt.launch import environment_rank, launch_command, wait_passively
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import exclusive, open_run, publish, publish_metrics
 
@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; mistakes of the user never show a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logger.handlers.clear()
+    wait_passively()
     args = _parser(arguments).parse_args(arguments)
     log_file: Path | None = None
     try:

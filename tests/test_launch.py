@@ -66,3 +66,15 @@ def test_without_slurms_client_a_batch_script_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(UserError, match="is Slurm's client installed"):
         launch_command("train_ar", ["train_ar"])
+
+
+@pytest.mark.parametrize("chosen, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(chosen, expected):
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "true"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    if chosen:
+        environment["OMP_WAIT_POLICY"] = chosen
+    code = "from crt.__main__ import main; main(['check']); import torch"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    # What the OpenMP library itself reports when torch loads it.
+    assert f"OMP_WAIT_POLICY = '{expected}'" in result.stderr
