@@ -41,7 +41,8 @@ prove: setup ## the long proofs: kills at random moments, full-size rehearsals
 
 slurm-test: setup ## the pipeline on a real Slurm that this machine starts (root; installs slurm-wlm and munge on Debian)
 	@if [ "$$(id -u)" = 0 ] && ! command -v slurmctld >/dev/null && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; fi
+		apt-get -o Acquire::Retries=3 update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=3 install -y -qq --no-install-recommends slurm-wlm munge; fi
 	python -m pytest -m slurm -rs tests/slurm
 
 lock: ## renew requirements.lock within the ranges of pyproject.toml (needs uv)

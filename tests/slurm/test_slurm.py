@@ -74,7 +74,7 @@ class SlurmProject(Project):
     def finish(self) -> None:
         """Wait for Snakemake's good end."""
         assert self.controller is not None
-        assert self.controller.wait(300) == 0, self.output.read_text()[-5000:]
+        assert self.controller.wait(900) == 0, self.output.read_text()[-5000:]
 
     def log(self, output: str) -> str:
         path = self.root / f"{output}.log"
@@ -82,7 +82,7 @@ class SlurmProject(Project):
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Poll; fails with Snakemake's output."""
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while not condition():
             assert time.monotonic() < deadline, f"{what}: waited in vain:\n{self.output.read_text()[-3000:]}"
             assert self.controller is None or not self.controller.poll(), self.output.read_text()[-5000:]
