@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
-        return self.shortcut(x) + h
+        return h.add_(self.shortcut(x))  # no gradient needs what the convolution gave, so no third map is made
 
 
 class SelfAttention(nn.Module):
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])
         if x.is_contiguous(memory_format=torch.channels_last):
             h = h.contiguous(memory_format=torch.channels_last)
-        return x + self.out(h)
+        return self.out(h).add_(x)
 
 
 class Downsample(nn.Module):
