@@ -14,6 +14,10 @@ RESULTS = (
         "fd_classifier_gen",
         "classifier distance of samples, lower is better; {fd_classifier_gen_of_perfect_images:.3g} for perfect ones",
     ),
+    (
+        "sfid",
+        "FID of samples by the layout of their parts, lower is better; {sfid_of_perfect_images:.3g} for perfect ones",
+    ),
     ("kid", "kernel distance of samples, 0 for perfect ones"),
     ("kd_classifier_gen", "kernel distance of samples, 0 for perfect ones"),
     ("inception_score", "of samples, higher is better"),

@@ -30,6 +30,7 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History, read_history
@@ -214,7 +215,7 @@ def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
     """128 features, 40 samples, 120 real images."""
     assert evaluated.evaluate("scarce", **{"classifier.channels": 32, "classifier.steps": 1}) == 0
     metrics = evaluated.metrics("scarce")
-    for name in ("fd_classifier_gen: 40 samples images and 120 reference images", "fd_classifier_rec: 120 validation"):
+    for name in ("fd_classifier_gen: 40 samples and 120 reference images", "fd_classifier_rec: 120 validation"):
         assert name in metrics["warnings"]
         assert f"warning: {name}" in capfd.readouterr().err or name.startswith("fd_classifier_rec")
     assert f"about {metrics['fd_classifier_gen_of_perfect_images']:.3g} instead of 0" in metrics["warnings"]
@@ -228,12 +229,17 @@ def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
             "/nowhere/inception-2015-12-05.pt: not found: put",
         ),
         (
+            {"features": "inception", "inception_weights": "STAND_IN"},
+            "inception-2015-12-05.pt: wrong file, its SHA-256 is",
+        ),
+        (
             {"features": "inception", "generation_reference": "adm_train", "adm_reference": "/nowhere/adm.npz"},
             "/nowhere/adm.npz: not found: fetch",
         ),
     ],
 )
-def test_missing_files_are_named_in_one_line(evaluated, capfd, changes, message):
+def test_missing_and_wrong_files_are_named_in_one_line(evaluated, inception_folder, capfd, changes, message):
+    changes = {key: str(inception_folder) if value == "STAND_IN" else value for key, value in changes.items()}
     assert evaluated.evaluate("refused", **changes) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -259,33 +265,74 @@ def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):
     assert "evaluate.lpips" in errors[0]
 
 
-@pytest.mark.slow
-def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, tmp_path, monkeypatch):
-    """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
+def inception_run(
+    evaluated: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPatch, moments: dict, **changes
+) -> tuple[dict, np.ndarray]:
+    """Evaluate on the stand-in network against a batch of the very samples, in another order; figures and samples."""
     with h5py.File(evaluated.root / "samples/samples.h5") as file:
         samples = file["images"][:]
-    np.savez_compressed(tmp_path / "adm.npz", samples[::-1])
-    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    np.savez_compressed(evaluated.root / "adm.npz", samples[::-1], **moments)
+    checksum = sha256_file(folder / INCEPTION_FILE)
     monkeypatch.setattr("crt.stages.evaluate.InceptionFeatures", partial(InceptionFeatures, sha256=checksum))
-    changes = {
+    changes |= {
         "features": "inception",
-        "inception_weights": str(inception_folder),
+        "inception_weights": str(folder),
         "generation_reference": "adm_train",
-        "adm_reference": str(tmp_path / "adm.npz"),
+        "adm_reference": str(evaluated.root / "adm.npz"),
     }
+    shutil.rmtree(evaluated.root / "inception", ignore_errors=True)
     assert evaluated.evaluate("inception", **changes) == 0
-    metrics = evaluated.metrics("inception")
-    # The reference holds the very samples, in another order.
+    return evaluated.metrics("inception"), samples
+
+
+def some_moments() -> dict[str, np.ndarray]:
+    """Those of no images, by their names in ADM's files."""
+    rng = np.random.default_rng(0)
+    moments: dict[str, np.ndarray] = {}
+    for suffix, dimension in (("", 2048), ("_s", 2023)):
+        factors = rng.normal(size=(50, dimension)) * 0.1
+        moments |= {f"mu{suffix}": rng.normal(size=dimension), f"sigma{suffix}": factors.T @ factors}
+    return moments
+
+
+@pytest.mark.slow
+def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, monkeypatch):
+    """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
+    metrics, _ = inception_run(evaluated, inception_folder, monkeypatch, some_moments())
+    # The images of the file are the very samples; its moments belong to another resize than this one.
     assert metrics["gfid"] == pytest.approx(0, abs=1e-3)
+    assert metrics["sfid"] == pytest.approx(0, abs=1e-3)
     assert (metrics["precision"], metrics["recall"]) == (1, 1)
     assert metrics["rfid"] > 0.01
     assert metrics["inception_score"] >= 1
-    assert metrics["features_sha256"] == checksum
+    assert metrics["features_sha256"] == sha256_file(inception_folder / INCEPTION_FILE)
     assert metrics["generation_reference"] == "adm_train"
-    assert metrics["generation_reference_sha256"] == sha256_file(tmp_path / "adm.npz")
-    assert "gfid: 40 samples images and 40 reference images" in metrics["warnings"]
+    assert metrics["generation_reference_moments"] == MOMENTS_OF_IMAGES
+    assert metrics["generation_reference_sha256"] == sha256_file(evaluated.root / "adm.npz")
+    for name in ("gfid", "sfid"):
+        assert f"{name}: 40 samples and 40 reference images" in metrics["warnings"]
     assert {"kid", "class_agreement", "classifier_accuracy"} <= set(metrics)
     assert not {"fd_classifier_rec", "fd_classifier_gen"} & set(metrics)
+
+
+@pytest.mark.slow
+def test_distances_are_from_the_moments_that_the_batch_file_holds(evaluated, inception_folder, monkeypatch):
+    """Oracle: clean-fid's distance of all samples' features, taken in one go, from those moments."""
+    moments = some_moments()
+    metrics, samples = inception_run(
+        evaluated, inception_folder, monkeypatch, moments, inception_resize="legacy_tensorflow"
+    )
+    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    arrays = InceptionFeatures(inception_folder, "legacy_tensorflow", "cpu", checksum).arrays(samples)
+    for name, column, suffix in (("gfid", "features", ""), ("sfid", "spatial", "_s")):
+        values = arrays[column].astype(np.float64)
+        expected = cleanfid_fid.frechet_distance(
+            values.mean(axis=0), np.cov(values, rowvar=False), moments[f"mu{suffix}"], moments[f"sigma{suffix}"]
+        )
+        assert expected > 10
+        assert metrics[name] == pytest.approx(expected, rel=1e-4)
+        assert f"{name}: 40 samples are too few" in metrics["warnings"]
+    assert metrics["generation_reference_moments"] == STORED_MOMENTS
 
 
 @pytest.mark.slow
