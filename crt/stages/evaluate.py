@@ -66,8 +66,9 @@ def run(run: StageRun) -> None:
         passes = measure(
             run.work, run.shared, run.params.evaluate.batch_size, world, networks=networks, sources=sources
         )
-        if world.is_main:
-            _write_results(run, networks, sources, passes, stored)
+    # The others do not wait for the figures: matrix roots of a long sweep outlast a collective's patience.
+    if world.is_main:
+        _write_results(run, networks, sources, passes, stored)
 
 
 def _open_sources(run: StageRun, image_size: int) -> Sources:
@@ -179,7 +180,7 @@ def _write_results(
     write_rows(_usage_rows(counts), run.staging / "code_usage.csv")
     _draw(run, networks, sources, counts)
     if len(sweep) > 1:
-        plot_sweep(sweep, run.staging / "guidance_sweep.png")
+        plot_sweep(sweep, sources.samples.guidance_scale, run.staging / "guidance_sweep.png")
     seconds = {
         m.stage: read_seconds(run.inputs[key], m.fingerprint)
         for key, m in zip(run.inputs, run.manifests.values(), strict=True)

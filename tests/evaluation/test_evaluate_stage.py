@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +38,12 @@ from crt.history import History, read_history
 from crt.params import load_params
 from crt.randomness import seed_torch
 from crt.stage import open_run, publish, sha256_file
+from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.cache import TokenCache
+from tests.ar.test_processes import torchrun
 from tests.conftest import ROOT, TINY, write_params
+from tests.tokenizer.test_losses import vgg_file
 
 NAMES = ("data", "tokenizer", "tokens", "ar", "samples")
 # Enough real images for the 16 features of this classifier.
@@ -202,6 +206,24 @@ def test_a_stopped_run_ends_with_the_same_bytes(evaluated, monkeypatch, tmp_path
     assert {path.name: path.read_bytes() for path in (evaluated.root / "again").iterdir()} == expected
 
 
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_bytes(evaluated):
+    """Oracle: one process. So many samples that each process has some to measure."""
+    params = write_params(evaluated.root / "many.yaml", evaluated.changes | {"sample.num_images": 2300})
+    inputs = [text for key in NAMES[:-1] for text in (f"--{key}", str(evaluated.root / key))]
+    samples, outs = evaluated.root / "samples_many", [evaluated.root / name for name in ("one", "two")]
+    sampling = ["sample", "--params", str(params), *inputs[2:4], *inputs[6:8], "--out", str(samples)]
+    assert main(sampling) == 0
+    command = ["evaluate", "--params", str(params), *inputs, "--samples", str(samples)]
+    for out, launch in zip(outs, ([sys.executable], torchrun(2)), strict=True):
+        shared = ["--shared", str(evaluated.root / f"shared_{out.name}")]
+        subprocess.run([*launch, "-m", "crt", *command, *shared, "--out", str(out)], cwd=ROOT, check=True)
+    one, two = ({path.name: path.read_bytes() for path in out.iterdir()} for out in outs)
+    assert "metrics.json" in one
+    assert "2 processes" in (evaluated.root / "two.log").read_text()
+    assert one == two
+
+
 def test_another_reference_is_named_and_read_to_its_end(evaluated):
     assert evaluated.evaluate("against_train", generation_reference="train") == 0
     val, train = evaluated.metrics("evaluation"), evaluated.metrics("against_train")
@@ -335,6 +357,22 @@ def test_distances_are_from_the_moments_that_the_batch_file_holds(evaluated, inc
     assert metrics["generation_reference_moments"] == STORED_MOMENTS
 
 
+@pytest.mark.skipif(find_spec("lpips") is None, reason="lpips is not installed")
+def test_lpips_is_the_packages_mean_over_all_pairs(evaluated, tmp_path):
+    """Oracle: the package itself, on the pairs in one go; VGG-16 with random weights."""
+    weights = vgg_file(tmp_path / "vgg16.pth")
+    assert evaluated.evaluate("perceptual", lpips=True, lpips_weights=str(weights)) == 0
+    val = PackedImages(evaluated.root / "data", "val")
+    originals = torch.from_numpy(val.pixels(np.arange(len(val))))
+    tokenizer = Tokenizer.load(evaluated.root / "tokenizer")
+    copies = to_uint8(tokenizer.decode(tokenizer.encode(to_unit_range(originals))))
+    network = PerceptualLoss(weights).network
+    expected = network(to_unit_range(originals), to_unit_range(copies)).mean().item()
+    assert expected > 0
+    assert evaluated.metrics("perceptual")["lpips"] == pytest.approx(expected, rel=1e-3)
+    assert "<dt>LPIPS</dt>" in (evaluated.root / "perceptual/report.html").read_text()
+
+
 @pytest.mark.slow
 def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales(imagenet_sample, tmp_path):
     """ImageNet files at 256 pixels, which the data set stores as they are."""
@@ -387,6 +425,12 @@ def test_the_page_stands_alone_and_tells_the_run(evaluated):
         assert f"{metrics[name]:.4g}" in page
     assert "they are for ImageNet at 256 px, this run is on digits at 16 px" in page
     assert "Guidance sweep" not in page
+    assert f">{metrics['psnr']:.3g} dB<" in page
+    assert "of the 64 codes are in use" in page
+    # Words are explained, those of figures that are not there are not.
+    for term in ("causal regularizer, lambda", "nats per code", "classifier distance", "SSIM, MS-SSIM"):
+        assert f"<dt>{term}</dt>" in page
+    assert "Inception score" not in page
     assert "1.00e+10" in page  # FLOPs of the tokenizer's training
     assert re.search(r"generation_reference: val\b", page)  # the params
 
