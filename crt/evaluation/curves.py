@@ -17,6 +17,8 @@ from crt.history import read_history
 
 _PANEL_INCHES = (4.8, 3.2)
 _COLUMNS = 3
+# A logarithmic axis of more than this has whole powers of ten on it only.
+_WIDE_RANGE = 300
 _COLORS = {"training": "tab:blue", "validation": "tab:orange"}
 _DPI = 110
 _USAGE = "share of codes in use"
@@ -163,7 +165,8 @@ def _columns(path: Path, x_name: str) -> dict[str, tuple[np.ndarray, np.ndarray]
 def _logarithmic(axis: Axes) -> None:
     """A logarithmic axis with plain numbers on it, few enough to read."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bottom, top = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < _WIDE_RANGE * bottom else (1,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
 

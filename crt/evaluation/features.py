@@ -106,7 +106,7 @@ class InceptionFeatures:
         self._network = InceptionV3W(str(folder), download=False, resize_inside=resize == TENSORFLOW_RESIZE)
         self._network = self._network.to(self.device).eval()
         with deterministic_float32():
-            self._stages = split_inception(self._network, resize_inside=resize == TENSORFLOW_RESIZE)
+            self._stages = split_inception(self._network, resize == TENSORFLOW_RESIZE, self.device)
         self.spatial_dimension = SPATIAL_DIMENSION if self._stages else 0
         self._resizer: Callable[[np.ndarray], np.ndarray] = build_resizer("clean")
         self._threads = ThreadPoolExecutor(available_cpus())  # Pillow resizes outside the interpreter's lock

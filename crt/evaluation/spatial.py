@@ -55,12 +55,11 @@ class InceptionStages(nn.Module):
 
 
 @torch.inference_mode()
-def split_inception(network: InceptionV3W, resize_inside: bool) -> InceptionStages | None:
+def split_inception(network: InceptionV3W, resize_inside: bool, device: torch.device) -> InceptionStages | None:
     """The network in stages; None, with a warning, if it is not built as expected.
 
     Whether the stages are the network is not taken on trust: on a probe image they must give its own pooled features.
     """
-    device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     side = _PROBE_SIDE if resize_inside else _INPUT_SIDE
     probe = torch.randint(0, 256, (1, 3, side, side), generator=generator).float().to(device)

@@ -53,7 +53,7 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
     "class_agreement": "agreement with the class",
-    "psnr": "PSNR, dB",
+    "psnr": "PSNR",
     "ms_ssim": "MS-SSIM",
     "ssim": "SSIM",
     "lpips": "LPIPS",

@@ -435,7 +435,8 @@ def test_the_page_stands_alone_and_tells_the_run(evaluated):
     assert re.search(r"generation_reference: val\b", page)  # the params
 
 
-def test_the_page_shows_in_a_browser(evaluated, tmp_path):
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_page_shows_in_a_browser(evaluated, tmp_path, width):
     """Headless Chromium draws it without a network: its pictures have their sizes, and nothing overflows the page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -448,7 +449,7 @@ def test_the_page_shows_in_a_browser(evaluated, tmp_path):
     )
     (tmp_path / "page.html").write_text(page.replace("</body>", probe))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    options = ["--window-size=1200,2400", f"--screenshot={tmp_path}/page.png", "--dump-dom"]
+    options = [f"--window-size={width},2400", f"--screenshot={tmp_path}/page.png", "--dump-dom"]
     result = subprocess.run(
         [*command, *options, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120, check=True
     )

@@ -97,10 +97,10 @@ def test_another_network_has_no_spatial_features(digits, tmp_path, edit, reason,
 def test_stages_that_are_not_the_network_are_refused(inception_folder, monkeypatch, caplog):
     """As where the network's sequence had more in it than its modules."""
     network = InceptionV3W(str(inception_folder), download=False).eval()
-    assert split_inception(network, resize_inside=False) is not None
+    assert split_inception(network, resize_inside=False, device=torch.device("cpu")) is not None
     whole = network.forward
     monkeypatch.setattr(network, "forward", lambda images: whole(images) * 1.001)
-    assert split_inception(network, resize_inside=False) is None
+    assert split_inception(network, resize_inside=False, device=torch.device("cpu")) is None
     assert "its features differ by 0.001" in caplog.text
 
 
