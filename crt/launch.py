@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from crt import slurm
 
 # Stages that can share their work between processes.
-DISTRIBUTED_STAGES = ("train_tokenizer", "tokenize", "train_ar", "sample")
+DISTRIBUTED_STAGES = ("train_tokenizer", "tokenize", "train_ar", "sample", "evaluate")
 # Snakemake sets these to the threads of the rule, which knows nothing of several processes.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

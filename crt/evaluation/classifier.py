@@ -104,6 +104,7 @@ class ClassifierFeatures:
         self._network.load_state_dict(weights)
         self._network.to(device).eval()
         self.name, self.dimension, self.resize = "classifier", 4 * sizes["channels"], "none"
+        self.spatial_dimension = 0  # sFID is defined on Inception's map; another network's would be no sFID
         self.checksum = weights_checksum(weights)
         self.device = torch.device(device)
 
@@ -111,6 +112,9 @@ class ClassifierFeatures:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         with deterministic_float32():
             return self._network.features(torch.from_numpy(images).to(self.device)).cpu().numpy()
+
+    def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": self(images)}
 
     @torch.inference_mode()
     def probabilities(self, features: np.ndarray) -> np.ndarray:

@@ -17,8 +17,14 @@ PROTOCOL_FIELDS = {
     "generation_reference": "reference of samples",
     "generation_reference_sha256": "images of the reference of samples",
     "generation_reference_images": "number of reference images",
+    "generation_reference_moments": "mean and covariance of the reference of samples",
     "generation_images": "number of samples",
 }
+# Where the reference's mean and covariance come from.
+MOMENTS_OF_IMAGES = "of its images"
+STORED_MOMENTS = "of the whole data set, stored in the file"
+# What results without the field were measured by.
+_EARLIER = {"generation_reference_moments": MOMENTS_OF_IMAGES}
 _DIGEST_DIGITS = 8
 
 
@@ -29,6 +35,7 @@ def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str
         a: content of a metrics.json.
         b: content of another.
     """
+    a, b = _EARLIER | dict(a), _EARLIER | dict(b)
     differing = [name for name in PROTOCOL_FIELDS if a.get(name) != b.get(name)]
     # Another reference has other images: said once.
     implied = {f"{name}_sha256" for name in differing} | {f"{name}_images" for name in differing}

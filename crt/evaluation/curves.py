@@ -10,15 +10,37 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from crt.evaluation.wording import LOWER_IS_BETTER, TITLES
 from crt.history import read_history
 
 _PANEL_INCHES = (4.8, 3.2)
 _COLUMNS = 3
+# A logarithmic axis of more than this has whole powers of ten on it only.
+_WIDE_RANGE = 300
+_COLORS = {"training": "tab:blue", "validation": "tab:orange"}
 _DPI = 110
-# Columns that say how a run was driven rather than how it fared.
+_USAGE = "share of codes in use"
 _NO_SWEEP = ("_of_perfect_images", "_std")
-_LEFT_OUT = ("lambda", "learning_rate", "grad_norm")
+# Columns that say how a run was driven rather than how it fared, or what another panel shows in other units.
+_LEFT_OUT = ("lambda", "learning_rate", "grad_norm", "mse", "code_entropy")
+# What a panel shows, by the column; two columns of one title share a panel.
+_TITLES = {
+    "pixel": "error of the pixels",
+    "codebook": "codebook loss",
+    "commitment": "commitment loss",
+    "lpips": "perceptual error (LPIPS)",
+    "entropy": "entropy penalty",
+    "regularizer": "causal regularizer",
+    "adversarial": "adversarial loss",
+    "discriminator": "discriminator's loss",
+    "adaptive_weight": "adaptive weight of the adversarial loss",
+    "code_usage": _USAGE,
+    "codebook_usage": _USAGE,
+    "psnr": "PSNR, dB (higher is better)",
+    "perplexity": "perplexity of the codes",
+}
 
 
 def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
@@ -39,11 +61,16 @@ def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
     figure, axes = _figure(columns, -(-len(panels) // columns))
     for axis, panel in zip(axes, panels, strict=False):
         for kind, (x, y) in panel.series.items():
-            axis.plot(x, y, label=kind, linewidth=2 if kind == "validation" else 1, marker="." if len(x) < 30 else None)
-        axis.set(title=panel.title, xlabel=panel.x_name)
+            axis.plot(
+                x, y, label=kind, color=_COLORS[kind], linewidth=2 if kind == "validation" else 1,
+                marker="." if len(x) < 30 else None,
+            )  # fmt: skip
+        axis.set(title=panel.title, xlabel=panel.x_name, ylabel=panel.unit)
         values = np.concatenate([y for _, y in panel.series.values()])
-        if panel.x_name == "step" and values.min() > 0 and values.max() > 10 * values.min():
-            axis.set_yscale("log")
+        if panel.title.endswith(_USAGE):
+            axis.set_ylim(bottom=0)
+        elif panel.x_name == "training step" and values.min() > 0 and values.max() > 10 * values.min():
+            _logarithmic(axis)
         axis.legend()
     _save(figure, path)
     return True
@@ -59,29 +86,44 @@ def plot_code_usage(counts: np.ndarray, path: str | Path) -> None:
     figure, (axis,) = _figure(1, 1)
     shares = np.sort(counts)[::-1] / counts.sum()
     used = int((counts > 0).sum())
-    axis.plot(np.arange(1, used + 1), shares[:used], linewidth=2)
-    axis.axhline(1 / len(counts), linewidth=1, linestyle="--", color="gray", label="all codes alike")
-    axis.set(
-        title=f"{used} of {len(counts)} codes used", xlabel="codes, most frequent first", ylabel="share", yscale="log"
-    )
+    axis.plot(np.arange(1, used + 1), shares[:used], linewidth=2, label="this run")
+    axis.axhline(1 / len(counts), linewidth=1, linestyle="--", color="gray", label="if all codes were equally frequent")
+    axis.set(title=f"{used} of {len(counts)} codes in use", xlabel="codes, most frequent first")
+    axis.set_ylabel("share of all codes written")
+    _logarithmic(axis)
     axis.set_xlim(0, len(counts))
     axis.legend()
     _save(figure, path)
 
 
-def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
+def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | Path) -> None:
     """Draw each figure over the scale of guidance, a panel for each.
 
     Args:
         rows: with `guidance_scale` and figures; two at least.
+        chosen: the scale that the run's other figures are for.
         path: the PNG to write.
     """
     names = [name for name in rows[0] if name != "guidance_scale" and not name.endswith(_NO_SWEEP)]
     columns = min(_COLUMNS, len(names))
     figure, axes = _figure(columns, -(-len(names) // columns))
+    scales = [row["guidance_scale"] for row in rows]
     for axis, name in zip(axes, names, strict=False):
-        axis.plot([row["guidance_scale"] for row in rows], [row[name] for row in rows], marker="o", linewidth=2)
-        axis.set(title=name.replace("_", " "), xlabel="guidance scale")
+        axis.plot(scales, [row[name] for row in rows], marker="o", linewidth=2)
+        axis.axvline(chosen, linewidth=1, linestyle=":", color="gray", label="scale of this run")
+        perfect = f"{name}_of_perfect_images"
+        if perfect in rows[0]:
+            axis.plot(
+                scales,
+                [row[perfect] for row in rows],
+                linewidth=1,
+                linestyle="--",
+                color="gray",
+                label="perfect images",
+            )
+        better = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
+        axis.set(title=f"{TITLES.get(name, name)} ({better})", xlabel="scale of guidance")
+        axis.legend()
     _save(figure, path)
 
 
@@ -89,6 +131,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
 class _Panel:
     title: str
     x_name: str
+    unit: str
     series: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -96,10 +139,15 @@ def _panels(title: str, folder: Path) -> list[_Panel]:
     by_step: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for kind, file in (("training", "train.csv"), ("validation", "validation.csv")):
         for name, points in _columns(folder / file, "step").items():
-            by_step.setdefault(name, {})[kind] = points
-    panels = [_Panel(f"{title}: {name.replace('_', ' ')}", "step", series) for name, series in by_step.items()]
+            by_step.setdefault(_TITLES.get(name, name.replace("_", " ")), {})[kind] = points
+    of_codes = title == "transformer"
+    panels = [
+        _Panel(f"{title}: {name}", "training step", "nats per code" if of_codes and name == "loss" else "", series)
+        for name, series in by_step.items()
+    ]
     for points in _columns(folder / "loss_per_position.csv", "position").values():
-        panels.append(_Panel(f"{title}: loss per position", "position", {"validation": points}))
+        place = "place of the code in the image, row by row from 0"
+        panels.append(_Panel(f"{title}: loss per position", place, "nats per code", {"validation": points}))
     return panels
 
 
@@ -112,6 +160,15 @@ def _columns(path: Path, x_name: str) -> dict[str, tuple[np.ndarray, np.ndarray]
         if name != x_name and not name.endswith(_LEFT_OUT) and np.isfinite(y).any():
             columns[name] = x[np.isfinite(y)], y[np.isfinite(y)]
     return columns
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers on it, few enough to read."""
+    axis.set_yscale("log")
+    bottom, top = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < _WIDE_RANGE * bottom else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _figure(columns: int, rows: int) -> tuple[Figure, list[Axes]]:

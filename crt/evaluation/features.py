@@ -22,8 +22,10 @@ from cleanfid.resize import build_resizer
 
 from crt.data.pool import available_cpus
 from crt.errors import UserError
+from crt.evaluation.spatial import SPATIAL_DIMENSION, split_inception
 from crt.stage import sha256_file
 
+TENSORFLOW_RESIZE: Literal["legacy_tensorflow"] = "legacy_tensorflow"
 INCEPTION_FILE = "inception-2015-12-05.pt"
 # Of the file that NVIDIA serves (95,607,719 bytes); k-diffusion and others pin the same.
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -52,15 +54,22 @@ class FeatureNetwork(Protocol):
     def resize(self) -> str:
         """How images are brought to the network's size, as recorded in results."""
 
+    @property
+    def spatial_dimension(self) -> int:
+        """Features of an image that keep its layout, for sFID; 0 where the network has none."""
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) -> float32 features (B, D)."""
+
+    def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """All that one pass yields: `features` (B, D) and, where there are any, `spatial` (B, spatial_dimension)."""
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Features (B, D) -> float32 class probabilities (B, classes)."""
 
 
 class InceptionFeatures:
-    """The Inception V3 of FID: clean-fid's, 2,048 features from its last pooling layer.
+    """The Inception V3 of FID: clean-fid's, 2,048 features from its last pooling layer, and the spatial ones of sFID.
 
     Args:
         folder: holds `inception-2015-12-05.pt`; None fetches the file once into torch's hub folder.
@@ -94,20 +103,29 @@ class InceptionFeatures:
             )
         self.name, self.dimension, self.resize = "inception-2015-12-05", 2048, resize
         self.device = torch.device(device)
-        self._network = InceptionV3W(str(folder), download=False, resize_inside=resize == "legacy_tensorflow")
+        self._network = InceptionV3W(str(folder), download=False, resize_inside=resize == TENSORFLOW_RESIZE)
         self._network = self._network.to(self.device).eval()
+        with deterministic_float32():
+            self._stages = split_inception(self._network, resize == TENSORFLOW_RESIZE, self.device)
+        self.spatial_dimension = SPATIAL_DIMENSION if self._stages else 0
         self._resizer: Callable[[np.ndarray], np.ndarray] = build_resizer("clean")
         self._threads = ThreadPoolExecutor(available_cpus())  # Pillow resizes outside the interpreter's lock
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self.arrays(images)["features"]
+
+    @torch.inference_mode()
+    def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if self.resize == "clean":
             resized = np.stack(list(self._threads.map(self._resizer, images)))
         else:
             resized = images.astype(np.float32)
         batch = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
         with deterministic_float32():
-            return self._network(batch).float().cpu().numpy()
+            if self._stages is None:
+                return {"features": self._network(batch).float().cpu().numpy()}
+            features, spatial = self._stages(batch)
+            return {"features": features.float().cpu().numpy(), "spatial": spatial.float().cpu().numpy()}
 
     @torch.inference_mode()
     def probabilities(self, features: np.ndarray) -> np.ndarray:

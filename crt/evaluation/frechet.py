@@ -8,13 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from cleanfid import fid as cleanfid_fid
 
 from crt.progress import logger
 from crt.randomness import draw_seed
+
+
+class Moments(Protocol):
+    """What a distance needs to know of a set of features."""
+
+    @property
+    def count(self) -> float:
+        """Images in the set."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(D,)."""
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(D, D)."""
+
+
+@dataclass(frozen=True)
+class GivenMoments:
+    """Mean (D,) and covariance (D, D) that somebody else took, of so many images that their number plays no part."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: float = math.inf
 
 
 class GaussianStatistics:
@@ -62,7 +91,7 @@ class GaussianStatistics:
         self.count = total
 
 
-def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared Frechet (Wasserstein-2) distance of the two Gaussians, by clean-fid's code.
 
         |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))     (Heusel et al. 2017, eq. 6)
@@ -86,7 +115,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     return max(distance, 0.0)
 
 
-def expected_distance(reference: GaussianStatistics, counts: tuple[int, int]) -> float:
+def expected_distance(reference: Moments, counts: tuple[float, float]) -> float:
     """The Frechet distance that perfect images would score, because finite sets differ by chance.
 
     For two independent sets of n and m images of one Gaussian with covariance eigenvalues l_i, to first order in 1/n:
@@ -99,7 +128,7 @@ def expected_distance(reference: GaussianStatistics, counts: tuple[int, int]) ->
 
     Args:
         reference: statistics whose covariance stands for the true one.
-        counts: n and m.
+        counts: n and m; infinite for moments of a whole population.
     """
     values = np.clip(np.linalg.eigvalsh(reference.covariance), 0, None)
     sums = values[:, None] + values[None, :]
@@ -107,16 +136,16 @@ def expected_distance(reference: GaussianStatistics, counts: tuple[int, int]) ->
     return float((1 / counts[0] + 1 / counts[1]) * (1.25 * values.sum() + products.sum() / 2))
 
 
-def scarcity(name: str, dimension: int, expected: float, counts: dict[str, int]) -> str:
+def scarcity(name: str, dimension: int, expected: float, counts: Mapping[str, float]) -> str:
     """The warning that a set has fewer images than its covariance needs, naming the bias.
 
     Args:
         name: of the figure that suffers.
         dimension: D, the number of features; a covariance of full rank needs more images than that.
         expected: what perfect images would score, see `expected_distance`.
-        counts: number of images by the set's name.
+        counts: number of images by what they are called.
     """
-    scarce = " and ".join(f"{count} {which} images" for which, count in counts.items() if count <= dimension)
+    scarce = " and ".join(f"{count} {which}" for which, count in counts.items() if count <= dimension)
     return (
         f"{name}: {scarce} are too few for a covariance of {dimension} features: the distance is biased upwards, "
         f"as many perfect images would score about {expected:.3g} instead of 0: compare only with results of the same "
@@ -148,7 +177,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int, subset_size: int
         np.random.set_state(state)
 
 
-def _frechet_from_eigenvalues(a: GaussianStatistics, b: GaussianStatistics) -> float:
+def _frechet_from_eigenvalues(a: Moments, b: Moments) -> float:
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = root @ b.covariance @ root

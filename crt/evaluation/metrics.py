@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from crt.evaluation.chunks import ChunkStore
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork
 from crt.evaluation.frechet import (
     GaussianStatistics,
+    GivenMoments,
+    Moments,
     expected_distance,
     frechet_distance,
     kernel_distance,
@@ -16,6 +22,7 @@ from crt.evaluation.frechet import (
 )
 from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
+from crt.evaluation.sources import AdmBatch, ImageSource
 from crt.params import Evaluate
 
 Metrics = dict[str, float | int | str]
@@ -29,11 +36,53 @@ def reconstruction_metrics(networks: Networks, passes: Passes, warnings: list[st
     originals = store_statistics(passes.val, "features", dimension)
     if originals.count <= dimension:
         expected = expected_distance(originals, (copies.count, originals.count))
-        warnings.append(scarcity(name, dimension, expected, {"validation": originals.count}))
+        warnings.append(scarcity(name, dimension, expected, {"validation images": originals.count}))
     metrics: Metrics = {name: frechet_distance(copies, originals)}
     for score in networks.similarities():
         metrics[score] = float(passes.copies.column(score).mean())
     return metrics
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are held against."""
+
+    store: ChunkStore
+    moments: Mapping[str, Moments]
+    """By the name of the features, "features" and, where there are any, "spatial"."""
+
+
+def stored_moments(source: ImageSource, network: FeatureNetwork) -> dict[str, Moments]:
+    """Moments of the reference that its file holds: of the whole data set, as published distances are measured.
+
+    They belong to TensorFlow's resize, under which alone they are used.
+
+    Args:
+        source: the reference.
+        network: whose features count.
+
+    Returns:
+        As `Reference.moments`; empty where there are none.
+
+    Raises:
+        UserError: they are damaged, or of other features.
+    """
+    if not isinstance(source, AdmBatch) or network.resize != TENSORFLOW_RESIZE:
+        return {}
+    given = {column: source.moments(column, size) for column, size in _columns(network).items()}
+    return {column: moments for column, moments in given.items() if moments}
+
+
+def open_reference(store: ChunkStore, network: FeatureNetwork, stored: Mapping[str, Moments]) -> Reference:
+    """The reference, with moments taken from its images where none are stored."""
+    taken = {c: store_statistics(store, c, size) for c, size in _columns(network).items() if c not in stored}
+    return Reference(store, {**stored, **taken})
+
+
+def _columns(network: FeatureNetwork) -> dict[str, int]:
+    """Number of features by the array's name."""
+    sizes = {"features": network.dimension, "spatial": network.spatial_dimension}
+    return {column: size for column, size in sizes.items() if size}
 
 
 def generation_metrics(
@@ -42,22 +91,24 @@ def generation_metrics(
     networks: Networks,
     *,
     samples: ChunkStore,
-    reference: ChunkStore,
+    reference: Reference,
     warnings: list[str],
 ) -> Metrics:
     """Samples against the reference: distances, precision and recall, inception score."""
     inception = networks.features is not networks.classifier
     name, kernel_name = ("gfid", "kid") if inception else ("fd_classifier_gen", "kd_classifier_gen")
-    dimension = networks.features.dimension
-    made = store_statistics(samples, "features", dimension)
-    real = store_statistics(reference, "features", dimension)
-    expected = expected_distance(real, (made.count, real.count))
-    metrics: Metrics = {name: frechet_distance(made, real), f"{name}_of_perfect_images": expected}
-    if min(made.count, real.count) <= dimension:
-        counts = {"samples": made.count, "reference": real.count}
-        warnings.append(scarcity(name, dimension, expected, counts))
+    metrics: Metrics = {}
+    for column, real in reference.moments.items():
+        figure, dimension = "sfid" if column == "spatial" else name, len(real.mean)
+        made = store_statistics(samples, column, dimension)
+        expected = expected_distance(real, (made.count, real.count))
+        metrics |= {figure: frechet_distance(made, real), f"{figure}_of_perfect_images": expected}
+        if min(made.count, real.count) <= dimension:
+            counts = {"samples": made.count, "reference images": real.count}
+            warnings.append(scarcity(figure, dimension, expected, counts))
 
-    x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in (samples, reference))
+    stores = samples, reference.store
+    x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in stores)
     if min(len(x), len(y)) > params.neighbours:
         metrics[kernel_name] = kernel_distance(
             x, y, subsets=params.kernel_subsets, subset_size=params.kernel_subset_size, seed=seed
@@ -98,13 +149,25 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
 
 
 def guidance_sweep(
-    params: Evaluate, seed: int, networks: Networks, sources: Sources, passes: Passes
+    params: Evaluate,
+    seed: int,
+    networks: Networks,
+    *,
+    sources: Sources,
+    passes: Passes,
+    reference: Reference,
+    main: Metrics,
 ) -> list[dict[str, float]]:
-    """The figures of the samples at each scale of guidance, ascending, the main one among them."""
+    """The figures of the samples at each scale of guidance, ascending.
+
+    `main` holds those of the scale that the result is named after, which are not taken again.
+    """
+    measured = [(sources.samples, passes.samples, main)]
+    for source, store in zip(sources.sweep, passes.sweep, strict=True):
+        metrics = generation_metrics(params, seed, networks, samples=store, reference=reference, warnings=[])
+        measured.append((source, store, metrics))
     rows = []
-    drawn = zip((sources.samples, *sources.sweep), (passes.samples, *passes.sweep), strict=True)
-    for source, store in sorted(drawn, key=lambda pair: pair[0].guidance_scale):
-        metrics = generation_metrics(params, seed, networks, samples=store, reference=passes.reference, warnings=[])
+    for source, store, metrics in sorted(measured, key=lambda entry: entry[0].guidance_scale):
         agreement = class_agreement(store.column("predictions"), source.labels)
         figures = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         rows.append({"guidance_scale": source.guidance_scale, **figures, "class_agreement": agreement})
@@ -119,8 +182,9 @@ def class_metrics(sources: Sources, passes: Passes) -> Metrics:
     }
 
 
-def protocol(networks: Networks, sources: Sources) -> Metrics:
+def protocol(networks: Networks, sources: Sources, reference: Reference) -> Metrics:
     """All that another result must share to be compared with this one."""
+    stored = isinstance(reference.moments["features"], GivenMoments)
     return {
         "features": networks.features.name,
         "features_sha256": networks.features.checksum,
@@ -132,6 +196,7 @@ def protocol(networks: Networks, sources: Sources) -> Metrics:
         "generation_reference": sources.reference.name,
         "generation_reference_sha256": sources.reference.checksum,
         "generation_reference_images": len(sources.reference),
+        "generation_reference_moments": STORED_MOMENTS if stored else MOMENTS_OF_IMAGES,
         "generation_images": len(sources.samples),
         "guidance_scale": sources.samples.guidance_scale,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from crt.evaluation.comparable import STORED_MOMENTS
 from crt.stage import Manifest
 
 PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M")
@@ -44,8 +45,11 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
     else:
         reasons.append(f"rFID is for all {_IMAGES:,} validation images")
     column = _column(manifests["train_ar"].summary.get("parameters"))
+    stored = metrics.get("generation_reference_moments") == STORED_MOMENTS
     if metrics["generation_reference"] != "adm_train" or metrics["generation_images"] != _IMAGES:
         reasons.append(f"gFID is for {_IMAGES:,} samples against the ADM batch")
+    elif not stored:
+        reasons.append("gFID is for the moments that the ADM batch file holds, under resize legacy_tensorflow")
     elif column is None:
         reasons.append("gFID is for transformers of 111M, 340M and 775M parameters")
     else:

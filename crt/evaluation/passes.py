@@ -122,8 +122,8 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
 
     def features_and_predictions(source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
         images = source.read(start, stop)
-        features = features_of(images)
-        return {"features": features, "predictions": predictions(images, features)}
+        arrays = features_of.arrays(images)
+        return {**arrays, "predictions": predictions(images, arrays["features"])}
 
     def own(source: ImageSource, kind: str) -> ChunkStore:
         # The weights are files of the user's, which may be others today.
@@ -133,7 +133,7 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
     def real(source: ImageSource) -> ChunkStore:
         recipe = {
             "images": [source.checksum, source.name, source.image_size, len(source)],
-            "features": [features_of.checksum, features_of.resize],
+            "features": [features_of.checksum, features_of.resize, features_of.spatial_dimension],
             "classifier": classifier.checksum,
             "batch_size": batch_size,
         }

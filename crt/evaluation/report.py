@@ -15,21 +15,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
-from crt.evaluation.wording import RESULTS, protocol_text
+from crt.evaluation.wording import RESULTS, TITLES, glossary, protocol_text
 from crt.progress import duration
 from crt.stage import Manifest
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 _TILES = {
-    "gfid": "FID of the samples (lower is better)",
-    "fd_classifier_gen": "distance of the samples from real images (lower is better)",
-    "class_agreement": "of the samples are recognised as the class asked for",
-    "psnr": "PSNR of the reconstructions, in dB (higher is better)",
-    "stage2_val_loss": "nats per code: how hard the codes are to predict (lower is better)",
-    "codebook_usage": "of the codebook is in use",
+    "gfid": "FID of the samples: lower is better, perfect images would score {gfid_of_perfect_images:.2g}",
+    "fd_classifier_gen": "distance of the samples from real images: lower is better, perfect images would score "
+    "{fd_classifier_gen_of_perfect_images:.2g}",
+    "class_agreement": "of the samples are recognised as the class asked for (of real images {accuracy:.1f}%)",
+    "psnr": "PSNR of the reconstructions: higher is better",
+    "stage2_val_loss": "nats per code, how hard the codes are to predict: lower is better",
+    "codebook_usage": "of the {codebook_size:,} codes are in use",
 }
-_PERCENT = ("class_agreement", "codebook_usage")
+_UNITS = {"class_agreement": "%", "codebook_usage": "%", "psnr": " dB"}
 _STAGES = {
     "prepare_data": "checks and packs the images",
     "train_tokenizer": "trains encoder, codebook and decoder",
@@ -70,13 +71,23 @@ def write_report(
     page = environment.get_template(_TEMPLATE).render(
         title=f"Run report: {data['source']} at {side} px, lambda {train['lambda']:g}, seed {train['seed']}",
         lead=_lead(metrics, manifests, side),
-        tiles=[{"value": _tile(name, metrics[name]), "text": text} for name, text in _TILES.items() if name in metrics],
+        tiles=[
+            {"value": _tile(name, metrics[name]), "text": _tile_text(text, metrics)}
+            for name, text in _TILES.items()
+            if name in metrics
+        ],
+        glossary=glossary(metrics),
         warnings=[text for text in metrics.get("warnings", "").split("; ") if text],
         tokens=metrics["tokens_per_image"],
         enlarged=side < _LARGE_SIDE,
         pictures={"curves_tokenizer": None, "curves_transformer": None, "guidance_sweep": None, **pictures},
         results=[
-            {"name": name, "value": f"{metrics[name]:.4g}", "meaning": meaning.format(**metrics)}
+            {
+                "title": TITLES[name],
+                "name": name,
+                "value": f"{metrics[name]:.4g}",
+                "meaning": meaning.format(**metrics),
+            }
             for name, meaning in RESULTS
             if name in metrics
         ],
@@ -99,22 +110,35 @@ def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: i
     )
     size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
     return (
-        f"A tokenizer turns an image of {side}x{side} pixels into {metrics['tokens_per_image']} codes "
-        f"({metrics['bits_per_image']:.0f} bits). {kind} A transformer{size} then learned to write such codes, "
-        f"and drew {metrics['generation_images']:,} new images with them."
+        f"A tokenizer turns an image of {side}x{side} pixels into {metrics['tokens_per_image']} codes, each one of "
+        f"{_codebook_size(metrics):,} ({metrics['bits_per_image']:.0f} bits an image). {kind} A transformer{size} then "
+        f"learned to write such codes, and drew {metrics['generation_images']:,} new images with them."
     )
 
 
 def _tile(name: str, value: float) -> str:
-    return f"{100 * value:.1f}%" if name in _PERCENT else f"{value:.3g}"
+    unit = _UNITS.get(name, "")
+    return f"{100 * value:.1f}%" if unit == "%" else f"{value:.3g}{unit}"
+
+
+def _tile_text(text: str, metrics: Mapping[str, Any]) -> str:
+    return text.format(**metrics, accuracy=100 * metrics["classifier_accuracy"], codebook_size=_codebook_size(metrics))
+
+
+def _codebook_size(metrics: Mapping[str, Any]) -> int:
+    return round(2 ** (metrics["bits_per_image"] / metrics["tokens_per_image"]))
 
 
 def _sweep(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Nothing to show for a single scale."""
     header = [name for name in rows[0] if not name.endswith(("_of_perfect_images", "_std"))] if len(rows) > 1 else []
     return {
-        "header": [name.replace("_", " ") for name in header],
-        "rows": [[f"{row[name]:.4g}" for name in header] for row in rows] if header else [],
+        "header": [TITLES.get(name, name.replace("_", " ")) for name in header],
+        "rows": [
+            {"chosen": row["guidance_scale"] == metrics["guidance_scale"], "values": [f"{row[n]:.4g}" for n in header]}
+            for row in rows
+            if header
+        ],
         "images": f"{metrics['generation_images']:,}",
         "chosen": f"{metrics['guidance_scale']:g}",
     }

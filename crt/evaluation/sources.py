@@ -18,6 +18,7 @@ from crt.data.packed import PackedImages
 from crt.data.pool import available_cpus
 from crt.data.transforms import center_crop
 from crt.errors import UserError
+from crt.evaluation.frechet import GivenMoments
 from crt.stage import sha256_file
 
 
@@ -116,8 +117,9 @@ class AdmBatch:
     """A batch file in the format of ADM's evaluator: an .npz whose array `arr_0` is uint8 (N, S, S, 3).
 
     The array streams out of the archive, which may be compressed; only the rows asked for are held, and reading on
-    from the last row costs no second look at what lies before. Its ready-made statistics (mu, sigma) are ignored:
-    they belong to another resize.
+    from the last row costs no second look at what lies before. ADM's own files also hold the moments of the whole
+    data set's features (`mu`, `sigma`, and of the spatial ones `mu_s`, `sigma_s`), under TensorFlow's resize:
+    published distances are distances from these, while the images serve precision and recall.
 
     Args:
         path: such as VIRTUAL_imagenet256_labeled.npz, 10,000 training images.
@@ -151,6 +153,32 @@ class AdmBatch:
     @cached_property
     def checksum(self) -> str:
         return sha256_file(self.path)
+
+    def moments(self, column: str, dimension: int) -> GivenMoments | None:
+        """Moments of the whole data set's features, if the file has them.
+
+        Args:
+            column: "features" or "spatial".
+            dimension: D, of the features that they are to be compared with.
+
+        Raises:
+            UserError: they are damaged, or of other features.
+        """
+        suffix = {"features": "", "spatial": "_s"}[column]
+        names = f"mu{suffix}", f"sigma{suffix}"
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                if not set(names) <= set(file.files):
+                    return None
+                mean, covariance = (np.asarray(file[name], np.float64) for name in names)
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+            raise UserError(f"{self.path}: {names[0]} or {names[1]} is damaged: fetch the file again") from None
+        if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
+            raise UserError(
+                f"{self.path}: {names[0]} and {names[1]} have the shapes {mean.shape} and {covariance.shape}, "
+                f"but the network has {dimension} features: fetch the file again"
+            )
+        return GivenMoments(mean, covariance)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if start < self._row:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+
+from crt.evaluation.comparable import STORED_MOMENTS
 
 # Name and what a reader must know of it, in the order in which they want them.
 RESULTS = (
@@ -14,30 +19,64 @@ RESULTS = (
         "fd_classifier_gen",
         "classifier distance of samples, lower is better; {fd_classifier_gen_of_perfect_images:.3g} for perfect ones",
     ),
-    ("kid", "kernel distance of samples, 0 for perfect ones"),
-    ("kd_classifier_gen", "kernel distance of samples, 0 for perfect ones"),
+    (
+        "sfid",
+        "FID of samples by the layout of their parts, lower is better; {sfid_of_perfect_images:.3g} for perfect ones",
+    ),
+    ("kid", "kernel distance of samples, lower is better; perfect ones score 0, give or take chance"),
+    ("kd_classifier_gen", "kernel distance of samples, lower is better; perfect ones score 0, give or take chance"),
     ("inception_score", "of samples, higher is better"),
-    ("precision", "share of samples among the real images"),
-    ("recall", "share of real images among the samples"),
+    ("precision", "share of samples that look like real images, higher is better"),
+    ("recall", "share of real images whose like is among the samples, higher is better"),
     (
         "class_agreement",
         "share of samples recognised as the class asked for; real images: {classifier_accuracy:.4g}",
     ),
     ("psnr", "dB, reconstructions, higher is better"),
-    ("ms_ssim", "reconstructions, 1 is best"),
-    ("ssim", "reconstructions, 1 is best"),
+    ("ms_ssim", "reconstructions, higher is better, 1 at most"),
+    ("ssim", "reconstructions, higher is better, 1 at most"),
     ("lpips", "reconstructions, lower is better"),
     ("codebook_usage", "share of codes in use"),
-    ("bits_per_image", "as stored; {bits_per_image_stage2:.4g} by the transformer's predictions"),
-    ("stage2_val_loss", "nats per token"),
+    ("bits_per_image", "bits, as stored; {bits_per_image_stage2:.4g} by the transformer's predictions"),
+    ("stage2_val_loss", "nats per code, how hard the codes are to predict, lower is better"),
 )
+# Names for people, with their units.
+TITLES = {
+    "rfid": "rFID",
+    "fd_classifier_rec": "classifier distance",
+    "gfid": "gFID",
+    "sfid": "sFID",
+    "fd_classifier_gen": "classifier distance",
+    "kid": "KID",
+    "kd_classifier_gen": "kernel distance",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "class_agreement": "agreement with the class",
+    "psnr": "PSNR",
+    "ms_ssim": "MS-SSIM",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "codebook_usage": "codebook usage",
+    "bits_per_image": "bits per image",
+    "stage2_val_loss": "stage 2 loss",
+}
+LOWER_IS_BETTER = {"gfid", "sfid", "fd_classifier_gen", "kid", "kd_classifier_gen"}
+_GLOSSARY_FILE = Path(__file__).with_name("glossary.yaml")
 _PROTOCOL = (
     "{generation_images} samples at guidance {guidance_scale:g} against the {generation_reference_images} images "
-    "of {generation_reference}; reconstructions of the {reconstruction_reference_images} images of "
+    "of {generation_reference}{moments}; reconstructions of the {reconstruction_reference_images} images of "
     "{reconstruction_reference}; features of {features} ({features_sha256:.8}), resize {features_resize}"
 )
 
 
 def protocol_text(metrics: Mapping[str, Any]) -> str:
     """What the figures were measured by, in one sentence."""
-    return _PROTOCOL.format(**metrics)
+    stored = metrics.get("generation_reference_moments") == STORED_MOMENTS
+    return _PROTOCOL.format(**metrics, moments=f", mean and covariance {STORED_MOMENTS}" if stored else "")
+
+
+def glossary(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Terms that a page with these figures uses, with their meaning."""
+    entries = YAML(typ="safe", pure=True).load(_GLOSSARY_FILE)
+    return [(entry["term"], entry["text"]) for entry in entries if set(entry.get("figures", metrics)) & set(metrics)]

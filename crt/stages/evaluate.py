@@ -6,14 +6,16 @@ by), `guidance_sweep.csv` (generation figures at each scale of guidance), pictur
 
 Cost: one pass over the validation images (encode, decode, two feature networks), one over the samples of each scale,
 and, once for all evaluations of the same data, one over the real images and the classifier's training; then a matrix
-root of some seconds (128 features) to two minutes (2,048) for each scale. Several processes share the passes. On the
-digits half a minute on two cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
+root of some seconds (128 features) to two minutes (2,048, and again for sFID) for each scale. Several processes share
+the passes; the first one does the rest. Inception's features of real images stay on disk, 16 kB for each. On the digits
+half a minute on two cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from crt.evaluation.chunks import raise_if_any_stopped
 from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
+from crt.evaluation.frechet import Moments
 from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
 from crt.evaluation.metrics import (
     Metrics,
@@ -30,9 +33,11 @@ from crt.evaluation.metrics import (
     code_metrics,
     generation_metrics,
     guidance_sweep,
+    open_reference,
     protocol,
     reconstruction_metrics,
     spread,
+    stored_moments,
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.report import REPORT_FILE, write_report
@@ -58,11 +63,13 @@ def run(run: StageRun) -> None:
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         sources = _open_sources(run, tokenizer.image_size)
         networks = _load_networks(run, world, tokenizer)
+        stored = stored_moments(sources.reference, networks.features)  # refused before the work, if at all
         passes = measure(
             run.work, run.shared, run.params.evaluate.batch_size, world, networks=networks, sources=sources
         )
-        if world.is_main:
-            _write_results(run, networks, sources, passes)
+    # The others do not wait for the figures: matrix roots of a long sweep outlast a collective's patience.
+    if world.is_main:
+        _write_results(run, networks, sources, passes, stored)
 
 
 def _open_sources(run: StageRun, image_size: int) -> Sources:
@@ -137,28 +144,28 @@ def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatu
     return ClassifierFeatures(path, world.device)
 
 
-def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: Passes) -> None:
+def _write_results(
+    run: StageRun, networks: Networks, sources: Sources, passes: Passes, stored: Mapping[str, Moments]
+) -> None:
     """metrics.json, the pictures and the classifier, from what the passes measured."""
     logger.info("evaluate: distances")
     counts = _code_counts(run)
     warnings: list[str] = []
+    reference = open_reference(passes.reference, networks.features, stored)
+    params, seed = run.params.evaluate, run.params.seed
+    generated = generation_metrics(
+        params, seed, networks, samples=passes.samples, reference=reference, warnings=warnings
+    )
     metrics: Metrics = (
         reconstruction_metrics(networks, passes, warnings)
-        | generation_metrics(
-            run.params.evaluate,
-            run.params.seed,
-            networks,
-            samples=passes.samples,
-            reference=passes.reference,
-            warnings=warnings,
-        )
+        | generated
         | code_metrics(counts, networks.tokenizer.num_tokens, run.manifests["train_ar"].summary["val_loss"])
         | class_metrics(sources, passes)
         | {
             "stage1_training_flops": run.manifests["train_tokenizer"].summary["training_flops"],
             "stage2_training_flops": run.manifests["train_ar"].summary["training_flops"],
         }
-        | protocol(networks, sources)
+        | protocol(networks, sources, reference)
     )
     if warnings:
         metrics["warnings"] = "; ".join(warnings)
@@ -169,12 +176,12 @@ def _write_results(run: StageRun, networks: Networks, sources: Sources, passes: 
             raise FloatingPointError(f"{name} is {value}")
     write_json(run.staging / "metrics.json", metrics)
     run.summary.update({name: value for name, value in metrics.items() if not isinstance(value, str)})
-    sweep = guidance_sweep(run.params.evaluate, run.params.seed, networks, sources, passes)
+    sweep = guidance_sweep(params, seed, networks, sources=sources, passes=passes, reference=reference, main=generated)
     write_rows(sweep, run.staging / "guidance_sweep.csv")
     write_rows(_usage_rows(counts), run.staging / "code_usage.csv")
     _draw(run, networks, sources, counts)
     if len(sweep) > 1:
-        plot_sweep(sweep, run.staging / "guidance_sweep.png")
+        plot_sweep(sweep, sources.samples.guidance_scale, run.staging / "guidance_sweep.png")
     seconds = {
         m.stage: read_seconds(run.inputs[key], m.fingerprint)
         for key, m in zip(run.inputs, run.manifests.values(), strict=True)

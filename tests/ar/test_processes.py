@@ -140,30 +140,48 @@ def launcher(processes: int) -> list[str]:
     return torchrun(processes) if processes > 1 else [sys.executable]
 
 
-def kill_and_repeat(command: list[str], progress: Callable[[], int], stride: int, rng: random.Random) -> None:
-    """Start a command and SIGKILL one of its processes, or all, until it has had ten chances to finish.
+def kill_and_repeat(
+    command: list[str], progress: Callable[[], int], stride: int, rng: random.Random, kills: int = 10, end: int = 0
+) -> int:
+    """Start a command and SIGKILL one of its processes, or all, until it has had so many chances to finish.
 
     Args:
         command: what to start, in a new process each time.
         progress: how far the work is.
         stride: a kill comes at most so much progress after the start, and sometimes before any.
         rng: draws the moments and the victims.
+        kills: number of starts that are to be killed.
+        end: the progress at which the last three kills come; 0: at random moments like the others.
+
+    Returns:
+        Number of kills that came before the command had ended by itself.
     """
-    for _ in range(10):
-        before, wanted = progress(), rng.choice([0, rng.randint(1, stride), rng.randint(1, stride)])
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
-            if wanted == 0:
-                time.sleep(rng.uniform(0, 4))
-            while running.poll() is None and progress() < before + wanted:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.1))
-            family = descendants(running.pid)
-            one = bool(family) and rng.random() < 0.5
-            for victim in [rng.choice(family)] if one else [running.pid, *family]:
-                with suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-            running.wait(timeout=120)
+    struck = 0
+    for index in range(kills):
+        target = progress() + rng.choice([0, rng.randint(1, stride), rng.randint(1, stride)])
+        if end and index >= kills - 3:
+            target = end
+        struck += _kill_at(command, progress, target, rng)
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    return struck
+
+
+def _kill_at(command: list[str], progress: Callable[[], int], target: int, rng: random.Random) -> bool:
+    """Start a command and kill it shortly after a moment; whether it was still running then."""
+    started = progress()
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
+        if target == started:
+            time.sleep(rng.uniform(0, 4))
+        while running.poll() is None and progress() < target:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
+        alive, family = running.poll() is None, descendants(running.pid)
+        one = bool(family) and rng.random() < 0.5
+        for victim in [rng.choice(family)] if one else [running.pid, *family]:
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        running.wait(timeout=120)
+    return alive
 
 
 def descendants(pid: int) -> list[int]:

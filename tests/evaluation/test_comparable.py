@@ -10,7 +10,7 @@ import pytest
 
 from crt.__main__ import main
 from crt.analysis.study_page import protocol_warnings
-from crt.evaluation.comparable import PROTOCOL_FIELDS, protocol_differences
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences
 
 METRICS = {
     "features": "classifier",
@@ -48,6 +48,13 @@ def test_another_reference_is_told_with_its_numbers_but_not_its_digest():
 def test_an_older_result_without_a_field_differs():
     older = {name: value for name, value in METRICS.items() if name != "features_resize"}
     assert protocol_differences(METRICS, older) == ["resize before the feature network: none, not recorded"]
+
+
+def test_results_from_before_moments_could_be_stored_took_them_from_images():
+    now = METRICS | {"generation_reference_moments": MOMENTS_OF_IMAGES}
+    assert protocol_differences(METRICS, now) == []
+    (line,) = protocol_differences(METRICS, METRICS | {"generation_reference_moments": STORED_MOMENTS})
+    assert line == f"mean and covariance of the reference of samples: {MOMENTS_OF_IMAGES}, {STORED_MOMENTS}"
 
 
 def test_results_of_two_runs_stand_side_by_side_and_warn(tmp_path, capsys):

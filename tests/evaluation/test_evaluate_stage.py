@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,15 +31,19 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History, read_history
 from crt.params import load_params
 from crt.randomness import seed_torch
 from crt.stage import open_run, publish, sha256_file
+from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.cache import TokenCache
+from tests.ar.test_processes import torchrun
 from tests.conftest import ROOT, TINY, write_params
+from tests.tokenizer.test_losses import vgg_file
 
 NAMES = ("data", "tokenizer", "tokens", "ar", "samples")
 # Enough real images for the 16 features of this classifier.
@@ -201,6 +206,24 @@ def test_a_stopped_run_ends_with_the_same_bytes(evaluated, monkeypatch, tmp_path
     assert {path.name: path.read_bytes() for path in (evaluated.root / "again").iterdir()} == expected
 
 
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_bytes(evaluated):
+    """Oracle: one process. So many samples that each process has some to measure."""
+    params = write_params(evaluated.root / "many.yaml", evaluated.changes | {"sample.num_images": 2300})
+    inputs = [text for key in NAMES[:-1] for text in (f"--{key}", str(evaluated.root / key))]
+    samples, outs = evaluated.root / "samples_many", [evaluated.root / name for name in ("one", "two")]
+    sampling = ["sample", "--params", str(params), *inputs[2:4], *inputs[6:8], "--out", str(samples)]
+    assert main(sampling) == 0
+    command = ["evaluate", "--params", str(params), *inputs, "--samples", str(samples)]
+    for out, launch in zip(outs, ([sys.executable], torchrun(2)), strict=True):
+        shared = ["--shared", str(evaluated.root / f"shared_{out.name}")]
+        subprocess.run([*launch, "-m", "crt", *command, *shared, "--out", str(out)], cwd=ROOT, check=True)
+    one, two = ({path.name: path.read_bytes() for path in out.iterdir()} for out in outs)
+    assert "metrics.json" in one
+    assert "2 processes" in (evaluated.root / "two.log").read_text()
+    assert one == two
+
+
 def test_another_reference_is_named_and_read_to_its_end(evaluated):
     assert evaluated.evaluate("against_train", generation_reference="train") == 0
     val, train = evaluated.metrics("evaluation"), evaluated.metrics("against_train")
@@ -214,7 +237,7 @@ def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
     """128 features, 40 samples, 120 real images."""
     assert evaluated.evaluate("scarce", **{"classifier.channels": 32, "classifier.steps": 1}) == 0
     metrics = evaluated.metrics("scarce")
-    for name in ("fd_classifier_gen: 40 samples images and 120 reference images", "fd_classifier_rec: 120 validation"):
+    for name in ("fd_classifier_gen: 40 samples and 120 reference images", "fd_classifier_rec: 120 validation"):
         assert name in metrics["warnings"]
         assert f"warning: {name}" in capfd.readouterr().err or name.startswith("fd_classifier_rec")
     assert f"about {metrics['fd_classifier_gen_of_perfect_images']:.3g} instead of 0" in metrics["warnings"]
@@ -228,12 +251,17 @@ def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
             "/nowhere/inception-2015-12-05.pt: not found: put",
         ),
         (
+            {"features": "inception", "inception_weights": "STAND_IN"},
+            "inception-2015-12-05.pt: wrong file, its SHA-256 is",
+        ),
+        (
             {"features": "inception", "generation_reference": "adm_train", "adm_reference": "/nowhere/adm.npz"},
             "/nowhere/adm.npz: not found: fetch",
         ),
     ],
 )
-def test_missing_files_are_named_in_one_line(evaluated, capfd, changes, message):
+def test_missing_and_wrong_files_are_named_in_one_line(evaluated, inception_folder, capfd, changes, message):
+    changes = {key: str(inception_folder) if value == "STAND_IN" else value for key, value in changes.items()}
     assert evaluated.evaluate("refused", **changes) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -259,33 +287,90 @@ def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):
     assert "evaluate.lpips" in errors[0]
 
 
-@pytest.mark.slow
-def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, tmp_path, monkeypatch):
-    """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
+def inception_run(
+    evaluated: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPatch, moments: dict, **changes
+) -> tuple[dict, np.ndarray]:
+    """Evaluate on the stand-in network against a batch of the very samples, in another order; figures and samples."""
     with h5py.File(evaluated.root / "samples/samples.h5") as file:
         samples = file["images"][:]
-    np.savez_compressed(tmp_path / "adm.npz", samples[::-1])
-    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    np.savez_compressed(evaluated.root / "adm.npz", samples[::-1], **moments)
+    checksum = sha256_file(folder / INCEPTION_FILE)
     monkeypatch.setattr("crt.stages.evaluate.InceptionFeatures", partial(InceptionFeatures, sha256=checksum))
-    changes = {
+    changes |= {
         "features": "inception",
-        "inception_weights": str(inception_folder),
+        "inception_weights": str(folder),
         "generation_reference": "adm_train",
-        "adm_reference": str(tmp_path / "adm.npz"),
+        "adm_reference": str(evaluated.root / "adm.npz"),
     }
+    shutil.rmtree(evaluated.root / "inception", ignore_errors=True)
     assert evaluated.evaluate("inception", **changes) == 0
-    metrics = evaluated.metrics("inception")
-    # The reference holds the very samples, in another order.
+    return evaluated.metrics("inception"), samples
+
+
+def some_moments() -> dict[str, np.ndarray]:
+    """Those of no images, by their names in ADM's files."""
+    rng = np.random.default_rng(0)
+    moments: dict[str, np.ndarray] = {}
+    for suffix, dimension in (("", 2048), ("_s", 2023)):
+        factors = rng.normal(size=(50, dimension)) * 0.1
+        moments |= {f"mu{suffix}": rng.normal(size=dimension), f"sigma{suffix}": factors.T @ factors}
+    return moments
+
+
+@pytest.mark.slow
+def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, monkeypatch):
+    """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
+    metrics, _ = inception_run(evaluated, inception_folder, monkeypatch, some_moments())
+    # The images of the file are the very samples; its moments belong to another resize than this one.
     assert metrics["gfid"] == pytest.approx(0, abs=1e-3)
+    assert metrics["sfid"] == pytest.approx(0, abs=1e-3)
     assert (metrics["precision"], metrics["recall"]) == (1, 1)
     assert metrics["rfid"] > 0.01
     assert metrics["inception_score"] >= 1
-    assert metrics["features_sha256"] == checksum
+    assert metrics["features_sha256"] == sha256_file(inception_folder / INCEPTION_FILE)
     assert metrics["generation_reference"] == "adm_train"
-    assert metrics["generation_reference_sha256"] == sha256_file(tmp_path / "adm.npz")
-    assert "gfid: 40 samples images and 40 reference images" in metrics["warnings"]
+    assert metrics["generation_reference_moments"] == MOMENTS_OF_IMAGES
+    assert metrics["generation_reference_sha256"] == sha256_file(evaluated.root / "adm.npz")
+    for name in ("gfid", "sfid"):
+        assert f"{name}: 40 samples and 40 reference images" in metrics["warnings"]
     assert {"kid", "class_agreement", "classifier_accuracy"} <= set(metrics)
     assert not {"fd_classifier_rec", "fd_classifier_gen"} & set(metrics)
+
+
+@pytest.mark.slow
+def test_distances_are_from_the_moments_that_the_batch_file_holds(evaluated, inception_folder, monkeypatch):
+    """Oracle: clean-fid's distance of all samples' features, taken in one go, from those moments."""
+    moments = some_moments()
+    metrics, samples = inception_run(
+        evaluated, inception_folder, monkeypatch, moments, inception_resize="legacy_tensorflow"
+    )
+    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    arrays = InceptionFeatures(inception_folder, "legacy_tensorflow", "cpu", checksum).arrays(samples)
+    for name, column, suffix in (("gfid", "features", ""), ("sfid", "spatial", "_s")):
+        values = arrays[column].astype(np.float64)
+        expected = cleanfid_fid.frechet_distance(
+            values.mean(axis=0), np.cov(values, rowvar=False), moments[f"mu{suffix}"], moments[f"sigma{suffix}"]
+        )
+        assert expected > 10
+        assert metrics[name] == pytest.approx(expected, rel=1e-4)
+        assert f"{name}: 40 samples are too few" in metrics["warnings"]
+    assert metrics["generation_reference_moments"] == STORED_MOMENTS
+
+
+@pytest.mark.skipif(find_spec("lpips") is None, reason="lpips is not installed")
+def test_lpips_is_the_packages_mean_over_all_pairs(evaluated, tmp_path):
+    """Oracle: the package itself, on the pairs in one go; VGG-16 with random weights."""
+    weights = vgg_file(tmp_path / "vgg16.pth")
+    assert evaluated.evaluate("perceptual", lpips=True, lpips_weights=str(weights)) == 0
+    val = PackedImages(evaluated.root / "data", "val")
+    originals = torch.from_numpy(val.pixels(np.arange(len(val))))
+    tokenizer = Tokenizer.load(evaluated.root / "tokenizer")
+    copies = to_uint8(tokenizer.decode(tokenizer.encode(to_unit_range(originals))))
+    network = PerceptualLoss(weights).network
+    expected = network(to_unit_range(originals), to_unit_range(copies)).mean().item()
+    assert expected > 0
+    assert evaluated.metrics("perceptual")["lpips"] == pytest.approx(expected, rel=1e-3)
+    assert "<dt>LPIPS</dt>" in (evaluated.root / "perceptual/report.html").read_text()
 
 
 @pytest.mark.slow
@@ -340,11 +425,18 @@ def test_the_page_stands_alone_and_tells_the_run(evaluated):
         assert f"{metrics[name]:.4g}" in page
     assert "they are for ImageNet at 256 px, this run is on digits at 16 px" in page
     assert "Guidance sweep" not in page
+    assert f">{metrics['psnr']:.3g} dB<" in page
+    assert "of the 64 codes are in use" in page
+    # Words are explained, those of figures that are not there are not.
+    for term in ("causal regularizer, lambda", "nats per code", "classifier distance", "SSIM, MS-SSIM"):
+        assert f"<dt>{term}</dt>" in page
+    assert "Inception score" not in page
     assert "1.00e+10" in page  # FLOPs of the tokenizer's training
     assert re.search(r"generation_reference: val\b", page)  # the params
 
 
-def test_the_page_shows_in_a_browser(evaluated, tmp_path):
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_page_shows_in_a_browser(evaluated, tmp_path, width):
     """Headless Chromium draws it without a network: its pictures have their sizes, and nothing overflows the page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -357,7 +449,7 @@ def test_the_page_shows_in_a_browser(evaluated, tmp_path):
     )
     (tmp_path / "page.html").write_text(page.replace("</body>", probe))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    options = ["--window-size=1200,2400", f"--screenshot={tmp_path}/page.png", "--dump-dom"]
+    options = [f"--window-size={width},2400", f"--screenshot={tmp_path}/page.png", "--dump-dom"]
     result = subprocess.run(
         [*command, *options, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120, check=True
     )

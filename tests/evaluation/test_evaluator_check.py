@@ -40,11 +40,33 @@ def test_figures_are_those_of_the_features(digits, classifier_path, tmp_path):
     assert figures["FID"] == pytest.approx(cleanfid_fid.fid_from_feats(x.astype(float), y.astype(float)), rel=1e-3)
     assert (figures["precision"], figures["recall"]) == precision_recall(x, y, 3)
     assert 1 < figures["inception score"] < 10
-    assert figures.keys() == PUBLISHED.keys()
-    assert warnings == []
+    assert figures.keys() == PUBLISHED.keys()  # and no sFID: this network has no spatial features
+    (warning,) = warnings
+    assert "holds no moments of the whole training set" in warning
     few = batch(tmp_path / "c.npz", digits.val[:20])
-    (warning,) = score(network, few, reference, **settings)[1]
+    warning, _ = score(network, few, reference, **settings)[1]
     assert "20 validation images are too few for a covariance of 64 features" in warning
+
+
+def test_published_figures_are_from_the_moments_that_the_batch_file_holds(
+    digits, classifier_path, tmp_path, monkeypatch
+):
+    """Oracle: clean-fid's distance from those moments, which are not those of the images in the file."""
+    network = ClassifierFeatures(classifier_path, "cpu")
+    monkeypatch.setattr(network, "resize", "legacy_tensorflow")
+    whole = network(digits.train).astype(np.float64)
+    moments = whole.mean(axis=0), np.cov(whole, rowvar=False)
+    np.savez(tmp_path / "adm.npz", digits.train[:100], mu=moments[0], sigma=moments[1])
+    images = batch(tmp_path / "a.npz", digits.val[:200])
+    settings = {"shared": tmp_path / "shared", "batch_size": 64, "neighbours": 3, "splits": 10}
+    figures, warnings = score(network, images, AdmBatch(tmp_path / "adm.npz"), **settings)
+    ours = network(digits.val[:200]).astype(np.float64)
+    expected = cleanfid_fid.frechet_distance(ours.mean(axis=0), np.cov(ours, rowvar=False), *moments)
+    assert figures["FID"] == pytest.approx(expected, rel=1e-4)
+    assert warnings == []
+    monkeypatch.setattr(network, "resize", "none")
+    others, _ = score(network, images, AdmBatch(tmp_path / "adm.npz"), **settings)
+    assert others["FID"] > 1.2 * expected  # fewer images
 
 
 def prepared(tmp_path, source: str, **changes):

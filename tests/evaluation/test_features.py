@@ -1,12 +1,13 @@
 """Oracle: clean-fid's own feature extraction and scores on the same images as PNG files.
 
 The weights of the real Inception network cannot be had offline, so its class runs on a stand-in TorchScript file with
-the same face (layers, output, forward), small enough for a test; the checksum test alone tells the two apart.
+the same face and the same modules, narrow enough for a test; the checksum test alone tells the two apart.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import urllib.error
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 from cleanfid import fid as cleanfid_fid
 from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
 from PIL import Image
 
 from crt.errors import UserError
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.frechet import GaussianStatistics, frechet_distance
+from crt.evaluation.spatial import split_inception
 from crt.stage import sha256_file
+from tests.evaluation.conftest import StandIn, script_stand_in
 
 
 def as_folder(images: np.ndarray, folder) -> str:
@@ -42,6 +46,62 @@ def test_inception_features_are_clean_fids(digits, inception_folder, tmp_path, r
     assert features.shape == (12, network.dimension)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     assert network.resize == resize
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow"])
+def test_spatial_features_are_the_map_that_a_hook_sees(digits, inception_folder, resize):
+    """Oracle: the same weights in plain modules, where hooks work, on the first 7 channels of `mixed_6.conv`."""
+    network = InceptionFeatures(inception_folder, resize, "cpu", sha256_file(inception_folder / INCEPTION_FILE))
+    plain = StandIn().eval()
+    plain.load_state_dict(torch.jit.load(inception_folder / INCEPTION_FILE).state_dict())
+    seen = []
+    plain.layers.mixed_6.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = digits.val[:5]
+    with torch.inference_mode():
+        if resize == "clean":
+            resized = np.stack([build_resizer("clean")(image) for image in images])
+            features = plain.layers((torch.from_numpy(resized).permute(0, 3, 1, 2) - 128) / 128).flatten(1)
+        else:
+            features = plain(torch.from_numpy(images).permute(0, 3, 1, 2), return_features=True)
+    (maps,) = seen
+    assert maps.shape == (5, 8, 17, 17)
+    # In the order of ADM's statistics: rows, columns, channels.
+    expected = np.stack([maps[:, channel].numpy() for channel in range(7)], axis=-1).reshape(5, -1)
+    arrays = network.arrays(images)
+    assert network.spatial_dimension == 2023
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(arrays["spatial"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(arrays["features"], features.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ("del model.layers.mixed_6", "sFID is left out: .* has no attribute 'mixed_6'"),
+        (
+            "model.layers.mixed_6.conv, model.layers.mixed_7 = Convolution(32, 6, 1), Block(30, 32)",
+            "1734 spatial features instead of 2023",
+        ),
+    ],
+)
+def test_another_network_has_no_spatial_features(digits, tmp_path, edit, reason, caplog):
+    """All else goes on, and one line says why."""
+    script_stand_in(tmp_path, edit)
+    network = InceptionFeatures(tmp_path, "clean", "cpu", sha256_file(tmp_path / INCEPTION_FILE))
+    assert network.spatial_dimension == 0
+    assert network.arrays(digits.val[:2]).keys() == {"features"}
+    (record,) = caplog.records
+    assert re.search(reason, record.message)
+
+
+def test_stages_that_are_not_the_network_are_refused(inception_folder, monkeypatch, caplog):
+    """As where the network's sequence had more in it than its modules."""
+    network = InceptionV3W(str(inception_folder), download=False).eval()
+    assert split_inception(network, resize_inside=False, device=torch.device("cpu")) is not None
+    whole = network.forward
+    monkeypatch.setattr(network, "forward", lambda images: whole(images) * 1.001)
+    assert split_inception(network, resize_inside=False, device=torch.device("cpu")) is None
+    assert "its features differ by 0.001" in caplog.text
 
 
 def test_inception_probabilities_leave_out_the_outputs_bias(digits, inception_folder):

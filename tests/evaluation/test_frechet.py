@@ -10,6 +10,7 @@ from cleanfid import fid as cleanfid_fid
 
 from crt.evaluation.frechet import (
     GaussianStatistics,
+    GivenMoments,
     _frechet_from_eigenvalues,
     expected_distance,
     frechet_distance,
@@ -108,10 +109,21 @@ def test_expected_distance_is_the_mean_distance_of_equal_gaussians(rng):
     assert standard_error < predicted / 20  # tight enough to tell a wrong coefficient
 
 
+def test_given_moments_are_those_of_a_population(rng):
+    """Oracle: the closed form; and only the other set's chance counts, whose mean distance is drawn."""
+    scales = np.sqrt([4.0, 1.0, 0.5, 0.1, 0.01])
+    population = GivenMoments(np.zeros(5), np.diag(scales**2))
+    shifted = exact(np.full(5, 2.0), np.diag((2 * scales) ** 2))
+    assert frechet_distance(shifted, population) == pytest.approx(5 * 4 + (scales**2).sum(), rel=1e-9)
+    scores = [frechet_distance(statistics(rng.normal(size=(400, 5)) * scales), population) for _ in range(300)]
+    predicted = expected_distance(population, (400, population.count))
+    assert predicted == pytest.approx(np.mean(scores), abs=4 * np.std(scores) / np.sqrt(300))
+
+
 def test_scarcity_names_the_set_the_numbers_and_the_bias():
-    text = scarcity("gfid", 2048, 31.4, {"samples": 500, "reference": 50_000})
+    text = scarcity("gfid", 2048, 31.4, {"samples": 500, "reference images": 50_000})
     assert "\n" not in text
-    assert "500 samples images" in text
+    assert "500 samples are too few" in text
     assert "50000" not in text
     assert "2048 features" in text
     assert "31.4" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from crt.evaluation.curves import _panels, plot_code_usage, plot_losses
+from crt.evaluation.curves import _panels, plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
 from crt.history import History
 
@@ -81,8 +81,34 @@ def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
         assert "Software" not in image.info
     titles = [panel.title for panel in _panels("tokenizer", folder)]
     assert titles == ["tokenizer: loss", "tokenizer: loss per position"]
+    assert [panel.unit for panel in _panels("transformer", folder)] == ["nats per code", "nats per code"]
     assert not plot_losses({"tokenizer": tmp_path / "absent"}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_shares_of_training_and_validation_stand_in_one_panel(tmp_path):
+    History(tmp_path / "train.csv", ["code_usage"]).append(1, {"code_usage": 0.5})
+    History(tmp_path / "validation.csv", ["codebook_usage", "mse"]).append(1, {"codebook_usage": 0.25, "mse": 0.1})
+    (panel,) = _panels("tokenizer", tmp_path)
+    assert {kind: y.tolist() for kind, (_, y) in panel.series.items()} == {"training": [0.5], "validation": [0.25]}
+
+
+def test_a_sweep_shows_the_chosen_scale_and_what_perfect_images_score(tmp_path):
+    """Oracle: without the one or the other the picture differs; without what it is not to show, it does not."""
+    row = {"gfid": 3.0, "gfid_of_perfect_images": 1.0, "inception_score_std": 0.1, "recall": 0.5}
+    rows = [row | {"guidance_scale": scale} for scale in (1.0, 2.0, 3.0)]
+
+    def drawn(rows, chosen):
+        plot_sweep(rows, chosen, tmp_path / "sweep.png")
+        return (tmp_path / "sweep.png").read_bytes()
+
+    def without(name):
+        return [{key: value for key, value in row.items() if key != name} for row in rows]
+
+    whole = drawn(rows, 2.0)
+    assert drawn(rows, 3.0) != whole
+    assert drawn(without("gfid_of_perfect_images"), 2.0) != whole
+    assert drawn(without("inception_score_std"), 2.0) == whole
 
 
 def test_code_usage_is_drawn_for_unused_codes_too(tmp_path):

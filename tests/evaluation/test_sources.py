@@ -53,6 +53,29 @@ def test_adm_batch_says_what_is_wrong_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_stored_moments_are_read_for_the_features_that_they_fit(tmp_path):
+    rng = np.random.default_rng(0)
+    moments = {"mu": rng.normal(size=4), "sigma": np.eye(4), "mu_s": rng.normal(size=6), "sigma_s": 2 * np.eye(6)}
+    np.savez(tmp_path / "batch.npz", IMAGES, **moments)
+    source = AdmBatch(tmp_path / "batch.npz")
+    for column, (mean, covariance) in {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}.items():
+        given = source.moments(column, len(moments[mean]))
+        np.testing.assert_array_equal(given.mean, moments[mean])
+        np.testing.assert_array_equal(given.covariance, moments[covariance])
+    with pytest.raises(UserError, match=r"mu and sigma have the shapes \(4,\) and \(4, 4\).*has 2048") as error:
+        source.moments("features", 2048)
+    assert "\n" not in str(error.value)
+    np.savez(tmp_path / "without.npz", IMAGES, mu=moments["mu"])
+    assert AdmBatch(tmp_path / "without.npz").moments("features", 4) is None
+
+
+def test_damaged_moments_are_named(tmp_path):
+    np.savez(tmp_path / "batch.npz", IMAGES, mu=np.zeros(4), sigma=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match=r"batch\.npz: mu or sigma is damaged") as error:
+        AdmBatch(tmp_path / "batch.npz").moments("features", 4)
+    assert "\n" not in str(error.value)
+
+
 def test_a_damaged_adm_batch_is_named(tmp_path):
     np.savez(tmp_path / "batch.npz", IMAGES)
     data = bytearray((tmp_path / "batch.npz").read_bytes())

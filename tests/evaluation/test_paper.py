@@ -1,0 +1,62 @@
+"""Which figures of a run stand beside the paper's; oracle: the paper's table 1, and one condition broken at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.paper import beside_paper
+
+METRICS = {
+    "rfid": 2.3,
+    "gfid": 2.8,
+    "reconstruction_reference_images": 50_000,
+    "generation_reference": "adm_train",
+    "generation_reference_moments": STORED_MOMENTS,
+    "generation_images": 50_000,
+}
+
+
+def compare(
+    changes: dict[str, Any], source: str = "imagenet", side: int = 256, parameters: float = 343e6
+) -> dict[str, Any]:
+    manifests = {
+        "prepare_data": SimpleNamespace(params={"prepare_data": {"source": source}}),
+        "train_ar": SimpleNamespace(summary={"parameters": parameters}),
+    }
+    metrics = {name: value for name, value in (METRICS | changes).items() if value is not None}
+    return beside_paper(metrics, side, manifests)
+
+
+def test_figures_of_the_papers_protocol_stand_beside_its_own() -> None:
+    found = compare({})
+    assert found["reasons"] == []
+    assert found["rows"] == [
+        {"name": "rFID", "ours": "2.30", "baseline": "2.21", "crt": "2.36"},
+        {"name": "gFID, 340M", "ours": "2.80", "baseline": "2.89", "crt": "2.75"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rest", "rows", "reason"),
+    [
+        ({"generation_images": 10_000}, {}, ["rFID"], "gFID is for 50,000 samples against the ADM batch"),
+        ({"generation_reference": "val"}, {}, ["rFID"], "against the ADM batch"),
+        ({"generation_reference_moments": MOMENTS_OF_IMAGES}, {}, ["rFID"], "moments that the ADM batch file holds"),
+        ({"generation_reference_moments": None}, {}, ["rFID"], "moments that the ADM batch file holds"),
+        ({"reconstruction_reference_images": 100}, {}, ["gFID, 340M"], "rFID is for all 50,000"),
+        ({}, {"parameters": 50e6}, ["rFID"], "transformers of 111M, 340M and 775M"),
+        ({}, {"source": "digits", "side": 16}, [], "this run is on digits at 16 px"),
+        ({"rfid": None}, {}, [], "measured with a classifier of its own"),
+    ],
+)
+def test_others_do_not_and_the_page_says_why(
+    changes: dict[str, Any], rest: dict[str, Any], rows: list[str], reason: str
+) -> None:
+    found = compare(changes, **rest)
+    assert [row["name"] for row in found["rows"]] == rows
+    (text,) = found["reasons"]
+    assert reason in text
