@@ -181,7 +181,7 @@ def test_dvc_recognises_what_snakemake_made(project):
 
 
 def test_snakemake_recognises_what_dvc_made(project):
-    write_params(project.params, {"sample.temperature": 0.9}, base=project.params)
+    write_params(project.params, {"sample.temperature": 0.7}, base=project.params)
     text = project.run("dvc", "repro")
     assert set(re.findall(r"Running stage '(\w+)'", text)) == {"sample", "evaluate"}
     assert "is current" not in text
