@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from crt import interrupt, slurm
 from crt.errors import UserError
-from crt.launch import environment_rank
+from crt.launch import environment_rank, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def join_world() -> Iterator[World]:
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     started = size > 1 and not dist.is_initialized()
     if started:
         if "MASTER_ADDR" not in os.environ:  # srun, unlike torchrun, names no meeting point

@@ -7,6 +7,7 @@ Snakefile state one command for a laptop, a workstation and a cluster.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from crt import slurm
 DISTRIBUTED_STAGES = ("train_tokenizer", "tokenize", "train_ar", "sample", "evaluate")
 # Snakemake sets these to the threads of the rule, which knows nothing of several processes.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
@@ -87,6 +91,21 @@ def wait_passively() -> None:
     another program takes a share of one: all wait for the thread that was interrupted.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory that it frees, instead of giving it back to the system each time.
+
+    glibc maps each large tensor anew, and the system clears every page of it at first touch. A training step on a
+    CPU allocates the same tensors again and again: a tenth to a quarter of its time went there
+    (`benchmarks/stage2.md`). Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def has_gpu() -> bool:

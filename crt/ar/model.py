@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crt.ar import cpu
 from crt.errors import UserError
 from crt.stage import write_json
 
@@ -140,7 +141,7 @@ class ARTransformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.class_embedding = Embedding(config.num_classes + 1, config.width, config.init_std)
         self.code_embedding = Embedding(config.codebook_size, config.width, config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         # Zero, so that training starts at the uniform distribution: loss ln K.
@@ -157,8 +158,10 @@ class ARTransformer(nn.Module):
         Returns:
             (B, T) float32.
         """
-        logits = self.logits(codes, labels).flatten(0, 1)  # B T, K
-        return F.cross_entropy(logits.float(), codes.flatten(), reduction="none").view_as(codes)
+        logits, targets = self.logits(codes, labels).flatten(0, 1), codes.flatten()  # B T, K and B T
+        if cpu.is_cpu(logits):
+            return cpu.cross_entropy(logits, targets).view_as(codes)
+        return F.cross_entropy(logits.float(), targets, reduction="none").view_as(codes)
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Predictions of every code at once: (B, T) and (B,) int64 to (B, T, K); the last code is not read."""
@@ -208,12 +211,15 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.qkv = Linear(config.width, 3 * config.width, config.init_std)
         self.out = Linear(config.width, config.width, config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         q, k, v = self.project(x, rotation)  # B, H, T, D
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if cpu.is_cpu(x) and x.requires_grad:
+            y = cpu.causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,12 +236,22 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up = Linear(config.width, 2 * config.ffn_width, config.init_std)
         self.down = Linear(config.ffn_width, config.width, config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # B, T, F each
         return self.dropout(self.down(F.silu(gate) * up))
+
+
+class Dropout(nn.Dropout):
+    """Zeroes elements while training, with probability p, and scales up the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        if self.training and cpu.is_cpu(x):
+            return cpu.dropout(x, self.p)
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):
@@ -248,6 +264,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
+        if cpu.is_cpu(x):
+            return cpu.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -301,6 +319,8 @@ def rotary_table(grid: tuple[int, int], head_width: int, base: float) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring pairs of channels: (B, T, heads, D) by (T, D/2, 2), in float32."""
+    if cpu.is_cpu(x):
+        return cpu.rotate(x, rotation)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # B, T, heads, D/2
     cos, sin = rotation[:, None].unbind(-1)  # T, 1, D/2
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
