@@ -1,7 +1,7 @@
 """Forms of the stage-2 model's operations that are fast on a CPU; on other devices torch's own kernels are.
 
-Each computes what the general form beside its call does, to rounding. torch 2.11 is slow here at the backward pass
-of fused attention, at random bits (its generator spends a 64-bit word on each element), at rotation pair by pair, and at
+Each computes what the general form beside its call does, to rounding. torch 2.11 is slow here at the backward pass of
+fused attention, at random bits (its generator spends a 64-bit word on each element), at rotation pair by pair, and at
 passes over whole tensors, each from memory and back, where the work is less than the way (`benchmarks/stage2.md`).
 """
 
