@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_ELEMENTS_AT_ONCE = 2**16
+
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in the precision of its input.
@@ -21,22 +23,32 @@ class GroupNorm(nn.GroupNorm):
         """(B, C, H, W) to the same."""
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            if x.device.type == "cpu" and x.requires_grad and _is_channels_last(x):
+            if x.device.type == "cpu" and _is_channels_last(x) and (x.requires_grad or x.dtype == torch.float32):
                 return _ChannelsLastGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """torch's forward pass and our own backward pass, which for channels-last images on a CPU is many times faster.
+    """For channels-last images on a CPU: an exact forward pass in float32 and a backward pass that is many times faster.
 
-    torch's own walks over such images with a stride: at 16 channels and 256 px it takes ten times as long as the
-    convolutions beside it.
+    torch's own forward pass adds up each group one element after the other and takes the variance as a difference of
+    squares: at 128 channels and 256 px it is wrong by 1e-3 where the mean is six deviations, a thousand times what the
+    contiguous layout gives, and codes near a tie change. In bfloat16 that hides in the rounding. Its backward pass
+    walks with a stride: at 16 channels and 256 px it takes ten times as long as the convolutions beside it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:  # noqa: PLR0917
         batch, channels, height, width = x.shape
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
+        if x.dtype == torch.float32:
+            mean, rstd = _statistics(x, groups, eps)
+            scale = rstd.repeat_interleave(channels // groups, 1) * weight  # B, C
+            offset = bias - mean.repeat_interleave(channels // groups, 1) * scale
+            y = torch.empty_like(x)  # channels last as well
+            rows, out = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
+            torch.addcmul(offset[:, None, None], rows, scale[:, None, None], out=out)
+        else:
+            y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -71,6 +83,20 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         centred = per_group(product_sum) - per_group(slope_sum) * mean[..., None]
         weight_gradient = (centred * rstd[..., None]).sum(0).flatten().to(weight.dtype)
         return x_gradient.permute(0, 3, 1, 2), weight_gradient, slope_sum.sum(0).to(weight.dtype), None, None
+
+
+def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group: (B, C, H, W) channels last, float32, to two of (B, groups)."""
+    batch, channels, height, width = x.shape
+    pixels = max(1, _ELEMENTS_AT_ONCE // channels)
+    sums = []
+    for image in x.permute(0, 2, 3, 1).reshape(batch, height * width, channels):
+        # Short sums in float32, while the part is in the cache, and the sum of those in float64.
+        parts = [(part.sum(0), (part * part).sum(0)) for part in image.split(pixels)]
+        sums.append(torch.stack([torch.stack(part) for part in parts]).double().sum(0))  # 2, C
+    count = channels // groups * height * width
+    mean, square = (torch.stack(sums).view(batch, 2, groups, -1).sum(3) / count).unbind(1)
+    return mean.float(), (square - mean.square() + eps).rsqrt().float()
 
 
 def _is_channels_last(x: Tensor) -> bool:
