@@ -106,7 +106,7 @@ def _train(run: StageRun, world: World) -> None:
     signum = 0
     for step in range(first_step, params.steps + 1):  # `step` updates are done
         last, fresh = step == params.steps, step > first_step
-        if last or (fresh and step % params.validate_every == 0):
+        if fresh and (last or step % params.validate_every == 0):
             size = params.batch_size // world.size
             log.validation(step, validate(state.averaged, regularizer, val_images, size, world))
             if world.is_main:

@@ -141,6 +141,14 @@ def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, moments, ch
         assert same_files(whole, runs.train(f"died{at}", **changes))
 
 
+def test_a_run_that_died_between_its_last_checkpoint_and_its_result(runs, monkeypatch):
+    whole = runs.train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tokenizer, "tokenizer_flops_per_image", lambda *_: 1 / 0)
+        runs.train("died", status=1)
+    assert same_files(whole, runs.train("died"))
+
+
 def test_a_signal_saves_the_step_and_the_run_continues_there(runs, monkeypatch):
     class Signalled(Progress):
         def update(self, done, **figures):
