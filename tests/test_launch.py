@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from crt import slurm
 from crt.errors import UserError
 from crt.launch import launch_command, limit_threads, srun_command
+from tests.conftest import ROOT
 
 SLURM_JOB = """JobId=7 JobName=x UserId=a(1) BatchFlag=1 Requeue=1 Restarts=2 JobState=RUNNING \
 NumNodes=4-4 NumCPUs=32 NumTasks=32 CPUs/Task=8 ReqB:S:C:T=0:0:*:* Comment=rule_train_ar"""
@@ -78,3 +80,21 @@ def test_threads_wait_without_spinning_unless_the_user_says_otherwise(chosen, ex
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     # What the OpenMP library itself reports when torch loads it.
     assert f"OMP_WAIT_POLICY = '{expected}'" in result.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """Oracle: the pages that the system had to hand out, of a process of its own."""
+    script = (
+        "import resource, sys, torch; from crt.launch import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(2**24); before = faults()\n"
+        "for _ in range(20): torch.ones(2**24)\n"
+        "print(faults() - before)"
+    )
+    fresh, kept = (
+        int(subprocess.run([sys.executable, "-c", script, how], cwd=ROOT, check=True, capture_output=True).stdout)
+        for how in ("leave", "keep")
+    )
+    assert kept < fresh / 20
