@@ -89,7 +89,8 @@ def test_freed_memory_is_used_again() -> None:
         "import resource, sys, torch; from crt.launch import keep_freed_memory\n"
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(2**24); before = faults()\n"
+        "for _ in range(20): torch.ones(2**24)\n"
+        "before = faults()\n"
         "for _ in range(20): torch.ones(2**24)\n"
         "print(faults() - before)"
     )
