@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # What one operation touches between its passes should stay in a core's cache.
 _ELEMENTS_AT_ONCE = 2**18
@@ -21,8 +22,13 @@ _INTEGER_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def is_cpu(x: Tensor) -> bool:
-    """Whether these forms serve for `x`. The compiler fuses the general ones itself."""
-    return x.device.type == "cpu" and x.dtype in _INTEGER_OF and not torch.compiler.is_compiling()
+    """Whether these forms serve for `x`.
+
+    The compiler fuses the general ones itself, and FLOPs and memory, which fake tensors tell, are counted for those.
+    """
+    if isinstance(x, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" and x.dtype in _INTEGER_OF
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

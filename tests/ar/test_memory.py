@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crt.ar import cpu
 from crt.ar.deepspeed_config import bucket_elements
 from crt.ar.memory import Split, activation_bytes, held_bytes, saved_bytes
 from crt.ar.model import ARTransformer, count_parameters
@@ -46,6 +47,13 @@ def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
     assert zero > one > three - 4 * bucket_elements(parameters)
 
 
+@pytest.fixture
+def general_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's operations as on a GPU, whose memory is derived."""
+    monkeypatch.setattr(cpu, "is_cpu", lambda x: False)
+
+
+@pytest.mark.usefixtures("general_forms")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_activations_are_what_autograd_keeps(precision: str) -> None:
     """Oracle: the storages that autograd saves of a real model of more layers, and of more images."""
@@ -57,6 +65,7 @@ def test_activations_are_what_autograd_keeps(precision: str) -> None:
     assert images * activation_bytes(config, precision, False, "cpu") == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.usefixtures("general_forms")
 def test_recomputation_keeps_one_input_per_block() -> None:
     config = small_config(layers=40)
     kept, recomputed = (activation_bytes(config, "float32", checkpointing, "cpu") for checkpointing in (False, True))
