@@ -14,6 +14,7 @@ from scipy.stats import entropy
 from crt.__main__ import main
 from crt.data.packed import PackedImages
 from crt.params import load_params
+from crt.pipeline import stage_version
 from crt.stage import read_current
 from crt.tokens.cache import TokenCache
 from tests.conftest import ROOT
@@ -46,7 +47,7 @@ def test_inspect_prints_what_the_cache_holds(tokens, capsys):
     text = capsys.readouterr().out
     cache = TokenCache(tokens, "train")
     counts = np.bincount(np.asarray(cache.array).reshape(-1), minlength=300)
-    assert "made by tokenize version 1" in text
+    assert f"made by tokenize version {stage_version('tokenize')}" in text
     assert f"{len(cache)} images x 2 views x 16 tokens (4 x 4)" in text
     assert "center, flip" in text
     assert f"{(counts > 0).sum()} of 300" in text
