@@ -140,6 +140,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
+        # Where the square overflowed, the gradient is no number, as torch's: zeros would hide that a run diverged.
+        inverse = inverse.masked_fill(inverse == 0, math.nan)
         result, factor = torch.empty_like(x), weight.float()
         of_weight = torch.zeros_like(factor)
         for some, given, out, scale in _pieces(x, gradient, result, inverse):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -228,7 +227,7 @@ def last_line(capsys: pytest.CaptureFixture) -> str:
 def test_a_diverging_run_stops_with_one_line(small_run: Make, capsys: pytest.CaptureFixture) -> None:
     assert main(small_run(train_ar__optimizer__learning_rate=1e30, train_ar__optimizer__warmup_steps=0)) == 2
     message = last_line(capsys)
-    assert re.search("step [23]:", message)
+    assert "step 2" in message
     assert "learning_rate" in message
 
 
