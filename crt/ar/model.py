@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crt.ar import cpu
+from crt import cpu
 from crt.errors import UserError
 from crt.stage import write_json
 
@@ -217,7 +217,7 @@ class Attention(nn.Module):
         """(B, T, C) to (B, T, C)."""
         q, k, v = self.project(x, rotation)  # B, H, T, D
         if cpu.is_cpu(x) and x.requires_grad:
-            y = cpu.causal_attention(q, k, v)
+            y = cpu.attention(q, k, v, causal=True)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.out(y.transpose(1, 2).flatten(2)))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crt.tokenizer.attention import attend
 from crt.tokenizer.norm import GroupNorm
 
 NORM_EPS = 1e-6
@@ -53,7 +54,7 @@ class SelfAttention(nn.Module):
         """(B, C, H, W) to the same."""
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # (B, 1 head, H * W, C)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        h = attend(q, k, v)[:, 0]
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])
         if x.is_contiguous(memory_format=torch.channels_last):
             h = h.contiguous(memory_format=torch.channels_last)

@@ -88,14 +88,16 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
 def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each group: (B, C, H, W) channels last, float32, to two of (B, groups)."""
     batch, channels, height, width = x.shape
+    # As many small images at once, or of a large one as many pixels, as the cache holds.
+    images = max(1, _ELEMENTS_AT_ONCE // (height * width * channels))
     pixels = max(1, _ELEMENTS_AT_ONCE // channels)
     sums = []
-    for image in x.permute(0, 2, 3, 1).reshape(batch, height * width, channels):
-        # Short sums in float32, while the part is in the cache, and the sum of those in float64.
-        parts = [(part.sum(0), (part * part).sum(0)) for part in image.split(pixels)]
-        sums.append(torch.stack([torch.stack(part) for part in parts]).double().sum(0))  # 2, C
+    for some in x.permute(0, 2, 3, 1).reshape(batch, height * width, channels).split(images):
+        # Short sums in float32, and the sum of those in float64.
+        parts = [torch.stack([part.sum(1), (part * part).sum(1)]) for part in some.split(pixels, 1)]
+        sums.append(torch.stack(parts).double().sum(0))  # 2, images, C
     count = channels // groups * height * width
-    mean, square = (torch.stack(sums).view(batch, 2, groups, -1).sum(3) / count).unbind(1)
+    mean, square = (torch.cat(sums, 1).view(2, batch, groups, -1).sum(3) / count).unbind(0)
     return mean.float(), (square - mean.square() + eps).rsqrt().float()
 
 

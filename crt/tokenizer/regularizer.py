@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crt.params import Regularizer as RegularizerParams
+from crt.tokenizer.attention import attend
 from crt.tokenizer.quantizer import full_precision
 
 _INIT_STD = 0.02
@@ -87,7 +88,7 @@ class CausalBlock(nn.Module):
         """(B, N, width) to the same."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, width / heads) each
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = attend(q, k, v, causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.ffn(self.ffn_norm(x))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crt.ar import cpu
+from crt import cpu
 from crt.ar.deepspeed_config import bucket_elements
 from crt.ar.memory import Split, activation_bytes, held_bytes, saved_bytes
 from crt.ar.model import ARTransformer, count_parameters

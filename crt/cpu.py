@@ -1,4 +1,4 @@
-"""Forms of the stage-2 model's operations that are fast on a CPU; on other devices torch's own kernels are.
+"""Forms of the models' operations that are fast on a CPU; on other devices torch's own kernels are.
 
 Each computes what the general form beside its call does, to rounding. torch 2.11 is slow here at the backward pass of
 fused attention, at random bits (its generator spends a 64-bit word on each element), at rotation pair by pair, and at
@@ -31,19 +31,20 @@ def is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _INTEGER_OF
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax of the masked scores times the values, the scores kept for the backward pass.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Softmax of the scores times the values, the scores kept for the backward pass.
 
     Scores are rounded to the inputs' type, the softmax is computed in float32.
 
     Args:
         q, k, v: (B, H, T, D).
+        causal: whether a place sees itself and the places before it only.
 
     Returns:
         (B, H, T, D).
     """
     length, width = q.shape[-2:]
-    mask = torch.full((length, length), -math.inf, dtype=q.dtype).triu(1)
+    mask = torch.full((length, length), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(())
     shape = q.shape[:2]
     # Copies, which keep nothing else alive.
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # B H, T, D

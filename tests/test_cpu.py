@@ -1,22 +1,17 @@
-"""The CPU forms of the operations against torch's own, and the one process's update against that of ZeRO."""
+"""The CPU forms of the operations against torch's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crt.ar import cpu, engine
-from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, gradient_norm, set_learning_rate
+from crt import cpu
 from crt.ar.model import rotary_table
-from crt.distributed import join_world
-from crt.params import load_params
-from tests.ar.conftest import small_config
-from tests.conftest import ROOT
 
 
 def pairwise_rotation(x: Tensor, rotation: Tensor) -> Tensor:
@@ -27,11 +22,14 @@ def pairwise_rotation(x: Tensor, rotation: Tensor) -> Tensor:
 
 ROTATION, TARGETS = rotary_table((3, 4), 16, 10000.0), torch.arange(700) % 1000
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "attention": (
-        cpu.causal_attention,
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        [(2, 3, 12, 16)] * 3,
-    ),
+    **{
+        f"attention, causal {causal}": (
+            partial(cpu.attention, causal=causal),
+            partial(F.scaled_dot_product_attention, is_causal=causal),
+            [(2, 3, 12, 16)] * 3,
+        )
+        for causal in (True, False)
+    },
     "rotation": (lambda x: cpu.rotate(x, ROTATION), lambda x: pairwise_rotation(x, ROTATION), [(2, 12, 6, 16)]),
     # More rows than are treated at once, and not a multiple.
     "norm": (
@@ -54,7 +52,8 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
     torch.manual_seed(0)
     values = [torch.randn(shape).to(dtype) for shape in shapes]
     results = []
-    for function, precision in ((ours, dtype), (torchs, torch.float64 if name == "attention" else torch.float32)):
+    exact = torch.float64 if name.startswith("attention") else torch.float32
+    for function, precision in ((ours, dtype), (torchs, exact)):
         inputs = [value.to(precision, copy=True).requires_grad_() for value in values]
         output = function(*inputs)
         output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
@@ -85,45 +84,3 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: t
             assert both == pytest.approx(probability**2, abs=0.003)
     torch.manual_seed(0)
     assert torch.equal(cpu.dropout(x, probability), y)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2])
-@pytest.mark.parametrize("micro_batch", [6, 3])
-def test_one_process_updates_as_zero_does(
-    precision: str, zero_stage: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Oracle: DeepSpeed's own buckets, partitions and optimizer step. Gradients are clipped at some steps."""
-    params = load_params(ROOT / "params.yaml").train_ar
-    optimizer = params.optimizer.model_copy(update={"clip_norm": 0.7})
-    changes = {"precision": precision, "zero_stage": zero_stage, "batch_size": 6, "micro_batch_size": micro_batch}
-    params = params.model_copy(update=changes | {"optimizer": optimizer})
-    config = small_config()
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(config.codebook_size, (6, config.num_tokens), generator=generator)
-    labels = torch.arange(6) % config.num_classes
-
-    def train() -> tuple[dict[str, Tensor], list[float]]:
-        norms = []
-        with join_world() as world, deepspeed_session(world), deepspeed_engine(params, config, 0, world) as run:
-            run.train()
-            set_learning_rate(run, 1e-2)
-            for step in range(4):
-                for rows in range(0, 6, micro_batch):
-                    torch.manual_seed(step + rows)
-                    run.backward(run(codes[rows : rows + micro_batch], labels[rows : rows + micro_batch]).mean())
-                    run.step()
-                norms.append(gradient_norm(run).item())
-            return gather_weights(run, world), norms
-
-    weights, norms = train()
-    calls: list[Any] = []
-    monkeypatch.setattr(engine, "skip_partitioning", calls.append)
-    expected, expected_norms = train()
-    assert norms == pytest.approx(expected_norms, rel=1e-5)
-    assert min(norms) < 0.7 < max(norms)
-    for name, weight in weights.items():
-        # Clipping divides by a norm that is summed in another order.
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
-    # Float32 sums of bfloat16 gradients are left to DeepSpeed.
-    assert len(calls) == (0 if precision == "bf16" and micro_batch == 3 else 1)
