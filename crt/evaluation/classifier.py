@@ -212,7 +212,7 @@ def weights_checksum(weights: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the tensors in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(name.encode() + weights[name].numpy().tobytes())
+        digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,15 +19,17 @@ from crt.data.transforms import to_uint8, to_unit_range
 from crt.distributed import World
 from crt.evaluation import reconstruction
 from crt.evaluation.chunks import ChunkStore
-from crt.evaluation.classifier import ClassifierFeatures
+from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
 from crt.evaluation.features import FeatureNetwork
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
+from crt.pipeline import canonical_json
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
 
 # Pixels that tokenizer and SSIM work on at once, 16 images of 256 px: each takes some thousand bytes on the way.
 _PIECE_PIXELS = 16 * 256 * 256
+_Work = Callable[[int, int], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class Networks:
     features: FeatureNetwork
     """What distances are taken between; may be `classifier` itself."""
     lpips: PerceptualLoss | None
+
+    @property
+    def tokenizer_checksum(self) -> str:
+        """Of the tokenizer's shape and weights."""
+        shape = canonical_json(dataclasses.asdict(self.tokenizer.config))
+        return f"{weights_checksum(self.tokenizer.state_dict())} {shape}"
+
+    @property
+    def lpips_checksum(self) -> str | None:
+        return weights_checksum(self.lpips.state_dict()) if self.lpips else None
 
     @torch.inference_mode()
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
@@ -90,7 +104,8 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
 
     Args:
         work: folder that keeps what was measured, by what was measured and with which weights.
-        shared: folder for what other evaluations of the same data can use: features of real images.
+        shared: folder for what other evaluations of the same data can use: features of real images and, for each
+            tokenizer, of its reconstructions.
         batch_size: images worked on at once.
         world: the processes that share the work.
         networks: what measures.
@@ -130,24 +145,27 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
         made_of = hashlib.sha256(f"{source.checksum} {features_of.checksum}".encode()).hexdigest()
         return ChunkStore(work / f"{kind}-{made_of[:16]}", len(source), batch_size)
 
-    def real(source: ImageSource) -> ChunkStore:
+    def common(label: str, kind: str, source: ImageSource, work: _Work, **depends_on: Any) -> ChunkStore:
         recipe = {
             "images": [source.checksum, source.name, source.image_size, len(source)],
             "features": [features_of.checksum, features_of.resize, features_of.spatial_dimension],
-            "classifier": classifier.checksum,
             "batch_size": batch_size,
         }
-        path = shared_path(shared, "features", recipe)
+        path = shared_path(shared, kind, recipe | depends_on)
         store = ChunkStore(path, len(source), batch_size)
         # The main process holds the lock for all: the others follow it into `fill`.
         with exclusively(path, alone=world.size == 1) if world.is_main else nullcontext():
-            store.fill(f"reference {source.name}", partial(features_and_predictions, source), world)
+            store.fill(label, work, world)
         return store
+
+    def real(source: ImageSource) -> ChunkStore:
+        work = partial(features_and_predictions, source)
+        return common(f"reference {source.name}", "features", source, work, classifier=classifier.checksum)
 
     val = real(sources.val)
     reference = val if sources.reference is sources.val else real(sources.reference)
-    copies = own(sources.val, "reconstructions")
-    copies.fill("reconstructions", measure_copies, world)
+    made_of = {"tokenizer": networks.tokenizer_checksum, "scores": sorted(measures), "lpips": networks.lpips_checksum}
+    copies = common("reconstructions", "reconstructions", sources.val, measure_copies, **made_of)
     drawn = []
     for source in (sources.samples, *sources.sweep):
         drawn.append(own(source, source.name))

@@ -1,4 +1,5 @@
-"""What evaluations of the same data have in common, made once: the classifier, and features of real images.
+"""What evaluations of the same data have in common, made once: the classifier, features of real images, and those of a
+tokenizer's reconstructions.
 
 Each thing lies in the shared folder under a fingerprint of all that it depends on, so that it is never stale and runs,
 studies and restarts find each other's. One process makes it while the others wait; the lock goes with a process that

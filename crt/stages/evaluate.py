@@ -4,11 +4,12 @@ Reads the prepared data, the tokenizer, its codes, the transformer's validation 
 `report.html` (a page with everything in it), `metrics.json` (flat: figures, and the protocol that they were measured
 by), `guidance_sweep.csv` (generation figures at each scale of guidance), pictures, and `classifier.safetensors`.
 
-Cost: one pass over the validation images (encode, decode, two feature networks), one over the samples of each scale,
-and, once for all evaluations of the same data, one over the real images and the classifier's training; then a matrix
-root of some seconds (128 features) to two minutes (2,048, and again for sFID) for each scale. Several processes share
-the passes; the first one does the rest. Inception's features of real images stay on disk, 16 kB for each. On the digits
-half a minute on two cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
+Cost: one pass over the samples of each scale; once for all evaluations of a tokenizer, one over the validation images
+(encode, decode, two feature networks); once for all of the same data, one over the real images and the classifier's
+training; then a matrix root of some seconds (128 features) to two minutes (2,048, and again for sFID) for each scale.
+Several processes share the passes; the first one does the rest. Inception's features of real images and
+reconstructions stay on disk, 16 kB and 8 kB for each. On the digits half a minute on two cores; expect
+`classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
 """
 
 from __future__ import annotations

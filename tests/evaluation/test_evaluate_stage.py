@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.passes import Networks
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History, read_history
 from crt.params import load_params
@@ -86,13 +88,14 @@ class Pipeline:
     def inputs(self, *names: str) -> dict[str, Path]:
         return {name: self.root / name for name in names}
 
-    def stage(self, name: str, out: str, *inputs: str) -> int:
+    def stage(self, name: str, out: str, *inputs: str, shared: Path | None = None) -> int:
         options = [text for key in inputs for text in (f"--{key}", str(self.root / key))]
+        options += ["--shared", str(shared)] if shared else []
         return main([name, "--params", str(self.params), *options, "--out", str(self.root / out)])
 
-    def evaluate(self, out: str, **changes) -> int:
+    def evaluate(self, out: str, shared: Path | None = None, **changes) -> int:
         write_params(self.params, self.changes | {f"evaluate.{name}": value for name, value in changes.items()})
-        return self.stage("evaluate", out, *NAMES)
+        return self.stage("evaluate", out, *NAMES, shared=shared)
 
     def metrics(self, out: str) -> dict:
         def refuse(text: str) -> None:
@@ -199,7 +202,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(evaluated, monkeypatch, tmp_path
     statuses = []
     while not statuses or statuses[-1] == 128 + signal.SIGTERM:
         monkeypatch.setattr("crt.interrupt._received", [])
-        statuses.append(evaluated.evaluate("again"))
+        statuses.append(evaluated.evaluate("again", shared=tmp_path / "shared"))
         assert len(statuses) < 20
     assert len(statuses) > 2
     assert statuses[-1] == 0
@@ -507,3 +510,25 @@ def test_runs_on_the_same_data_share_the_classifier(evaluated):
     before = len(list((evaluated.root / ".shared").glob("classifier-*/classifier.safetensors")))
     assert evaluated.evaluate("other_classifier", **{"classifier.steps": 3}) == 0
     assert len(list((evaluated.root / ".shared").glob("classifier-*/classifier.safetensors"))) == before + 1
+
+
+def test_runs_on_the_same_tokenizer_share_its_reconstructions(evaluated):
+    """Those of another tokenizer are made, though data and classifier are the same."""
+
+    def stores() -> dict[str, list[int]]:
+        folders = (evaluated.root / ".shared").glob("reconstructions-*/")
+        return {folder.name: [chunk.stat().st_mtime_ns for chunk in folder.iterdir()] for folder in folders}
+
+    before = stores()
+    assert evaluated.evaluate("more_neighbours", neighbours=7) == 0
+    assert stores() == before
+    assert evaluated.metrics("more_neighbours")["psnr"] == evaluated.metrics("evaluation")["psnr"]
+
+    def checksum(tokenizer: Tokenizer) -> str:
+        return Networks(tokenizer, torch.device("cpu"), None, None, None).tokenizer_checksum  # type: ignore[arg-type]
+
+    same, other, restored = (Tokenizer.load(evaluated.root / "tokenizer") for _ in range(3))
+    torch.nn.init.zeros_(other.decoder.conv_out.bias)
+    restored.config = replace(restored.config, l2_normalize=not restored.config.l2_normalize)
+    assert checksum(same) == checksum(Tokenizer.load(evaluated.root / "tokenizer"))
+    assert len({checksum(tokenizer) for tokenizer in (same, other, restored)}) == 3
