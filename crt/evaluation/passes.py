@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
 from crt.evaluation.features import FeatureNetwork
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
-from crt.pipeline import canonical_json
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
 
@@ -49,17 +47,13 @@ class Networks:
     """What measures them."""
 
     tokenizer: Tokenizer
+    tokenizer_content: str
+    """Checksum of the files that it was loaded from, as their manifest has it."""
     device: torch.device
     classifier: ClassifierFeatures
     features: FeatureNetwork
     """What distances are taken between; may be `classifier` itself."""
     lpips: PerceptualLoss | None
-
-    @property
-    def tokenizer_checksum(self) -> str:
-        """Of the tokenizer's shape and weights."""
-        shape = canonical_json(dataclasses.asdict(self.tokenizer.config))
-        return f"{weights_checksum(self.tokenizer.state_dict())} {shape}"
 
     @property
     def lpips_checksum(self) -> str | None:
@@ -164,7 +158,7 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
 
     val = real(sources.val)
     reference = val if sources.reference is sources.val else real(sources.reference)
-    made_of = {"tokenizer": networks.tokenizer_checksum, "scores": sorted(measures), "lpips": networks.lpips_checksum}
+    made_of = {"tokenizer": networks.tokenizer_content, "scores": sorted(measures), "lpips": networks.lpips_checksum}
     copies = common("reconstructions", "reconstructions", sources.val, measure_copies, **made_of)
     drawn = []
     for source in (sources.samples, *sources.sweep):

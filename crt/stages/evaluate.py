@@ -113,7 +113,8 @@ def _load_networks(run: StageRun, world: World, tokenizer: Tokenizer) -> Network
         except UserError as error:
             raise UserError(f"evaluate.lpips: true, but {error} (here: set evaluate.lpips to false)") from None
     classifier = _classifier(run, world, tokenizer.image_size)
-    return Networks(tokenizer, world.device, classifier, features or classifier, lpips)
+    content = run.manifests["train_tokenizer"].content
+    return Networks(tokenizer, content, world.device, classifier, features or classifier, lpips)
 
 
 def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatures:
