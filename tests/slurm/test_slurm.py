@@ -56,7 +56,7 @@ class SlurmProject(Project):
         yaml = YAML()
         profile = yaml.load(path.read_text())
         profile["default-resources"] |= {"mem_mb": 3000, "cpus_per_task": 1, "runtime": 15}
-        profile["set-resources"] = {"tokenize": TWO_NODES, "sample": TWO_NODES}
+        profile["set-resources"] = {"tokenize": TWO_NODES, "sample": TWO_NODES, "evaluate": TWO_NODES}
         profile |= {"slurm-init-seconds-before-status-checks": 3, "seconds-between-status-checks": 3}
         with open(path, "w") as file:
             yaml.dump(profile, file)
@@ -201,9 +201,9 @@ def test_all_stages_are_jobs_and_two_tasks_on_two_nodes_give_the_local_result(pr
     project.start("all")
     project.finish()
     assert project.contents() == reference.contents()
-    for output in ("data/prepared", "out/tokenizer", "out/ar", "out/evaluation"):
+    for output in ("data/prepared", "out/tokenizer", "out/ar"):
         assert re.search(r"1 process, Slurm job \d+", project.log(output)), output
-    for output in ("out/tokens", "out/samples"):
+    for output in ("out/tokens", "out/samples", "out/evaluation"):
         assert re.search(r"2 processes, Slurm job \d+", project.log(output)), output
     submitted = re.findall(r"has been submitted with SLURM jobid (\d+)", project.output.read_text())
     assert len(set(submitted)) >= 6
