@@ -39,7 +39,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     [
         ([1e18, 1e19, 1e20], [5.0, 4.0, 3.5], "only 3 distinct"),
         ([1e18, 1.5e18, 2e18, 3e18], [5.0, 4.8, 4.7, 4.6], "span only a factor of 3"),
-        (np.geomspace(1e17, 1e20, 8), [3.0, 3.1, 2.9, 3.0, 3.1, 2.95, 3.02, 3.0], "exponent"),
+        (np.geomspace(1e17, 1e20, 8), [3.0, 3.1, 2.9, 3.0, 3.1, 2.95, 3.02, 3.0], "explains only"),
+        # Overfitted: larger models, larger loss.
+        (np.geomspace(1e11, 1e13, 4), [4.2, 4.3, 6.1, 4.7], "explains only"),
+        # All but the first point are flat: how steep the law is rests on that one.
+        (np.geomspace(1e11, 1e13, 6).repeat(2), np.repeat([9, 4.7, 4.0, 4.1, 3.8, 3.85], 2), "known to lie"),
     ],
 )
 def test_points_that_do_not_determine_the_law_are_not_extrapolated(compute, loss, reason):
