@@ -18,10 +18,10 @@ from scipy.optimize import minimize_scalar, nnls
 ALPHA_BOUNDS = (-3.0, -0.02)
 # A fit is trusted outside its points only if it rests on this many distinct computes over this range of them...
 MIN_COMPUTES, MIN_COMPUTE_RANGE = 4, 8.0
-# ...if it explains this share of the variance of the losses...
-MIN_EXPLAINED = 0.5
 # ...and if the bootstrap pins the exponent down: its interval may be so many times as wide as its end nearer to zero.
 MAX_RELATIVE_ALPHA_WIDTH = 1.0
+# It is no fit at all unless it explains this share of the variance of the losses.
+MIN_EXPLAINED = 0.5
 
 
 class Undetermined(ValueError):
@@ -69,7 +69,7 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
         The fit; `undetermined` says why it must not be extrapolated, if so.
 
     Raises:
-        Undetermined: fewer than three distinct computes, so that no fit exists.
+        Undetermined: fewer than three distinct computes, or a loss that does not fall with compute as the law has it.
         ValueError: shapes differ, or values are not positive and finite.
     """
     c, y = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
@@ -81,6 +81,8 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
         raise Undetermined(f"{np.unique(c).size} distinct computes: three parameters need at least three")
     loss_min, alpha, lambda_0, rms = _fit(c, y)
     explained = 1 - rms**2 / float(y.var()) if y.var() > 0 else 0.0
+    if explained < MIN_EXPLAINED:
+        raise Undetermined(f"the law explains only {explained:.0%} of the variance")
     generator = np.random.default_rng(seed)
     draws = []
     for _ in range(resamples):
@@ -97,7 +99,7 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
         alpha_interval=(float(alpha_low), float(alpha_high)),
         compute_range=(float(c.min()), float(c.max())),
         rms_residual=rms,
-        undetermined=_why_undetermined(c, explained, alpha, (float(alpha_low), float(alpha_high))),
+        undetermined=_why_undetermined(c, alpha, (float(alpha_low), float(alpha_high))),
     )
 
 
@@ -158,18 +160,13 @@ def _fit(c: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float, 
     return float(loss_min), alpha, lambda_0, residual / np.sqrt(c.size)
 
 
-def _why_undetermined(
-    c: NDArray[np.float64], explained: float, alpha: float, alpha_interval: tuple[float, float]
-) -> str | None:
-    """`explained`: share of the variance of the losses."""
+def _why_undetermined(c: NDArray[np.float64], alpha: float, alpha_interval: tuple[float, float]) -> str | None:
     low, high = alpha_interval
     computes = np.unique(c).size
     if computes < MIN_COMPUTES:
         return f"only {computes} distinct computes"
     if c.max() / c.min() < MIN_COMPUTE_RANGE:
         return f"the computes span only a factor of {c.max() / c.min():.2g}"
-    if explained < MIN_EXPLAINED:
-        return f"the law explains only {explained:.0%} of the variance"
     if not ALPHA_BOUNDS[0] * 0.999 < alpha < ALPHA_BOUNDS[1] * 1.001:
         return f"the exponent {alpha:.3g} lies at the edge of its search range"
     if (high - low) / abs(high) > MAX_RELATIVE_ALPHA_WIDTH:
