@@ -102,6 +102,19 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
     assert requested_studies(["--cores", "2", "all"]) == {}
 
 
+def test_the_digits_studies_share_the_runs_of_the_control(monkeypatch):
+    """Their overrides are the same text in three files, since YAML knows no reference to another one."""
+    monkeypatch.chdir(ROOT)
+    control = stages(study_runs("studies/crt_vs_baseline.yaml", "digits_revival"))
+    for name, stage, shared in (
+        ("scaling_law", "train_tokenizer", 10),  # two tokenizers of five seeds
+        ("scaling_law", "evaluate", 30),  # three of the four sizes, at their longest budget
+        ("regularizer", "evaluate", 3),  # the VQGAN of three seeds, width 32
+    ):
+        common = control & stages(study_runs(f"studies/{name}.yaml", "digits"))
+        assert sum(made == stage for made, _fingerprint in common) == shared, (name, stage)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
