@@ -131,6 +131,7 @@ class Regularizer(Section):
     """The causal regularizer; its weight is the top-level lambda."""
 
     kind: Literal["none", "l2", "cross_entropy", "larp"]
+    context: Literal["latents", "codes"]
     layers: Annotated[int, Field(ge=0, le=12)]
     width: PositiveInt
     heads: PositiveInt

@@ -102,16 +102,18 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
     assert requested_studies(["--cores", "2", "all"]) == {}
 
 
-def test_the_digits_studies_share_the_runs_of_the_control(monkeypatch):
+def test_the_digits_studies_share_their_runs(monkeypatch):
     """Their overrides are the same text in three files, since YAML knows no reference to another one."""
     monkeypatch.chdir(ROOT)
-    control = stages(study_runs("studies/crt_vs_baseline.yaml", "digits_revival"))
+    main = stages(study_runs("studies/crt_vs_baseline.yaml", "digits"))
+    control = stages(study_runs("studies/crt_vs_baseline.yaml", "digits_latents"))
+    assert sum(made == "evaluate" for made, _fingerprint in main & control) == 20  # the VQGAN's
     for name, stage, shared in (
         ("scaling_law", "train_tokenizer", 10),  # two tokenizers of five seeds
         ("scaling_law", "evaluate", 30),  # three of the four sizes, at their longest budget
-        ("regularizer", "evaluate", 3),  # the VQGAN of three seeds, width 32
+        ("regularizer", "evaluate", 9),  # of three seeds, width 32: the VQGAN, the codes' and the latents' regularizer
     ):
-        common = control & stages(study_runs(f"studies/{name}.yaml", "digits"))
+        common = (main | control) & stages(study_runs(f"studies/{name}.yaml", "digits"))
         assert sum(made == stage for made, _fingerprint in common) == shared, (name, stage)
 
 

@@ -8,6 +8,11 @@ a small causal transformer. The gradient reaches the encoder through the targets
 alike, scaled by lambda(t). f itself always descends the unscaled error with an optimizer of its own, so it
 is a good predictor from the first step on, whatever lambda is.
 
+f may read codes instead of latents (`context`). The encoder sees the whole image, so it can write what comes next
+into digits of a latent that the quantizer then rounds away: f finds them and its error vanishes, but the generator,
+which sees codes alone, gains nothing (measured: dev/LOG.md, "below the quantizer's resolution"). The vectors of
+the codes hold what the generator will see; their gradient passes straight through to the latents.
+
     latents      (B, N, D)   float32
     codes        (B, N)      int64
     vectors      (K, D)      of the codebook
@@ -19,6 +24,7 @@ cross-entropy on codes, and a stochastic quantizer with cross-entropy like LARP'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +33,8 @@ from torch import Tensor, nn
 from crt.params import Regularizer as RegularizerParams
 from crt.tokenizer.attention import attend
 from crt.tokenizer.quantizer import full_precision
+
+Context = Literal["latents", "codes"]
 
 _INIT_STD = 0.02
 
@@ -123,32 +131,37 @@ class NextLatentL2(Regularizer):
     Args:
         latent_dim: D.
         num_positions: N.
+        context: what f reads, "latents" (the paper's) or "codes"; likewise below.
         sizes: layers, width and heads of `CausalTransformer`; likewise below.
     """
 
-    def __init__(self, latent_dim: int, num_positions: int, **sizes: int) -> None:
+    def __init__(self, latent_dim: int, num_positions: int, context: Context = "latents", **sizes: int) -> None:
         super().__init__()
+        self.context = context
         self.predictor = CausalTransformer(latent_dim, num_positions, latent_dim, **sizes)
 
     def forward(self, latents: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
-        """As in `Regularizer`; codes and vectors play no part."""
-        predictions = full_precision(self.predictor(latents))
+        """As in `Regularizer`; codes and vectors play a part only as context."""
+        predictions = full_precision(self.predictor(_known(self.context, latents, codes, vectors)))
         return (latents - predictions).square().sum(-1).mean()
 
 
 class NextCodeCrossEntropy(Regularizer):
-    """Cross-entropy of the next code given the latents before it, in nats per token.
+    """Cross-entropy of the next code given the latents or codes before it, in nats per token.
 
     A code is a fixed target: the gradient reaches the encoder through the context alone.
     """
 
-    def __init__(self, latent_dim: int, num_positions: int, codebook_size: int, **sizes: int) -> None:
+    def __init__(
+        self, latent_dim: int, num_positions: int, codebook_size: int, context: Context = "latents", **sizes: int
+    ) -> None:
         super().__init__()
+        self.context = context
         self.predictor = CausalTransformer(latent_dim, num_positions, codebook_size, **sizes)
 
     def forward(self, latents: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
-        """As in `Regularizer`; vectors play no part."""
-        logits = full_precision(self.predictor(latents))
+        """As in `Regularizer`; vectors play a part only as context."""
+        logits = full_precision(self.predictor(_known(self.context, latents, codes, vectors)))
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
@@ -209,12 +222,19 @@ def build_regularizer(
     """
     sizes = {"layers": params.layers, "width": params.width, "heads": params.heads}
     if params.kind == "l2":
-        return NextLatentL2(latent_dim, num_positions, **sizes)
+        return NextLatentL2(latent_dim, num_positions, params.context, **sizes)
     if params.kind == "cross_entropy":
-        return NextCodeCrossEntropy(latent_dim, num_positions, codebook_size, **sizes)
+        return NextCodeCrossEntropy(latent_dim, num_positions, codebook_size, params.context, **sizes)
     if params.kind == "larp":
         return StochasticCrossEntropy(latent_dim, num_positions, codebook_size, params.temperature, **sizes)
     raise ValueError(f"no regularizer of kind {params.kind!r}")
+
+
+def _known(context: Context, latents: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
+    """What f reads, (B, N, D): latents, or the vectors of their codes with the gradient passed on to the latents."""
+    if context == "latents":
+        return latents
+    return latents + (F.embedding(codes, vectors) - latents).detach()
 
 
 def annealed_lambda(step: int, value: float, anneal_steps: int) -> float:

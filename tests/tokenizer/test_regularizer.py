@@ -139,18 +139,54 @@ def test_lambda_rises_along_a_line():
     assert annealed_lambda(0, 4.0, 0) == 4.0
 
 
-def fit(regularizer, draw, steps, rate) -> float:
+@pytest.mark.parametrize("kind", ["l2", "cross_entropy"])
+def test_a_context_of_codes_is_their_vectors_with_the_gradient_passed_straight_through(kind):
+    """Its value is the equation's on the vectors; its gradient finite differences', moved onto the vectors."""
+    torch.manual_seed(2)
+    codes, vectors = torch.randint(10, (3, 6)), torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
+    build = {
+        "l2": lambda context: NextLatentL2(4, 6, context, **SIZES),
+        "cross_entropy": lambda context: NextCodeCrossEntropy(4, 6, 10, context, **SIZES),
+    }[kind]
+    regularizer = enliven(build("codes"))
+    latents = some_latents().requires_grad_()
+    loss = regularizer(latents, codes, vectors)
+    gradient, of_vectors = torch.autograd.grad(loss, (latents, vectors), allow_unused=True)
+    assert of_vectors is None  # the codebook is not moved
+
+    moved = (vectors[codes] - latents).detach()
+
+    def expected(z):
+        outputs = regularizer.predictor(z + moved)
+        if kind == "cross_entropy":
+            return F.cross_entropy(outputs.flatten(0, 1), codes.flatten())
+        return (z - outputs).square().sum(-1).mean()
+
+    torch.testing.assert_close(loss, expected(latents))
+    flat, step = latents.detach().clone().view(-1), 1e-6
+    for index in range(0, flat.numel(), 7):
+        pair = []
+        for sign in (1, -1):
+            shifted = flat.clone()
+            shifted[index] += sign * step
+            pair.append(expected(shifted.view_as(latents)).item())
+        assert gradient.view(-1)[index].item() == pytest.approx((pair[0] - pair[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def fit(regularizer, draw, steps, rate, quantize=lambda latents: (None, None)) -> float:
     """Train on fresh draws and return the loss on a large one."""
     optimizer = torch.optim.AdamW(regularizer.parameters(), lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        loss = regularizer(draw(generator, 128), None, None)
+        latents = draw(generator, 128)
+        loss = regularizer(latents, *quantize(latents))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return regularizer(draw(generator, 8192), None, None).item()
+        latents = draw(generator, 8192)
+        return regularizer(latents, *quantize(latents)).item()
 
 
 def test_loss_falls_to_the_conditional_variance_of_an_autoregressive_process():
@@ -199,6 +235,27 @@ def test_only_attention_finds_an_order_that_spans_rows():
     # Less than the conditional variance would mean that it sees what it predicts.
     assert 0.97 * conditional < losses[1] < 1.05 * conditional
     assert losses[0] > 1.2 * conditional
+
+
+def test_what_hides_below_the_quantizer_helps_only_who_reads_latents():
+    """Independent signs, each with a faint copy of the next that rounding to a sign takes away: codes tell nothing."""
+    positions, faint = 6, 0.1
+
+    def draw(generator, batch):
+        signs = torch.randint(2, (batch, positions + 1, 1), generator=generator) * 2.0 - 1
+        return signs[:, :-1] + faint * signs[:, 1:]
+
+    def quantize(latents):
+        return (latents[..., 0] > 0).long(), torch.tensor([[-1.0], [1.0]])
+
+    losses = {}
+    for context in ("latents", "codes"):
+        torch.manual_seed(0)
+        regularizer = NextLatentL2(1, positions, context, layers=1, width=16, heads=2)
+        losses[context] = fit(regularizer, draw, 400, 1e-2, quantize)
+    # The first is never known, and no latent's own faint copy.
+    assert losses["latents"] < 0.4
+    assert losses["codes"] == pytest.approx(1 + faint**2, rel=0.02)
 
 
 def test_stochastic_cross_entropy_is_a_straight_through_one_hot():

@@ -246,7 +246,8 @@ def test_two_processes_train_as_one(runs, tmp_path):
         "everything": EVERYTHING,
         "stylegan": {
             "discriminator__kind": "stylegan", "discriminator__channels": 4, "discriminator__layers": 2,
-            "discriminator__start_step": 0, "regularizer__kind": "cross_entropy", "quantizer__revive_after_steps": 2,
+            "discriminator__start_step": 0, "quantizer__revive_after_steps": 2,
+            "regularizer__kind": "cross_entropy", "regularizer__context": "codes",
         },
     }  # fmt: skip
     jobs = [runs.arguments(f"{name}-two", **changes) for name, changes in cases.items()]
@@ -293,11 +294,12 @@ def test_missing_lpips_stops_before_training(runs, monkeypatch, capsys):
     assert "python -m pip install lpips" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["l2", "larp"])
-def test_more_lambda_makes_codes_more_predictable(runs, kind):
+@pytest.mark.parametrize(("kind", "context"), [("l2", "latents"), ("l2", "codes"), ("larp", "codes")])
+def test_more_lambda_makes_codes_more_predictable(runs, kind, context):
     """Where the targets have a gradient, their error falls when it counts; a few dozen steps suffice to see it."""
     common = {
-        "regularizer__kind": kind, "regularizer__layers": 1, "steps": 40, "validate_every": 60, "batch_size": 16,
+        "regularizer__kind": kind, "regularizer__context": context, "regularizer__layers": 1,
+        "steps": 40, "validate_every": 60, "batch_size": 16,
         "regularizer__anneal_steps": 5, "weight_ema_decay": 0.0, "checkpoint_every": 100,
         "optimizer__learning_rate": 5e-3, "regularizer__learning_rate": 5e-3,
     }  # fmt: skip
