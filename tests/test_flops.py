@@ -30,7 +30,9 @@ def test_transformer_agrees_with_its_closed_form_and_with_real_tensors():
     assert counted == pytest.approx(count_flops(lambda: model(codes, labels).mean().backward()), rel=0.02)
 
 
-def test_the_regularizer_adds_at_most_five_percent_at_the_papers_setting():
+@pytest.mark.parametrize("context", ["latents", "codes"])
+def test_the_regularizer_adds_at_most_five_percent_at_the_papers_setting(context):
     params = load_params(ROOT / "presets/imagenet256.yaml").train_tokenizer
+    params = params.model_copy(update={"regularizer": params.regularizer.model_copy(update={"context": context})})
     plain, regularized = (tokenizer_flops_per_image(params, with_it) for with_it in (False, True))
     assert plain < regularized <= 1.05 * plain
