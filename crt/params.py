@@ -26,6 +26,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+RegularizerContext = Literal["latents", "codes"]
 
 
 class Section(BaseModel):
@@ -131,7 +132,7 @@ class Regularizer(Section):
     """The causal regularizer; its weight is the top-level lambda."""
 
     kind: Literal["none", "l2", "cross_entropy", "larp"]
-    context: Literal["latents", "codes"]
+    context: RegularizerContext
     layers: Annotated[int, Field(ge=0, le=12)]
     width: PositiveInt
     heads: PositiveInt

@@ -24,17 +24,15 @@ cross-entropy on codes, and a stochastic quantizer with cross-entropy like LARP'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crt.params import Regularizer as RegularizerParams
+from crt.params import RegularizerContext
 from crt.tokenizer.attention import attend
 from crt.tokenizer.quantizer import full_precision
-
-Context = Literal["latents", "codes"]
 
 _INIT_STD = 0.02
 
@@ -135,7 +133,9 @@ class NextLatentL2(Regularizer):
         sizes: layers, width and heads of `CausalTransformer`; likewise below.
     """
 
-    def __init__(self, latent_dim: int, num_positions: int, context: Context = "latents", **sizes: int) -> None:
+    def __init__(
+        self, latent_dim: int, num_positions: int, context: RegularizerContext = "latents", **sizes: int
+    ) -> None:
         super().__init__()
         self.context = context
         self.predictor = CausalTransformer(latent_dim, num_positions, latent_dim, **sizes)
@@ -153,7 +153,12 @@ class NextCodeCrossEntropy(Regularizer):
     """
 
     def __init__(
-        self, latent_dim: int, num_positions: int, codebook_size: int, context: Context = "latents", **sizes: int
+        self,
+        latent_dim: int,
+        num_positions: int,
+        codebook_size: int,
+        context: RegularizerContext = "latents",
+        **sizes: int,
     ) -> None:
         super().__init__()
         self.context = context
@@ -230,7 +235,7 @@ def build_regularizer(
     raise ValueError(f"no regularizer of kind {params.kind!r}")
 
 
-def _known(context: Context, latents: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
+def _known(context: RegularizerContext, latents: Tensor, codes: Tensor, vectors: Tensor) -> Tensor:
     """What f reads, (B, N, D): latents, or the vectors of their codes with the gradient passed on to the latents."""
     if context == "latents":
         return latents
