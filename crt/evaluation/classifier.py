@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,8 @@ def train_classifier(
     """Train the classifier and write its weights; continues where a stopped call left off.
 
     AdamW under a one-cycle learning rate, images shifted at random, in float32. Every draw is a function of
-    (seed, step).
+    (seed, step), and on a CPU one thread trains: the weights serve runs with other numbers of threads, whose figures
+    must not depend on which of them came first.
 
     Args:
         read: rows (B,) -> uint8 images (B, S, S, 3) of the training split.
@@ -158,26 +160,27 @@ def train_classifier(
     progress = Progress("classifier", params.steps, "steps", done=step)
     checkpoint_every = max(params.steps // _CHECKPOINTS, 1)
 
-    while step < params.steps:
-        rows, _ = batch_rows(len(labels), min(params.batch_size, len(labels)), step, seed)
-        images = random_shift(read(rows), params.max_shift, numpy_generator(seed, "classifier shift", step))
-        with deterministic_float32():
-            logits = network(torch.from_numpy(images).to(device))
-            loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        schedule.step()
-        step += 1
-        if step % checkpoint_every == 0 and step < params.steps:
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            _replace_with(checkpoint, {"step": step, **state})
-            progress.update(step, loss=loss.item())
-            raise_if_stopped()
+    with _one_thread(device):
+        while step < params.steps:
+            rows, _ = batch_rows(len(labels), min(params.batch_size, len(labels)), step, seed)
+            images = random_shift(read(rows), params.max_shift, numpy_generator(seed, "classifier shift", step))
+            with deterministic_float32():
+                logits = network(torch.from_numpy(images).to(device))
+                loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step % checkpoint_every == 0 and step < params.steps:
+                state = {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                }
+                _replace_with(checkpoint, {"step": step, **state})
+                progress.update(step, loss=loss.item())
+                raise_if_stopped()
     progress.update(step)
 
     sizes = {"channels": params.channels, "classes": classes, "image_size": image_size}
@@ -214,6 +217,18 @@ def weights_checksum(weights: dict[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _one_thread(device: torch.device | str) -> Iterator[None]:
+    """On a CPU, compute with one thread of torch's: more would add the same values in another order."""
+    threads = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _resume(

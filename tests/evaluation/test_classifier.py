@@ -34,6 +34,18 @@ def test_training_is_a_function_of_params_and_seed(digits, tmp_path):
     assert len(checksums) == 2
 
 
+def test_weights_do_not_depend_on_the_number_of_threads(digits, tmp_path):
+    threads, weights = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            weights.append(digits.train_classifier(tmp_path / f"{number}/classifier.safetensors", steps=6).read_bytes())
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert weights[0] == weights[1] == weights[2]
+
+
 def test_stopped_training_continues_to_the_same_weights(digits, tmp_path, monkeypatch):
     whole = digits.train_classifier(tmp_path / "whole/classifier.safetensors", steps=12, channels=4)
     path = tmp_path / "stopped/classifier.safetensors"
