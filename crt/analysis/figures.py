@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
 from crt.study import Figure, Published
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MplFigure
 
 
 def line_name(row: Row, figure: Figure) -> str:
@@ -60,7 +64,7 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
     axes.set_xlabel(figure.x)
     axes.set_ylabel(figure.y)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    _legend_beside(canvas)
     canvas.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(canvas)
 
@@ -91,9 +95,17 @@ def draw_position_losses(losses: Mapping[tuple[str, ...], Sequence[Sequence[floa
     axes.set_xlabel("position in raster order")
     axes.set_ylabel("stage-2 validation loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend_beside(canvas)
     canvas.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(canvas)
+
+
+def _legend_beside(canvas: MplFigure) -> None:
+    """Put the legend to the right of the axes, on a canvas enlarged by as much, so that it covers no point."""
+    legend = canvas.legend(loc="outside right upper", fontsize="small").get_window_extent()
+    margin = 0.1  # inches
+    width = canvas.get_figwidth() + legend.width / canvas.dpi + margin
+    canvas.set_size_inches(width, max(canvas.get_figheight(), legend.height / canvas.dpi + 2 * margin))
 
 
 def _cell_means(rows: Sequence[Row], figure: Figure) -> list[tuple[str, float, float, float]]:

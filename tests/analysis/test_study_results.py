@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as MplFigure
 from PIL import Image
 
 from crt.analysis.comparison import cells
@@ -101,6 +102,25 @@ def test_pictures_show_points_and_published_values(tmp_path):
         assert a.size == b.size
         assert np.asarray(a).std() > 5
         assert not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("lines", [2, 40])
+def test_legends_lie_beside_the_axes_and_within_the_picture(tmp_path, monkeypatch, lines):
+    """Oracle: matplotlib's own boxes, once the picture is laid out."""
+    drawn: list[MplFigure] = []
+    save = MplFigure.savefig
+    monkeypatch.setattr(MplFigure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    rows = [row | {"tokenizer": f"a tokenizer of a long name, {n}"} for n in range(lines) for row in make_rows()[:12:3]]
+    draw_figure(rows, FIGURE, tmp_path / "figure.png")
+    draw_position_losses({(row["tokenizer"],): [[3.0, 2.0]] for row in rows}, 0, tmp_path / "positions.png")
+    for canvas in drawn:
+        (legend,), (axes,) = canvas.legends, canvas.axes
+        beside, inside, whole = legend.get_window_extent(), axes.get_window_extent(), canvas.bbox
+        assert len(legend.get_texts()) >= lines
+        assert inside.x1 < beside.x0 < beside.x1 < whole.x1
+        assert whole.y0 < beside.y0 < beside.y1 < whole.y1
+        assert inside.width > 6 * canvas.dpi
+    assert len(drawn) == 2
 
 
 def test_losses_per_position_leave_out_sequences_of_another_length(tmp_path):
