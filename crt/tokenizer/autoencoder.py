@@ -36,8 +36,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.dropout(self.norm2(h, silu=True)))
         return h.add_(self.shortcut(x))  # no gradient needs what the convolution gave, so no third map is made
 
 
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(x)
         x = self.middle(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class Decoder(nn.Module):
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(features))
         for level in self.levels:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 def _middle(channels: int, attention: bool, norm_groups: int, dropout: float) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -9,23 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from crt.launch import has_gpu
+
+norm_kernels: Any = None
+if has_gpu() and importlib.util.find_spec("triton") is not None:  # Triton comes with torch for GPUs
+    from crt.tokenizer import norm_kernels
+
 _ELEMENTS_AT_ONCE = 2**16
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the precision of its input.
+    """Group normalisation in the precision of its input, and SiLU behind it where asked for.
 
     Autocast would turn bf16 activations into float32 here, twice the memory traffic of the costliest
     feature maps. The kernels take their statistics in float32 whatever the input is.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """(B, C, H, W) to the same."""
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            if x.device.type == "cpu" and _is_channels_last(x) and (x.requires_grad or x.dtype == torch.float32):
-                return _ChannelsLastGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            if norm_kernels is not None and x.device.type == "cuda" and _is_channels_last(x):
+                return norm_kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu)[0]
+            y = self._normalize(x)
+            return F.silu(y, inplace=True) if silu else y
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if x.device.type == "cpu" and _is_channels_last(x) and (x.requires_grad or x.dtype == torch.float32):
+            return _ChannelsLastGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
