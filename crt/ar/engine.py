@@ -106,7 +106,7 @@ def deepspeed_engine(
         engine.optimizer.optimizer.state.clear()
     # Float32 sums of bfloat16 gradients ("data_types") are made while these are partitioned.
     in_place = world.size == 1 and params.zero_stage in (1, 2) and "data_types" not in settings
-    if in_place and world.device.type == "cpu" and params.offload == "none":
+    if in_place and params.offload == "none":
         skip_partitioning(engine.optimizer)
     try:
         yield engine

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from crt.ar import engine
+from crt.ar import engine, one_process
 from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, gradient_norm, set_learning_rate
+from crt.ar.one_process import skip_partitioning
 from crt.distributed import join_world
 from crt.params import load_params
 from tests.ar.conftest import small_config
@@ -19,10 +21,16 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 @pytest.mark.parametrize("micro_batch", [6, 3])
+@pytest.mark.parametrize("on_gpu", [False, True])
 def test_one_process_updates_as_zero_does(
-    precision: str, zero_stage: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch
+    precision: str, zero_stage: int, micro_batch: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: DeepSpeed's own buckets, partitions and optimizer step. Gradients are clipped at some steps."""
+    """Oracle: DeepSpeed's own buckets, partitions and optimizer step. Gradients are clipped at some steps.
+
+    The form for GPUs runs on a CPU as well.
+    """
+    monkeypatch.setattr(engine, "skip_partitioning", partial(skip_partitioning, on_gpu=on_gpu))
+    monkeypatch.setattr(one_process, "_GPU_PIECE", 2000)
     params = load_params(ROOT / "params.yaml").train_ar
     optimizer = params.optimizer.model_copy(update={"clip_norm": 0.7})
     changes = {"precision": precision, "zero_stage": zero_stage, "batch_size": 6, "micro_batch_size": micro_batch}
