@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from turn import await_turn
 
 from crt.ar.generator import DTYPES, Generator
 from crt.ar.import_llamagen import import_llamagen_ar
@@ -127,6 +128,8 @@ def in_turns(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], turns: in
     """Seconds of each call, after one that is not timed."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns + 1):
+        if turn == 1:
+            await_turn()
         for work, times in zip((ours, theirs), seconds, strict=True):
             started = time.perf_counter()
             work().cpu()  # waits for the GPU

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
+from turn import await_turn
 
 from crt.__main__ import main as crt_main
 from crt.data.transforms import center_crop, to_unit_range
@@ -90,6 +91,8 @@ def compare_imported(folder: Path, images: Path, device: torch.device) -> dict[s
     """Both of LlamaGen's tokenizers with random weights: codes and decoded pixels of the two codes, float32."""
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
+    torch.backends.cudnn.allow_tf32 = False  # float32 indeed
+
     files = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg", ".png", ".webp"))
     figures = {}
     for name, count in COMPARED_IMAGES.items():
@@ -115,6 +118,7 @@ def compare_imported(folder: Path, images: Path, device: torch.device) -> dict[s
             "largest_pixel_difference": largest,
         }  # fmt: skip
         print(name, figures[f"imported_{name}"], file=sys.stderr, flush=True)
+    torch.backends.cudnn.allow_tf32 = True
     return figures
 
 
@@ -138,6 +142,9 @@ def measure_training(
             synchronize(device)
             self.resumed = time.perf_counter()
             their_seconds.append(self.resumed - started)
+            if done == WARMUP:
+                await_turn()
+                self.resumed = time.perf_counter()
             print(f"step {done}: ours {ours_seconds[-1]:.3f} s, theirs {their_seconds[-1]:.3f} s", file=sys.stderr)
 
         resumed = time.perf_counter()
@@ -206,8 +213,8 @@ def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device
     with replaced(vq_loss, "LPIPS", NoPerceptualLoss):
         criterion = vq_loss.VQLoss(disc_start=0, disc_weight=0.5).to(device).train()
     model = VQ_models["VQ-16"]().to(device).train()
-    # Its usage counter is a Parameter that it writes to: allowed only where moving to a GPU has made a copy of it.
-    model.quantize.codebook_used.requires_grad_(False)
+    # Its usage counter is a Parameter that it writes to.
+    model.quantize.codebook_used = model.quantize.codebook_used.detach()
     run = torch.compile(model) if args.compile else model
     betas = (0.9, 0.95)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=betas)

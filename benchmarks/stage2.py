@@ -6,7 +6,7 @@ Ours is the stage's own engine (DeepSpeed, ZeRO 1, clipping, fused AdamW) on the
 step is that of its training script (autocast, clipping, fused AdamW). The two alternate in one process. A ratio is a
 median over turns, of neighbouring steps: ours is so many times faster. On a GPU give a large model and batch, as
 `--model XL --batch 32 --compile`: tokens/s, peak memory, and MFU against the matrix rate that is measured there are
-printed as well; `--alone` leaves LlamaGen's model out of the memory. The last line of the output is one JSON object.
+printed as well; `--side` leaves the other model out of the memory. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from turn import await_turn
 
 from crt.ar.engine import deepspeed_engine, deepspeed_session, set_learning_rate
 from crt.ar.generator import Generator
@@ -39,13 +41,15 @@ from crt.plan.work import ar_config
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP, CLASSES = 2, 1000
+# On a GPU the stage looks at its losses this seldom, and runs ahead meanwhile; so many steps are timed together there.
+GPU_STEPS = 10
 NAMES = ("B", "L", "XL", "XXL", "3B")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--llamagen", type=Path, help="clone of LlamaGen's repository")
-    parser.add_argument("--alone", action="store_true", help="measure ours only")
+    parser.add_argument("--side", choices=("both", "ours", "llamagen"), default="both", help="what is measured")
     parser.add_argument("--model", choices=NAMES, default="B")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each side")
@@ -54,8 +58,8 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, on our side")
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks")
     args = parser.parse_args()
-    if args.llamagen is None and not args.alone:
-        parser.error("give --llamagen CHECKOUT, or --alone")
+    if args.llamagen is None and args.side != "ours":
+        parser.error("give --llamagen CHECKOUT, or --side ours")
     if args.llamagen is not None:
         sys.path.insert(0, str(args.llamagen.resolve()))
     with join_world() as world, deepspeed_session(world):
@@ -63,15 +67,16 @@ def main() -> None:
         figures: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
             "threads": torch.get_num_threads(), "torch": torch.__version__, "model": args.model, "batch": args.batch,
-            "turns": args.turns, "zero_stage": args.zero_stage, "compile": args.compile,
+            "turns": args.turns, "side": args.side, "zero_stage": args.zero_stage, "recompute": args.recompute,
+            "compile": args.compile,
         }  # fmt: skip
-        if not args.alone:
+        if args.side == "both":
             figures["largest_logit_difference"] = logit_difference(device)
             print("largest difference of logits, B, float32:", figures["largest_logit_difference"], file=sys.stderr)
         for precision in args.precision:
             figures[precision] = measure(args, precision, world)
             gc.collect()
-    if not args.alone:
+    if args.side == "both":
         figures["train_ratio"] = figures[args.precision[0]]["train_ratio"]
         for precision in args.precision:
             figures[f"train_{precision}_ratio"] = figures[precision]["train_ratio"]
@@ -113,48 +118,55 @@ def measure(args: argparse.Namespace, precision: str, world: Any) -> dict[str, A
     }  # fmt: skip
     stage2: TrainAR = params.train_ar.model_copy(update=changes)
     config = ar_config(params.model_copy(update={"train_ar": stage2}), CLASSES)
-    rate = matmul_rate(world.device, precision, seconds=1.0)
-    with deepspeed_engine(stage2, config, 0, world) as engine:
-        engine.train()
-        sides = {"ours": our_step(engine, stage2, args.batch)}
-        if not args.alone:
+    seconds: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        sides: dict[str, Callable[[], None]] = {}
+        if args.side != "llamagen":
+            engine = stack.enter_context(deepspeed_engine(stage2, config, 0, world))
+            engine.train()
+            sides["ours"] = our_step(engine, stage2, args.batch)
+        if args.side != "ours":
             sides["llamagen"] = llamagen_step(args, config, stage2, precision, world.device)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        repeats = GPU_STEPS if world.device.type == "cuda" else 1
         for turn in range(WARMUP + args.turns):
+            if turn == WARMUP:
+                await_turn()
+                rate = matmul_rate(world.device, precision, seconds=1.0)
             for name, step in sides.items():
                 synchronize(world.device)
                 started = time.perf_counter()
-                step()
+                for _ in range(repeats):
+                    step()
                 synchronize(world.device)
-                seconds[name].append(time.perf_counter() - started)
+                seconds.setdefault(name, []).append((time.perf_counter() - started) / repeats)
             print(
                 f"{precision} {turn}: " + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in seconds.items()), file=sys.stderr
             )
-    timed = {name: values[WARMUP:] for name, values in seconds.items()}
-    step = statistics.median(timed["ours"])
-    figures: dict[str, Any] = {
-        "seconds": timed["ours"],
-        "tokens_per_second": args.batch * config.num_tokens / step,
-        "matmul_tflops": rate / 1e12,
-        "mfu": ar_flops_per_image(config) * args.batch / step / rate,
-        "parameters": count_parameters(config),
-    }
-    if not args.alone:
-        ratios = [theirs / ours for ours, theirs in zip(timed["ours"], timed["llamagen"], strict=True)]
-        figures |= {
-            "seconds_llamagen": timed["llamagen"],
-            "train_ratio": statistics.median(ratios),
-            "ratio_spread": [min(ratios), max(ratios)],
-        }
+    figures: dict[str, Any] = {"parameters": count_parameters(config), "matmul_tflops": rate / 1e12}
+    for name, values in seconds.items():
+        figures[name] = speed(values[WARMUP:], args.batch, config, rate)
+    if args.side == "both":
+        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["llamagen"], strict=True)][WARMUP:]
+        figures |= {"train_ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
     if world.device.type == "cuda":
-        # Of both sides together, unless --alone.
+        # Of both sides together, unless --side names one.
         figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     return figures
 
 
+def speed(seconds: list[float], batch: int, config: ARConfig, rate: float) -> dict[str, Any]:
+    """Of one side: tokens per second, and the share of `rate` that the model's FLOPs make."""
+    step = statistics.median(seconds)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": batch * config.num_tokens / step,
+        "mfu": ar_flops_per_image(config) * batch / step / rate,
+    }
+
+
 def our_step(engine: Any, params: TrainAR, batch: int) -> Callable[[], None]:
-    """What the stage does for a step, its figures read as on a GPU: seldom."""
+    """What the stage does for a step; on a GPU the losses are read later."""
     codes, labels = random_batch(batch, engine.device)
     set_learning_rate(engine, params.optimizer.learning_rate)
 
@@ -162,7 +174,8 @@ def our_step(engine: Any, params: TrainAR, batch: int) -> Callable[[], None]:
         loss = engine(codes, labels).mean()
         engine.backward(loss)
         engine.step()
-        loss.item()
+        if engine.device.type == "cpu":
+            loss.item()
 
     return step
 
@@ -199,7 +212,7 @@ def llamagen_step(
         torch.nn.utils.clip_grad_norm_(model.parameters(), params.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        loss.item()  # as its script does after each step
 
     return step
 

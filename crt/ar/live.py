@@ -157,7 +157,9 @@ def matmul_rate(device: torch.device, precision: str, seconds: float = 0.2) -> f
     """FLOPs per second of a large square matrix product on this device, measured now: what MFU is a share of."""
     side = 8192 if device.type == "cuda" else 1024
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    # Random: a GPU that multiplies constants draws less power and runs faster than it ever does at work.
+    draws = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=draws) for _ in range(2))
     best, end = float("inf"), time.monotonic() + seconds
     while True:
         started = time.perf_counter()
