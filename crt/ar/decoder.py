@@ -1,14 +1,12 @@
 """Decoding with a key-value cache: predictions of one code after the other, at the cost of one position each.
 
 What bounds it is memory traffic: each code reads every weight once, and the keys and values of all codes before it.
-So no cache grows or is copied along the sequence, attention reads the filled part only, rounded up to a bucket of
-`BUCKET` positions, and each kind of device has the layout that its products read fastest:
+So no cache grows or is copied along the sequence, and attention reads the filled part only, rounded up to a bucket of
+`BUCKET` positions. This is the CPU's way, `crt.ar.graphs` the GPU's (without Triton, a GPU takes this one):
 
-- CPU: weights in oneDNN's blocked layout (made once; plain ones are reordered at each call, which doubles the
-  traffic), and attention as batched products over buckets that each lie in one piece: the fused kernel takes several
-  times as long for a single query in bfloat16, and a product with a cut of a cache copies it.
-- GPU: a step works on fixed buffers and reads the position from one of them, so that it can be compiled and recorded
-  as a CUDA graph, one for each bucket that attention may end in.
+- weights are in oneDNN's blocked layout, made once: plain ones are reordered at each call, which doubles the traffic;
+- attention is batched products over buckets that each lie in one piece: the fused kernel takes several times as long
+  for a single query in bfloat16, and a product with a cut of a cache copies it.
 
 Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, K codes in
 the codebook.
@@ -24,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crt.ar.model import ARTransformer, Block, rotate
+from crt.ar.model import ARTransformer, Block
 
 BUCKET = 64
 Linear = Callable[[Tensor], Tensor]
@@ -50,15 +48,13 @@ class Decoder:
 
     Args:
         model: in evaluation mode; its weights are shared, or copied to a faster layout.
-        stepped: with the GPU's layout, for `logits_at`; None: wherever the model is not on a CPU.
     """
 
-    def __init__(self, model: ARTransformer, stepped: bool | None = None) -> None:
+    def __init__(self, model: ARTransformer) -> None:
         self.model, self.config = model, model.config
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.stepped = self.device.type != "cpu" if stepped is None else stepped
-        linear = _plain if self.stepped or not _can_pack(self.dtype) else _packed
+        linear = _packed if self.device.type == "cpu" and _can_pack(self.dtype) else _plain
         self._layers = [
             _Layer(
                 block.attention_norm.weight,
@@ -74,12 +70,8 @@ class Decoder:
         num_tokens = self.config.num_tokens
         self._bucket = min(BUCKET, num_tokens)
         self._buckets = -(-num_tokens // self._bucket)
-        # Row t: the positions that the code at t may look at.
-        size = self._bucket * self._buckets
-        self._visible = torch.ones(num_tokens, size, dtype=torch.bool, device=self.device).tril()
-        self._rotation = model.rotation(self.device)  # T, D/2, 2
-        # For a CPU as one product of complex numbers, into which the queries' scale goes as well: T, 2 H, D/2.
-        turn = torch.view_as_complex(self._rotation)[:, None].expand(-1, self.config.heads, -1)
+        # Rotation as one product of complex numbers, into which the queries' scale goes as well: T, 2 H, D/2.
+        turn = torch.view_as_complex(model.rotation(self.device))[:, None].expand(-1, self.config.heads, -1)
         self._turn = torch.cat((turn * self.config.head_width**-0.5, turn), dim=1)
         self.batch_size = 0
 
@@ -89,11 +81,7 @@ class Decoder:
             return
         c, self.batch_size = self.config, batch_size
         self._keys = self._values = torch.empty(0)  # the old ones go before the new ones come
-        shape: tuple[int, ...]
-        if not self.stepped:
-            shape = (c.layers, self._buckets, batch_size * c.heads, self._bucket, c.head_width)
-        else:
-            shape = (c.layers, batch_size, c.heads, c.num_tokens, c.head_width)
+        shape = (c.layers, self._buckets, batch_size * c.heads, self._bucket, c.head_width)
         self._keys, self._values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
 
     @torch.no_grad()
@@ -108,8 +96,6 @@ class Decoder:
             (B, K), in the model's precision.
         """
         self.resize(len(previous))
-        if self.stepped:
-            return self.logits_at(previous, torch.tensor([position], device=self.device), position + 1, position == 0)
         table = self.model.class_embedding if position == 0 else self.model.code_embedding
         bucket, place = divmod(position, self._bucket)
 
@@ -130,36 +116,6 @@ class Decoder:
             for share, piece in zip(weights[1:], values[1:], strict=False):
                 y += torch.bmm(share, piece)
             return y.view_as(q)
-
-        return self._forward(table(previous), turn, attend)
-
-    def logits_at(self, previous: Tensor, position: Tensor, length: int, first: bool = False) -> Tensor:
-        """`next_logits` in a form that can be compiled and recorded: only `length` and `first` are Python values.
-
-        Args:
-            previous: (B,) int64.
-            position: (1,) int64 on the device.
-            length: attend to the cache's first `length` positions, `position` among them.
-            first: whether `previous` holds labels.
-
-        Returns:
-            (B, K).
-        """
-        table = self.model.class_embedding if first else self.model.code_embedding
-        rotation = self._rotation.index_select(0, position)
-
-        def turn(qk: Tensor) -> Tensor:
-            return rotate(qk[:, None], rotation)[:, 0]
-
-        mask = self._visible.index_select(0, position)[:, :length]  # 1, length
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]  # B, H, T, D
-            keys.index_copy_(2, position, k[:, :, None])
-            values.index_copy_(2, position, v[:, :, None])
-            return F.scaled_dot_product_attention(
-                q[:, :, None], keys[:, :, :length], values[:, :, :length], attn_mask=mask
-            )[:, :, 0]
 
         return self._forward(table(previous), turn, attend)
 

@@ -19,17 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crt.ar.decoder import Decoder
-from crt.ar.graphs import GraphedSteps
 from crt.ar.model import ARConfig, ARTransformer, load_model
 from crt.errors import UserError
 from crt.randomness import numpy_generator
+
+if TYPE_CHECKING:
+    from crt.ar.graphs import SteppedBatch
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Share of the guidance at a share x of the sequence.
@@ -45,14 +49,14 @@ class Generator:
 
     Args:
         model: in evaluation mode, on the device and in the precision that it shall run in.
-        compile: on a GPU, compile a step and record it as a CUDA graph: minutes at first, several times faster then.
+        compile: on a GPU, record a step as a CUDA graph: seconds at first, several times faster then.
     """
 
     def __init__(self, model: ARTransformer, compile: bool = False) -> None:
         self.model = model
-        self.compile = compile and model.head.weight.device.type == "cuda"
+        self.compile = compile
         self._decoder: Decoder | None = None
-        self._graphs: GraphedSteps | None = None
+        self._stepped: SteppedBatch | None = None
 
     @classmethod
     def load(
@@ -138,10 +142,10 @@ class Generator:
         previous = labels.to(device)
         if guided:
             previous = torch.cat((previous, torch.full_like(previous, self.config.null_class)))
+        if self._takes_kernels():
+            return self._stepped_batch(num_images, guided, settings).run(previous, uniforms, scales).cpu()
         if self._decoder is None:
             self._decoder = Decoder(self.model)
-        if self.compile:
-            return self._run_graphs(previous, uniforms, scales.to(device), settings).cpu()
         codes = torch.empty((num_images, num_tokens), dtype=torch.int64, device=device)
         for position in range(num_tokens):
             logits = self._decoder.next_logits(previous, position)
@@ -150,18 +154,32 @@ class Generator:
             previous = torch.cat((code, code)) if guided else code
         return codes.cpu()
 
-    def _run_graphs(self, previous: Tensor, uniforms: Tensor, scales: Tensor, settings: DrawSettings) -> Tensor:
-        assert self._decoder is not None
-        guided = len(previous) > len(uniforms)
+    def _takes_kernels(self) -> bool:
+        return self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
+
+    def _stepped_batch(self, num_images: int, guided: bool, settings: DrawSettings) -> SteppedBatch:
+        """Buffers and steps for a GPU; those of the last call where they serve again."""
+        from crt.ar.decode_kernels import DRAW_LIMIT
+        from crt.ar.graphs import SteppedBatch
 
         def draw_step(logits: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
             return draw_next(logits, uniform, scale if guided else None, settings)
 
-        key = (len(previous), guided, settings.temperature, settings.top_k, settings.top_p)
-        if self._graphs is None or self._graphs.key != key:
-            self._graphs = None  # its buffers go first
-            self._graphs = GraphedSteps(self._decoder, len(uniforms), len(previous), draw_step, key)
-        return self._graphs.run(previous, uniforms, scales)
+        key = (num_images, guided, settings.temperature, settings.top_k, settings.top_p)
+        if self._stepped is None or self._stepped.key != key:
+            self._stepped = None  # its buffers go first
+            among_all = not settings.top_k and settings.top_p == 1 and self.config.codebook_size <= DRAW_LIMIT
+            self._stepped = SteppedBatch(
+                self.model,
+                num_images,
+                num_images * (2 if guided else 1),
+                temperature=settings.temperature,
+                draw=None if among_all else draw_step,
+                key=key,
+            )
+            if self.compile:
+                self._stepped.record()
+        return self._stepped
 
     def _check_labels(self, labels: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         wanted = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)

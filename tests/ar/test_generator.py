@@ -7,9 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from crt.ar.decoder import Decoder
-from crt.ar.generator import DrawSettings, Generator, distribution, draw, draw_next, guidance_scales, image_uniforms
-from crt.ar.graphs import SteppedBatch
+from crt.ar.generator import DrawSettings, Generator, distribution, draw, guidance_scales, image_uniforms
 from crt.errors import UserError
 from tests.ar.conftest import CODEBOOK, small_model
 
@@ -55,34 +53,6 @@ def test_an_image_depends_on_seed_and_index_alone(generator: Generator) -> None:
         assert torch.equal(generator.generate([label], guidance=2.0, seed=1, first_index=index)[0], whole[index])
     assert not torch.equal(generator.generate(LABELS, guidance=2.0, seed=2), whole)
     assert len({tuple(row) for row in generator.generate([0] * 8).tolist()}) == 8
-
-
-@pytest.mark.parametrize("guided", [True, False])
-def test_steps_on_fixed_buffers_draw_the_same_codes(
-    generator: Generator, guided: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a GPU compiles and records, traced here in one piece; oracle: the plain loop."""
-    monkeypatch.setattr("crt.ar.graphs.BUCKET", 6)
-    settings = DrawSettings(2.0 if guided else 1.0, 0.9, 10, 0.95, "linear")
-    expected = generator.generate(
-        LABELS, settings.guidance, seed=4, temperature=0.9, top_k=10, top_p=0.95, guidance_schedule="linear"
-    )
-    labels, sequences = torch.tensor(LABELS), len(LABELS) * (2 if guided else 1)
-    batch = SteppedBatch(
-        Decoder(generator.model, stepped=True),
-        len(LABELS),
-        sequences,
-        lambda logits, uniforms, scale: draw_next(logits, uniforms, scale if guided else None, settings),
-    )
-    assert batch.lengths() == [6, 12, 16]
-    step = torch.compile(batch.step, fullgraph=True, dynamic=False, backend="eager")
-    for _ in range(2):
-        previous = torch.cat((labels, torch.full_like(labels, 5))) if guided else labels
-        batch.begin(previous, image_uniforms(4, range(len(LABELS)), 16), guidance_scales(settings, 16))
-        batch.step(1, first=True)
-        for position in range(1, 16):
-            step(next(length for length in batch.lengths() if length > position))
-        assert torch.equal(batch.codes, expected)
 
 
 def test_guidance_scales_are_those_of_the_schedules() -> None:
