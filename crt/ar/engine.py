@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crt.ar.deepspeed_config import deepspeed_config
 from crt.ar.model import ARConfig, ARTransformer, count_parameters
-from crt.ar.one_process import skip_partitioning
+from crt.ar.one_process import skip_partitioning, updates_in_place
 from crt.distributed import World
 from crt.params import Optimizer, TrainAR
 from crt.randomness import seed_torch
@@ -102,9 +102,7 @@ def deepspeed_engine(
     if params.zero_stage == 0 and params.precision == "bf16":
         # DeepSpeed has made this optimizer's state by a step with zero gradients, which Adam would count as its first.
         engine.optimizer.optimizer.state.clear()
-    # Float32 sums of bfloat16 gradients ("data_types") are made while these are partitioned.
-    in_place = world.size == 1 and params.zero_stage in (1, 2) and "data_types" not in settings
-    if in_place and params.offload == "none":
+    if updates_in_place(world.size, params.zero_stage, params.offload, float32_sums="data_types" in settings):
         skip_partitioning(engine.optimizer)
     try:
         yield engine

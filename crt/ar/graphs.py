@@ -10,6 +10,7 @@ codebook.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -63,32 +64,34 @@ class SteppedBatch:
     @torch.no_grad()
     def run(self, previous: Tensor, uniforms: Tensor, scales: Tensor) -> Tensor:
         """Labels (M,), uniforms (B, T) and scales (T,) to codes (B, T)."""
-        self.previous.copy_(previous)
-        self.uniforms.copy_(uniforms)
-        self.scales.copy_(scales)
-        self.position.zero_()
-        # The first step reads labels and is not worth a graph of its own.
-        self.step(first=True)
-        for _ in range(1, self.num_tokens):
-            if self._graph is None:
-                self.step()
-            else:
-                self._graph.replay()
+        with self._device():
+            self.previous.copy_(previous)
+            self.uniforms.copy_(uniforms)
+            self.scales.copy_(scales)
+            self.position.zero_()
+            # The first step reads labels and is not worth a graph of its own.
+            self.step(first=True)
+            for _ in range(1, self.num_tokens):
+                if self._graph is None:
+                    self.step()
+                else:
+                    self._graph.replay()
         return self.codes
 
     @torch.no_grad()
     def record(self) -> None:
         """Let `run` replay a graph from now on."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP_CALLS):
-                self.position.zero_()
+        with self._device():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP_CALLS):
+                    self.position.zero_()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
         self._graph = graph
 
     def step(self, first: bool = False) -> None:
@@ -137,6 +140,10 @@ class SteppedBatch:
             y = kernels.swiglu(F.linear(kernels.norm(x, block.ffn_norm.weight, eps, branch), ffn.gate_up.weight))
             branch = F.linear(y, ffn.down.weight)
         return F.linear(kernels.norm(x, self.model.norm.weight, eps, branch), self.model.head.weight)
+
+    def _device(self) -> AbstractContextManager:
+        # Triton launches on the current GPU, wherever its tensors are.
+        return torch.cuda.device_of(self.position)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.model.blocks))

@@ -10,23 +10,27 @@ the backward pass makes them, ZeRO 3 also the weights. Three moments can be the 
 - the update: float32 copies of the gradients beside bfloat16 ones.
 
 Activations are not estimated: the forward pass runs on fake tensors and autograd tells what it keeps. Tests hold the
-split state against a run of two processes and the activations against real tensors. What is not in it: the CUDA
-context and NCCL's buffers, which the caller sets aside, and what compilation saves by not keeping activations.
+split state against a run of two processes and the activations against real tensors; on an H200 the peaks of sizes B
+and L agree within 5% (`benchmarks/stage2.md`). What is not in it: the CUDA context and NCCL's buffers, which the
+caller sets aside, and what compilation saves by not keeping activations: at size B, a third of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crt.ar.deepspeed_config import bucket_elements, max_live_elements
 from crt.ar.model import ARConfig, ARTransformer, count_parameters
+from crt.ar.one_process import GPU_PIECE, updates_in_place
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -110,7 +114,10 @@ def stage2_memory(config: ARConfig, split: Split) -> Memory:
     weights, gradients, optimizer, buffers = held_bytes(num_parameters, split)
     weight = 2 if split.precision == "bf16" else 4
     bucket = bucket_elements(num_parameters)
-    travelling = {0: 0, 1: bucket, 2: 2 * bucket, 3: 0}[split.zero_stage] * weight
+    in_place = updates_in_place(
+        split.processes, split.zero_stage, split.offload, split.precision == "bf16" and split.accumulating
+    )
+    travelling = 0 if in_place else {0: 0, 1: bucket, 2: 2 * bucket, 3: 0}[split.zero_stage] * weight
     live = 0
     if split.zero_stage == 3:
         live = weight * (min(max_live_elements(num_parameters), num_parameters) + bucket)
@@ -119,8 +126,7 @@ def stage2_memory(config: ARConfig, split: Split) -> Memory:
     copies = 0
     if split.precision == "bf16" and split.offload == "none":
         share = {0: num_parameters, 1: num_parameters // split.processes, 2: num_parameters // split.processes, 3: 0}
-        copies = 4 * (share[split.zero_stage] or bucket)
-    per_image = activation_bytes(config, split.precision, split.activation_checkpointing, "cuda:0")
+        copies = 4 * (min(num_parameters, GPU_PIECE) if in_place else share[split.zero_stage] or bucket)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -130,7 +136,7 @@ def stage2_memory(config: ARConfig, split: Split) -> Memory:
         backward_end=base + travelling + max(whole, gradients),
         update=weights + optimizer + buffers + gradients + copies,
         host=_host_bytes(num_parameters, split),
-        activations_per_image=per_image + loss_bytes(config, split.precision),
+        activations_per_image=_activations_per_image(config, split),
     )
 
 
@@ -142,33 +148,38 @@ def _host_bytes(num_parameters: int, split: Split) -> int:
     return (12 + 4 + weights) * num_parameters // split.processes
 
 
-def loss_bytes(config: ARConfig, precision: str) -> int:
+def _activations_per_image(config: ARConfig, split: Split) -> int:
+    """What one image's forward pass keeps, and the most that its backward pass needs beside at once."""
+    kept, block = activation_bytes(config, split.precision, split.activation_checkpointing, "cuda:0")
+    # When blocks are recomputed the losses' part is over.
+    return kept + (max(loss_bytes(config), block) if split.activation_checkpointing else loss_bytes(config))
+
+
+def loss_bytes(config: ARConfig) -> int:
     """What the backward pass of one image's losses needs at once, beside the saved log-probabilities.
 
-    Their float32 gradient, that of the logits in float32, and, in bfloat16, both again in the weights' precision.
+    The gradients of log-probabilities and of logits, both in float32.
     """
-    logits = config.num_tokens * config.codebook_size
-    return logits * (4 + 4 + (2 if precision == "bf16" else 0))
+    return 2 * 4 * config.num_tokens * config.codebook_size
 
 
 @cache
-def activation_bytes(config: ARConfig, precision: str, activation_checkpointing: bool, device: str) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass.
+def activation_bytes(config: ARConfig, precision: str, activation_checkpointing: bool, device: str) -> tuple[int, int]:
+    """Bytes that the forward pass of one image keeps for the backward pass: of all, and of one whole block.
 
     Args:
         config: the model.
         precision: of weights and activations.
-        activation_checkpointing: whether only each block's input is kept. The block that is being recomputed is
-            then whole for a moment, which is counted.
+        activation_checkpointing: whether only each block's input is kept.
         device: "cuda:0" or "cpu", which keep different things; the device need not exist.
     """
     with FakeTensorMode():
         one, two = (_saved_bytes(replace(config, layers=layers), precision, device) for layers in (1, 2))
     block, ends = two - one, 2 * one - two
     if not activation_checkpointing:
-        return ends + config.layers * block
+        return ends + config.layers * block, block
     block_input = config.num_tokens * config.width * _DTYPES[precision].itemsize
-    return ends + config.layers * block_input + block
+    return ends + config.layers * block_input, block
 
 
 def _saved_bytes(config: ARConfig, precision: str, device: str) -> int:
@@ -176,7 +187,20 @@ def _saved_bytes(config: ARConfig, precision: str, device: str) -> int:
         model = ARTransformer(config).train()
     codes = torch.zeros(1, config.num_tokens, dtype=torch.int64, device=device)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
-    return saved_bytes(lambda: model(codes, labels), model)
+    with _fused_attention() if device != "cpu" else nullcontext():
+        return saved_bytes(lambda: model(codes, labels), model)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Let attention be one operator, as on any GPU: torch decomposes it for a device that does not exist."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        operator = torch.ops.aten._scaled_dot_product_efficient_attention
+        return operator(q, k, v, None, compute_log_sumexp=True, is_causal=is_causal)[0]
+
+    with patch.object(F, "scaled_dot_product_attention", attend):
+        yield
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:

@@ -17,7 +17,18 @@ from torch import Tensor
 # Elements updated at once on a CPU: gradient, weight and both moments in float32 take 16 bytes each.
 _PIECE = 2**20
 # Elements whose gradients are held in float32 at once on a GPU.
-_GPU_PIECE = 2**26
+GPU_PIECE = 2**26
+
+
+def updates_in_place(processes: int, zero_stage: int, offload: str, float32_sums: bool) -> bool:
+    """Whether `skip_partitioning` applies.
+
+    Args:
+        processes: of the run.
+        zero_stage, offload: of the params.
+        float32_sums: whether bfloat16 gradients of micro-batches are summed in float32, while they are partitioned.
+    """
+    return processes == 1 and zero_stage in (1, 2) and offload == "none" and not float32_sums
 
 
 def skip_partitioning(optimizer: Any, on_gpu: bool | None = None) -> None:
@@ -99,7 +110,7 @@ class _GPUUpdate:
         for gradients in ([p.numel() for p in group] for group in optimizer.params_in_partition):
             pieces: list[list[int]] = []
             for size in gradients:
-                if not pieces or sum(pieces[-1]) + size > _GPU_PIECE:
+                if not pieces or sum(pieces[-1]) + size > GPU_PIECE:
                     pieces.append([])
                 pieces[-1].append(size)
             self.pieces.append(pieces)

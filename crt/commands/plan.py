@@ -13,9 +13,10 @@ from typing import Any
 from crt.errors import UserError
 from crt.params import Params, load_params
 
-# Assumed shares of the peak rate. Published dense transformers of this size reach 0.4 to 0.46 on H100 (llm-foundry);
-# the paper's stage 2 reached 0.15 and its stage 1, LPIPS not counted, 0.09 (84 and 72 hours on 8 A100).
-_MFU = {"train_ar": 0.35, "train_tokenizer": 0.10}
+# Assumed shares of the peak rate. Measured on one H200 (benchmarks/stage1.md, stage2.md, tokens.md): stage 2 of 775M
+# 0.40, stage 1 without LPIPS 0.27, encoding 0.27 of TF32; less here for several GPUs and LPIPS. The paper's stage 2
+# reached 0.15 and its stage 1, LPIPS not counted, 0.09 (84 and 72 hours on 8 A100).
+_MFU = {"train_ar": 0.35, "train_tokenizer": 0.20}
 # Drawing code by code reads all weights for each: far below what training reaches.
 _MFU_SAMPLE = 0.05
 # JPEG images of ImageNet's size that one host decodes per second, with some 16 cores.

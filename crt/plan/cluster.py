@@ -17,7 +17,12 @@ class Gpu:
     bf16_tflops: float
     """Dense, summed in float32."""
     float32_tflops: float
-    """Without TF32, which this project leaves off."""
+    """Without TF32."""
+
+    @property
+    def tf32_tflops(self) -> float:
+        """In which PyTorch's float32 convolutions run by default; its matrix products do not."""
+        return self.bf16_tflops / 2
 
 
 # Data sheets of the makers.
@@ -64,7 +69,7 @@ def make_cluster(
     if name not in GPUS:
         raise UserError(f"--gpu {name}: unknown: use one of {', '.join(GPUS)}, or --gpu-memory and --peak with any")
     gpu = GPUS[name]
-    peaks = {"bf16": gpu.bf16_tflops, "float32": gpu.float32_tflops}
+    peaks = {"bf16": gpu.bf16_tflops, "TF32": gpu.tf32_tflops, "float32": gpu.float32_tflops}
     if peak_tflops is not None:
         peaks = dict.fromkeys(peaks, peak_tflops)
     memory = gpu.memory_gb if memory_gb is None else memory_gb

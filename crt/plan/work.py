@@ -137,6 +137,11 @@ def cache_bytes(params: Params, data: DataSize, config: ARConfig) -> int:
     return (data.train + data.val) * header.row_bytes
 
 
+def _of_convolutions(precision: str) -> str:
+    """The rate at which a GPU runs them: see `crt.plan.cluster`."""
+    return {"float32": "TF32"}.get(precision, precision)
+
+
 def checkpoint_bytes(config: ARConfig, precision: str, zero_stage: int) -> int:
     """One resume state on disk: the weights, and the optimizer's float32 state with its master weights if any."""
     weights = 2 if precision == "bf16" else 4
@@ -159,11 +164,14 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
         StageWork(
             "train_tokenizer",
             per_image * stage1.batch_size * stage1.steps,
-            stage1.precision,
+            _of_convolutions(stage1.precision),
             f"{stage1.steps:,} steps of {stage1.batch_size * per_image:.3e}",
         ),
         StageWork(
-            "tokenize", encode * views * images, params.tokenize.precision, f"{images:,} images, {views} views each"
+            "tokenize",
+            encode * views * images,
+            _of_convolutions(params.tokenize.precision),
+            f"{images:,} images, {views} views each",
         ),
         StageWork(
             "train_ar",

@@ -70,12 +70,16 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", 2)
+    """The interpreter takes long for each, however little it does."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "_NORM_PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "_MOST_ROWS", 64)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many pieces in small tensors as in those of a real model."""
+    monkeypatch.setattr(kernels, "_MOST_ROWS", 8)
     monkeypatch.setattr(kernels, "_LANES", 2)
     monkeypatch.setattr(kernels, "_MOST_WARPS", 4)
 

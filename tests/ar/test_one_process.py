@@ -30,7 +30,7 @@ def test_one_process_updates_as_zero_does(
     The form for GPUs runs on a CPU as well.
     """
     monkeypatch.setattr(engine, "skip_partitioning", partial(skip_partitioning, on_gpu=on_gpu))
-    monkeypatch.setattr(one_process, "_GPU_PIECE", 2000)
+    monkeypatch.setattr(one_process, "GPU_PIECE", 2000)
     params = load_params(ROOT / "params.yaml").train_ar
     optimizer = params.optimizer.model_copy(update={"clip_norm": 0.7})
     changes = {"precision": precision, "zero_stage": zero_stage, "batch_size": 6, "micro_batch_size": micro_batch}
