@@ -24,25 +24,28 @@ HERE = Path(__file__).resolve().parent
 # Name: script and arguments. {llamagen} and {images} are filled in.
 WAVES: list[dict[str, str]] = [
     {
-        "stage2_XL": "stage2.py --llamagen {llamagen} --model XL --batch 32 --turns 10 --precision bf16 --compile",
-        "stage1": "stage1.py --llamagen {llamagen} --images {images} --batch 32 --turns 10 --precision bf16 --compile",
-        "tokens": "tokens.py --llamagen {llamagen} --images {images} --only-tokenizing",
         **{
             f"sampling_{size}_{batch}": f"sampling.py --llamagen {{llamagen}} --gpu --sizes {size} --batches {batch}"
             for size, batches in {"B": (1, 32, 256), "XL": (1, 32), "3B": (1, 32)}.items()
             for batch in batches
         },
+        "stage1": "stage1.py --llamagen {llamagen} --images {images} --batch 32 --turns 10 --precision bf16 --compile",
+        "tokens": "tokens.py --llamagen {llamagen} --images {images} --only-tokenizing",
     },
     {
+        "stage2_B": "stage2.py --llamagen {llamagen} --model B --batch 32 --precision bf16 --compile",
+        "stage2_XL": "stage2.py --side ours --model XL --batch 32 --precision bf16 --compile",
+        "stage2_XL_llamagen": "stage2.py --llamagen {llamagen} --side llamagen --model XL --batch 32 --precision bf16 "
+        "--compile",
         "sampling_XL_256": "sampling.py --llamagen {llamagen} --gpu --sizes XL --batches 256",
-        "stage2_XL_memory": "stage2.py --side ours --model XL --batch 32 --precision bf16 --compile",
-        "stage2_XL_recompute": "stage2.py --side ours --model XL --batch 32 --precision bf16 --compile --recompute",
     },
     {"sampling_3B_256": "sampling.py --llamagen {llamagen} --gpu --sizes 3B --batches 256"},
     {"stage2_3B": "stage2.py --side ours --model 3B --batch 16 --precision bf16 --compile"},
-    {"stage2_3B_llamagen": "stage2.py --llamagen {llamagen} --side llamagen --model 3B --batch 16 --precision bf16 "
-                           "--compile"},
-]  # fmt: skip
+    {
+        "stage2_3B_llamagen": "stage2.py --llamagen {llamagen} --side llamagen --model 3B --batch 16 --precision bf16 "
+        "--compile"
+    },
+]
 PREPARE_SECONDS, MEASURE_SECONDS = 300, 180
 
 
@@ -58,8 +61,20 @@ def main() -> None:
     for wave in WAVES:
         chosen = {name: line for name, line in wave.items() if args.only is None or name in args.only}
         report |= run_wave(chosen, args)
+        report |= ratios(report)
         (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
+
+
+def ratios(report: dict[str, Any]) -> dict[str, float]:
+    """Of steps that were measured in two processes, since the GPU does not hold both: theirs over ours."""
+    found = {}
+    for name, theirs in report.items():
+        ours = report.get(name.removesuffix("_llamagen"))
+        if name.endswith("_llamagen") and isinstance(ours, dict) and isinstance(theirs, dict):
+            speeds = ours["bf16"]["ours"]["tokens_per_second"], theirs["bf16"]["llamagen"]["tokens_per_second"]
+            found[f"{name.removesuffix('_llamagen')}_train_ratio"] = speeds[0] / speeds[1]
+    return found
 
 
 def run_wave(wave: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:

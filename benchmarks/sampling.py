@@ -77,7 +77,6 @@ def measure_cpu(args: argparse.Namespace) -> dict[str, Any]:
 def measure_gpu(args: argparse.Namespace) -> dict[str, Any]:
     """Every size at every batch, ours beside theirs and beside the limit."""
     device, found = torch.device("cuda"), {}
-    bandwidth = copy_bandwidth(device)
     for size in args.sizes:
         ours, theirs = both_sides(size, args.precision, device, compiled=True)
         for batch in args.batches:
@@ -88,15 +87,17 @@ def measure_gpu(args: argparse.Namespace) -> dict[str, Any]:
                 args.turns,
             )
             step, their_step = (statistics.median(s) for s in (ours_seconds, their_seconds))
+            bandwidth = copy_bandwidth(device)
             figures = {
                 "images_per_second": batch / step,
                 "images_per_second_llamagen": batch / their_step,
                 "images_per_second_ratio": their_step / step,
                 "share_of_bandwidth_limit_ratio": bytes_read(ours, 2 * batch) / bandwidth / step,
+                "copy_bandwidth_bytes_per_second": bandwidth,
             }
             found[f"{size}_batch_{batch}"] = figures
             print(size, batch, json.dumps(figures), flush=True)
-    return {"copy_bandwidth_bytes_per_second": bandwidth, **found}
+    return found
 
 
 def both_sides(size: str, precision: str, device: torch.device, compiled: bool) -> tuple[Generator, nn.Module]:

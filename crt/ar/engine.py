@@ -85,7 +85,7 @@ def deepspeed_engine(
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned), world.device:
         model = ARTransformer(config, params.activation_checkpointing)
     if params.compile:
-        _compile(model, world.device)
+        _compile(model, world)
     with quiet():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -112,13 +112,15 @@ def deepspeed_engine(
         gc.collect()
 
 
-def _compile(model: ARTransformer, device: torch.device) -> None:
-    """Compile as a whole, which spares Python's time between the layers: at size B as much as the GPU takes.
+def _compile(model: ARTransformer, world: World) -> None:
+    """Compile, as a whole where that serves.
 
-    With activation checkpointing block by block: one compilation serves all layers.
+    One process gains from it what Python takes between the layers: at size B as much as the GPU takes. Several need
+    each block's gradients as soon as they are there, to exchange them meanwhile, and recomputation is by blocks too;
+    then one compilation serves all blocks.
     """
-    model.rotation(device)  # kept from now on: the compiler shall find it
-    if not model.activation_checkpointing:
+    model.rotation(world.device)  # kept from now on: the compiler shall find it
+    if world.size == 1 and not model.activation_checkpointing:
         model.compile(dynamic=False)
         return
     for block in model.blocks:

@@ -96,8 +96,8 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("inputs", "outputs", "programs"), [(16, 24, 2), (20, 7, 4), (100, 12, 1), (48, 33, 2)])
-@pytest.mark.parametrize("sequences", [1, 2, 3, 4])
+@pytest.mark.parametrize(("inputs", "outputs", "programs"), [(20, 7, 4), (100, 12, 1), (48, 33, 2)])
+@pytest.mark.parametrize("sequences", [1, 2, 4])
 @pytest.mark.usefixtures("small_blocks")
 def test_products_of_few_rows(
     sequences: int, inputs: int, outputs: int, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -212,8 +212,7 @@ def test_steps_predict_and_draw_as_the_cpu_does(images: int, changes: dict) -> N
     assert torch.equal(codes, Generator(model).generate(labels, 2.0, seed=4, guidance_schedule="linear"))
 
 
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("images", [1, 7])
+@pytest.mark.parametrize(("images", "guided"), [(1, True), (1, False), (7, False)])
 def test_a_batch_serves_again_and_with_any_draw(images: int, guided: bool) -> None:
     model, labels = small_model(scale=2.0, grid=GRID, layers=1), torch.tensor(LABELS[:images])
     settings = DrawSettings(2.0 if guided else 1.0, 0.9, 10, 0.95)
