@@ -161,6 +161,17 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(plain, recomputed)
 
 
+def test_it_compiles_in_one_piece() -> None:
+    """As one GPU trains it: a break in the graph would be an error."""
+    model = small_model(dropout=0.0).requires_grad_(True).train()
+    codes, labels = codes_and_labels()
+    expected = torch.autograd.grad(model(codes, labels).mean(), list(model.parameters()))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    found = torch.autograd.grad(compiled(codes, labels).mean(), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_acts_in_training_only_and_never_on_attention_weights() -> None:
     codes, labels = codes_and_labels()
     model = small_model(dropout=0.5)
