@@ -54,7 +54,8 @@ class Decoder:
         self.model, self.config = model, model.config
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        linear = _packed if self.device.type == "cpu" and _can_pack(self.dtype) else _plain
+        packs = self.device.type == "cpu" and _can_pack(self.dtype) and not is_partitioned(model)
+        linear = _packed if packs else _plain
         self._layers = [
             _Layer(
                 block.attention_norm.weight,
@@ -136,6 +137,11 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`F.rms_norm` of (B, C) over the channels in fewer kernels, which count at one position a call."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
     return (x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()).to(x.dtype) * weight
+
+
+def is_partitioned(model: ARTransformer) -> bool:
+    """Whether ZeRO 3 holds the weights: it gathers those of a module when that is called, and only then."""
+    return hasattr(model.head.weight, "ds_id")
 
 
 def _plain(module: nn.Linear) -> Linear:

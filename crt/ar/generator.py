@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crt.ar.decoder import Decoder
+from crt.ar.decoder import Decoder, is_partitioned
 from crt.ar.model import ARConfig, ARTransformer, load_model
 from crt.errors import UserError
 from crt.randomness import numpy_generator
@@ -155,7 +155,8 @@ class Generator:
         return codes.cpu()
 
     def _takes_kernels(self) -> bool:
-        return self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
+        on_gpu = self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
+        return on_gpu and not is_partitioned(self.model)
 
     def _stepped_batch(self, num_images: int, guided: bool, settings: DrawSettings) -> SteppedBatch:
         """Buffers and steps for a GPU; those of the last call where they serve again."""
