@@ -19,7 +19,7 @@ from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.launch import environment_rank, launch_command, wait_passively
+from crt.launch import environment_rank, launch_command, leave, wait_passively
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import exclusive, open_run, publish, publish_metrics
 
@@ -193,4 +193,8 @@ def _report(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as ended:  # argparse's, or a process that leaves the message to the first one
+        status = int(ended.code or 0)
+    leave(status)

@@ -1,4 +1,4 @@
-"""Several processes for one stage: who starts them, and how many threads each gets.
+"""Several processes for one stage: who starts them, how many threads each gets, and how they end.
 
 Engines run `python -m crt STAGE ...` once. Where that process finds itself in a Slurm job of several tasks it
 becomes `srun` over them; where it sees several GPUs it becomes `torchrun` over those. So dvc.yaml and the
@@ -7,10 +7,12 @@ Snakefile state one command for a laptop, a workstation and a cluster.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from crt import slurm
 
@@ -106,6 +108,20 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; where it is one of several, before C++ destroys what is left.
+
+    DeepSpeed keeps references to process groups that were destroyed, and gloo's threads live as long: under load a
+    process whose work was complete then aborted now and then ("terminate called without an active exception").
+    """
+    if environment_rank()[1] > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def has_gpu() -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from crt.__main__ import main
 from crt.distributed import join_world
+from crt.launch import leave
 from crt.progress import Progress
 from crt.stages import sample, train_ar
 
@@ -50,3 +51,4 @@ if __name__ == "__main__":
         dist.all_gather_object(everyone, statuses)
         if world.is_main:
             results.write_text(json.dumps(everyone))
+    leave(0)

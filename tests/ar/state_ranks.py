@@ -19,6 +19,7 @@ import torch.distributed as dist
 from crt.ar.deepspeed_config import micro_batches
 from crt.ar.engine import deepspeed_engine, deepspeed_session, set_learning_rate
 from crt.distributed import World, join_world
+from crt.launch import leave
 from crt.params import load_params
 from tests.ar.conftest import small_config
 
@@ -58,3 +59,4 @@ if __name__ == "__main__":
         dist.all_gather_object(everyone, measured)
         if world.is_main:
             results.write_text(json.dumps(everyone))
+    leave(0)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from crt.__main__ import main
 from crt.distributed import join_world
+from crt.launch import leave
 from crt.stages import train_tokenizer
 
 
@@ -34,3 +35,4 @@ if __name__ == "__main__":
             statuses.append(status_of(command))
             dist.barrier()
         Path(f"{jobs}.{world.rank}").write_text(json.dumps(statuses))
+    leave(0)
