@@ -78,13 +78,7 @@ def _update(optimizer: Any) -> None:
                     [state["exp_avg_sq"][piece]],
                     [],
                     [state["step"]],
-                    lr=settings["lr"],
-                    beta1=settings["betas"][0],
-                    beta2=settings["betas"][1],
-                    weight_decay=settings["weight_decay"],
-                    eps=settings["eps"],
-                    amsgrad=False,
-                    maximize=False,
+                    **_adamw_options(settings),
                 )
                 weights[piece].copy_(master.data[piece])
                 start += some.numel()
@@ -100,6 +94,13 @@ def _adamw_state(optimizer: Any, master: Tensor) -> dict[str, Tensor]:
         state["step"] = torch.zeros((), device=master.device)
     state["step"] += 1
     return state
+
+
+def _adamw_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings as torch's fused kernel takes them."""
+    beta1, beta2 = settings["betas"]
+    kept = {name: settings[name] for name in ("lr", "weight_decay", "eps")}
+    return kept | {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
 
 
 class _GPUUpdate:
@@ -143,13 +144,7 @@ class _GPUUpdate:
                     squares,
                     [],
                     [state["step"]] * len(sizes),
-                    lr=settings["lr"],
-                    beta1=settings["betas"][0],
-                    beta2=settings["betas"][1],
-                    weight_decay=settings["weight_decay"],
-                    eps=settings["eps"],
-                    amsgrad=False,
-                    maximize=False,
+                    **_adamw_options(settings),
                     grad_scale=divisor,
                 )
                 weights[part].copy_(master.data[part])

@@ -33,6 +33,14 @@ def _tile_of(x_ptr, pixel, pixels, channel, channels):
 
 
 @triton.jit
+def _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, group, known):
+    """What each channel is scaled and moved by: weight, bias, and its group's mean and 1 / deviation."""
+    weight = tl.load(weight_ptr + channel, known, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, known, other=0.0).to(tl.float32)
+    return weight, bias, tl.load(mean_ptr + group, known, other=0.0), tl.load(rstd_ptr + group, known, other=0.0)
+
+
+@triton.jit
 def _normalized(x, mean, rstd):
     return (x - mean[None, :]) * rstd[None, :]
 
@@ -68,14 +76,15 @@ def _moments(
 
 
 @triton.jit
-def _chunk_sums(sums_ptr, image, channel, wanted, chunks, channels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Both sums of some channels over all chunks, in float64."""
-    chunk = tl.arange(0, CHUNKS)
+def _group_sums(sums_ptr, image, group, group_width, chunks, channels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels of a group, which of them there are, and both of their sums over all chunks in float64."""
+    index, chunk = tl.arange(0, BLOCK), tl.arange(0, CHUNKS)
+    channel, wanted = group * group_width + index, index < group_width
     place = sums_ptr + (image * chunks + chunk)[:, None] * 2 * channels + channel[None, :]
     inside = (chunk < chunks)[:, None] & wanted[None, :]
     first = tl.load(place, inside, other=0.0).to(tl.float64)
     second = tl.load(place + channels, inside, other=0.0).to(tl.float64)
-    return tl.sum(first, 0), tl.sum(second, 0)
+    return channel, wanted, tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit
@@ -85,10 +94,7 @@ def _statistics(
 ):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of one group: (B, G) each."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index = tl.arange(0, BLOCK)
-    wanted = index < group_width
-    channel = group * group_width + index
-    total, square = _chunk_sums(sums_ptr, image, channel, wanted, chunks, channels, CHUNKS, BLOCK)
+    channel, wanted, total, square = _group_sums(sums_ptr, image, group, group_width, chunks, channels, CHUNKS, BLOCK)
     pivot = tl.load(x_ptr + image * pixels * channels + channel, wanted, other=0.0).to(tl.float64)
     means = pivot + total / pixels
     mean = tl.sum(tl.where(wanted, means, 0.0), 0) / group_width
@@ -107,11 +113,8 @@ def _apply(
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
-    known = channel < channels
-    weight = tl.load(weight_ptr + channel, known, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, known, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + image * groups + channel // group_width, known, other=0.0)
-    rstd = tl.load(rstd_ptr + image * groups + channel // group_width, known, other=0.0)
+    known, group = channel < channels, image * groups + channel // group_width
+    weight, bias, mean, rstd = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, group, known)
     pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     start = image * pixels * channels
     place, inside = _tile_of(x_ptr + start, pixel, pixels, channel, channels)
@@ -130,11 +133,8 @@ def _slope_sums(
     """Sums over a chunk of the slope behind the norm, and of it times the normalised x: (B, Q, 2, C)."""
     image, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, BLOCK_C)
-    known = channel < channels
-    weight = tl.load(weight_ptr + channel, known, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, known, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + image * groups + channel // group_width, known, other=0.0)
-    rstd = tl.load(rstd_ptr + image * groups + channel // group_width, known, other=0.0)
+    known, group = channel < channels, image * groups + channel // group_width
+    weight, bias, mean, rstd = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, group, known)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     product = tl.zeros((ROWS, BLOCK_C), tl.float32)
     image_start = image * pixels * channels
@@ -160,10 +160,7 @@ def _slope_statistics(
 ):  # fmt: skip
     """Of one group: means of the slopes at the normalised x, (B, G, 2); of its channels: both sums, (B, 2, C)."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index = tl.arange(0, BLOCK)
-    wanted = index < group_width
-    channel = group * group_width + index
-    total, product = _chunk_sums(sums_ptr, image, channel, wanted, chunks, channels, CHUNKS, BLOCK)
+    channel, wanted, total, product = _group_sums(sums_ptr, image, group, group_width, chunks, channels, CHUNKS, BLOCK)
     weight = tl.load(weight_ptr + channel, wanted, other=0.0).to(tl.float64)
     count = group_width * pixels
     place = means_ptr + (image * tl.num_programs(1) + group) * 2
@@ -182,12 +179,8 @@ def _apply_slopes(
     """The gradient of x."""
     image = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
-    known = channel < channels
-    weight = tl.load(weight_ptr + channel, known, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, known, other=0.0).to(tl.float32)
-    group = image * groups + channel // group_width
-    mean = tl.load(mean_ptr + group, known, other=0.0)
-    rstd = tl.load(rstd_ptr + group, known, other=0.0)
+    known, group = channel < channels, image * groups + channel // group_width
+    weight, bias, mean, rstd = _coefficients(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, channel, group, known)
     slope_mean = tl.load(means_ptr + group * 2, known, other=0.0)
     product_mean = tl.load(means_ptr + group * 2 + 1, known, other=0.0)
     pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
