@@ -25,7 +25,7 @@ from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_
 
 STUDY_FOLDER = Path("studies")
 # Raised when the page of a study changes.
-STUDY_VERSION = 5
+STUDY_VERSION = 6
 # Rules of a study's stages are named run_STAGE_FINGERPRINT.
 RUN_RULE = "run"
 RUN_FOLDER = Path("out/runs")

@@ -54,6 +54,12 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
 
 
+def mean_text(values: Sequence[float]) -> str:
+    """Mean and standard deviation in four and two digits; a single value alone, its spread is unknown."""
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.4g} ± {spread:.2g}" if len(values) > 1 else f"{mean:.4g}"
+
+
 def cells(rows: Iterable[Row]) -> list[list[Row]]:
     """Runs that differ in their seed alone, together."""
     groups: dict[tuple[str, ...], list[Row]] = {}

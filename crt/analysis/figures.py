@@ -15,6 +15,8 @@ from crt.study import Figure, Published
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MplFigure
 
+_LINEAR_RANGE = 10
+
 
 def line_name(row: Row, figure: Figure) -> str:
     """Which line of a figure a run belongs to."""
@@ -26,7 +28,7 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
 
     Over compute, each line's fitted scaling law is dashed within its own points, and the cells that nothing cheaper
     beats are joined by a grey line: the compute-optimal frontier. Published values stand as stars at the compute of
-    our cell.
+    our cell. Positive values that span more than a decade get a logarithmic axis.
 
     Args:
         rows: a study's results.
@@ -61,6 +63,8 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
         if value.metric == figure.y and places:
             axes.plot(np.mean(places), value.value, "*", color="0.2", markersize=10)
             axes.annotate("published", (np.mean(places), value.value), xytext=(6, 4), textcoords="offset points")
+    if _spans_decades([mean[2] for mean in means]):
+        axes.set_yscale("log")
     axes.set_xlabel(figure.x)
     axes.set_ylabel(figure.y)
     axes.grid(alpha=0.3, which="both")
@@ -118,6 +122,11 @@ def _cell_means(rows: Sequence[Row], figure: Figure) -> list[tuple[str, float, f
         )
         for group in cells(rows)
     ]
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    """Whether a linear axis would press most of these into one line at its foot."""
+    return min(values) > 0 and max(values) / min(values) > _LINEAR_RANGE
 
 
 def _fitted_curve(rows: Sequence[Row], figure: Figure, name: str) -> tuple[np.ndarray, np.ndarray] | None:

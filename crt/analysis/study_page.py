@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from crt.analysis.comparison import Row, mean_and_spread, paired_difference
+from crt.analysis.comparison import Row, mean_text, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.history import read_history
@@ -85,8 +85,8 @@ def summary_table(rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[st
     lines = [[*axes, "seeds", *metrics]]
     for cell in _cells(rows, axes):
         group = [row for row in rows if all(row[axis] == cell[axis] for axis in axes)]
-        spreads = [mean_and_spread([row[metric] for row in group]) for metric in metrics]
-        lines.append([*cell.values(), str(len(group)), *(f"{mean:.4g} ± {spread:.2g}" for mean, spread in spreads)])
+        values = [mean_text([row[metric] for row in group]) for metric in metrics]
+        lines.append([*cell.values(), str(len(group)), *values])
     return lines
 
 
@@ -99,7 +99,7 @@ def published_table(rows: Sequence[Row], scale: Scale) -> list[list[str]]:
             for row in rows
             if published.metric in row and all(row[axis] == name for axis, name in published.cell.items())
         ]
-        here = "{:.4g} ± {:.2g}".format(*mean_and_spread(values)) if values else "-"
+        here = mean_text(values) if values else "-"
         setting = ", ".join(published.cell.values())
         lines.append([setting, published.metric, f"{published.value:g}", here, published.source])
     return lines

@@ -72,6 +72,9 @@ def test_tables():
     header, first, *_ = summary_table(rows, AXES, ["loss"])
     assert header == ["tokenizer", "generator", "seeds", "loss"]
     assert first[:3] == ["plain", "1000", "3"]
+    assert " ± " in first[3]
+    _, alone, *_ = summary_table([row for row in rows if row["seed"] == 0], AXES, ["loss"])
+    assert alone[2:] == ["1", f"{1 + 40 * 1000**-0.5:.4g}"]  # of one seed nobody knows the spread
     assert len(cells(rows)) == 8
     _, first, *_ = contrast_table(rows, AXES, ["loss"], Contrast(axis="tokenizer", baseline="plain"))
     expected = 40 * 4000**-0.5 - 40 * 1000**-0.5
@@ -104,12 +107,26 @@ def test_pictures_show_points_and_published_values(tmp_path):
         assert not np.array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize("lines", [2, 40])
-def test_legends_lie_beside_the_axes_and_within_the_picture(tmp_path, monkeypatch, lines):
-    """Oracle: matplotlib's own boxes, once the picture is laid out."""
-    drawn: list[MplFigure] = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[MplFigure]:
+    """Every picture that was saved, as matplotlib holds it."""
+    pictures: list[MplFigure] = []
     save = MplFigure.savefig
-    monkeypatch.setattr(MplFigure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    monkeypatch.setattr(MplFigure, "savefig", lambda self, *a, **k: pictures.append(self) or save(self, *a, **k))
+    return pictures
+
+
+@pytest.mark.parametrize(("values", "scale"), [((0.8, 20.0), "log"), ((2.0, 19.0), "linear"), ((-0.1, 20.0), "linear")])
+def test_values_that_span_decades_get_a_logarithmic_axis(tmp_path, drawn, values, scale):
+    rows = [row | {"loss": values[i % 2]} for i, row in enumerate(row for row in make_rows() if row["seed"] == 0)]
+    draw_figure(rows, FIGURE, tmp_path / "figure.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_yscale() == scale
+
+
+@pytest.mark.parametrize("lines", [2, 40])
+def test_legends_lie_beside_the_axes_and_within_the_picture(tmp_path, drawn, lines):
+    """Oracle: matplotlib's own boxes, once the picture is laid out."""
     rows = [row | {"tokenizer": f"a tokenizer of a long name, {n}"} for n in range(lines) for row in make_rows()[:12:3]]
     draw_figure(rows, FIGURE, tmp_path / "figure.png")
     draw_position_losses({(row["tokenizer"],): [[3.0, 2.0]] for row in rows}, 0, tmp_path / "positions.png")
