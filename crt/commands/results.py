@@ -14,7 +14,7 @@ from typing import Any
 from crt.commands.check import add_arguments as add_params_argument
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
-from crt.evaluation.wording import RESULTS, protocol_text
+from crt.evaluation.wording import RESULTS, meaning, protocol_text
 from crt.params import load_params
 from crt.pipeline import load_stages
 from crt.stage import read_current
@@ -56,8 +56,8 @@ def table(metrics: dict[str, Any]) -> list[str]:
     """Lines for a person: figures with their meaning, then what they were measured by, then warnings."""
     width = max(len(name) for name, _ in RESULTS)
     lines = [
-        f"  {name:{width}} {metrics[name]:10.4g}   {meaning.format(**metrics)}"
-        for name, meaning in RESULTS
+        f"  {name:{width}} {metrics[name]:10.4g}   {meaning(text, metrics)}"
+        for name, text in RESULTS
         if name in metrics
     ]
     notes = [("measured by", protocol_text(metrics))]

@@ -1,7 +1,7 @@
 """Images in class folders: `CLASS/.../IMAGE`, or the same below train/ and val/ (or test/).
 
 A class folder's own folders are walked; its name is the class. Classes are numbered in the order of
-their folders' names.
+their folders' names. A folder of images alone, without folders, is one class.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from crt.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 # Folders that hold a validation split, the first that is there counts.
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
+# The class of images that lie in no class folder.
+_ONE_CLASS = "images"
 
 
 def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None) -> Source:
@@ -38,12 +40,12 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
         raise UserError(f"{path}: empty: it must hold class folders with images")
-    stray = next((name for name in tree.files if "/" not in name and is_image(name)), None)
-    if stray is not None:
-        raise _outside(tree, stray)
+    outside = next((name for name in tree.files if "/" not in name and is_image(name)), None)
+    if outside is not None and (only is not None or any("/" in name and is_image(name) for name in tree.files)):
+        raise _outside(tree, outside)
     notes: list[str] = []
     roots = _split_roots(tree, notes)
-    found = {split: images_by_class(tree, root, notes) for split, root in roots.items()}
+    found = {split: images_by_class(tree, root, notes, may_be_flat=only is None) for split, root in roots.items()}
     classes = sorted(found.get("train", found.get("all", {})))
     if only is not None:
         check_classes(tree.name, classes, only)
@@ -65,16 +67,19 @@ def listing_of(tree: Tree, rows: Sequence[int], labels: Sequence[int]) -> Listin
     return sorted_listing([tree.files[row] for row in rows], np.array(labels, np.int64), places)
 
 
-def images_by_class(tree: Tree, root: str, notes: list[str]) -> dict[str, list[int]]:
+def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: bool = False) -> dict[str, list[int]]:
     """Rows of the image files below each class folder of `root` (empty, or ending in `/`).
 
+    With `may_be_flat`, images that lie there without class folders are one class.
+
     Raises:
-        UserError: an image lies outside the class folders, one of which is empty, or there is none.
+        UserError: an image lies outside the class folders, one of which is empty; or there is no image.
     """
     where = f"{tree.name}/{root}" if root else tree.name
     found: dict[str, list[int]] = {
         name[len(root) :]: [] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]
     }
+    outside: list[int] = []
     ignored: Counter[str] = Counter()
     for row, name in enumerate(tree.files):
         if not name.startswith(root):
@@ -83,9 +88,12 @@ def images_by_class(tree: Tree, root: str, notes: list[str]) -> dict[str, list[i
             ignored[PurePosixPath(name).suffix.lower() or "no extension"] += 1
             continue
         folder, inner, _ = name[len(root) :].partition("/")
-        if not inner:
-            raise _outside(tree, name)
-        found[folder].append(row)
+        (found[folder] if inner else outside).append(row)
+    if outside and (not may_be_flat or any(found.values())):
+        raise _outside(tree, tree.files[outside[0]])
+    if outside:
+        found = {_ONE_CLASS: outside}
+        notes.append(f"{where}: holds no class folders: its images are one class")
     if not found:
         raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class")
     empty = sorted(name for name, rows in found.items() if not rows)

@@ -1,9 +1,11 @@
 """A small classifier trained on the prepared data itself: features without a download, and a reader of samples.
 
 Its distances are named `fd_classifier_*`, never FID, for they compare only results on the same data, params and seed.
-Whatever the features, it says which share of samples shows the class that was asked for.
+Whatever the features, it says which share of samples shows the class that was asked for. Images of one class teach
+nothing by their labels: there it learns by how many quarter turns it sees them rotated (Gidaris et al. 2018), and says
+which share of samples is recognised as upright.
 
-    B: images   S: side in pixels   C: channels   K: classes   D: features, 4C
+    B: images   S: side in pixels   C: channels   K: outputs   D: features, 4C
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from crt.data.sampler import batch_rows
+from crt.evaluation.comparable import CLASSES, QUARTER_TURNS
 from crt.evaluation.features import deterministic_float32
 from crt.interrupt import raise_if_stopped
 from crt.params import Classifier as ClassifierParams
@@ -33,6 +36,7 @@ from crt.randomness import numpy_generator, seed_torch
 _MAX_BLOCK_SIDE = 32
 _CHECKPOINTS = 10
 CLASSIFIER_FILE = "classifier.safetensors"
+_NUM_TURNS = 4
 
 
 class ResidualBlock(nn.Module):
@@ -57,7 +61,7 @@ class ConvClassifier(nn.Module):
 
     Args:
         channels: C.
-        classes: K.
+        classes: of the data; a single one becomes the first of `QUARTER_TURNS`, upright.
         image_size: S.
     """
 
@@ -76,7 +80,8 @@ class ConvClassifier(nn.Module):
             ResidualBlock(channels, 2 * channels, stride=2),
             ResidualBlock(2 * channels, 4 * channels, stride=2),
         )
-        self.head = nn.Linear(4 * channels, classes)
+        self.task = CLASSES if classes > 1 else QUARTER_TURNS
+        self.head = nn.Linear(4 * channels, classes if self.task == CLASSES else _NUM_TURNS)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, S, S, 3) -> float32 (B, D)."""
@@ -103,6 +108,7 @@ class ClassifierFeatures:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         self._network = ConvClassifier(**sizes)
         self._network.load_state_dict(weights)
+        self.task = self._network.task
         self._network.to(device).eval()
         self.name, self.dimension, self.resize = "classifier", 4 * sizes["channels"], "none"
         self.spatial_dimension = 0  # sFID is defined on Inception's map; another network's would be no sFID
@@ -144,7 +150,7 @@ def train_classifier(
     Args:
         read: rows (B,) -> uint8 images (B, S, S, 3) of the training split.
         labels: (N,) class of each row.
-        classes: K.
+        classes: as in `ConvClassifier`.
         image_size: S.
         params: the section `evaluate.classifier`.
         seed: of the run.
@@ -164,9 +170,12 @@ def train_classifier(
         while step < params.steps:
             rows, _ = batch_rows(len(labels), min(params.batch_size, len(labels)), step, seed)
             images = random_shift(read(rows), params.max_shift, numpy_generator(seed, "classifier shift", step))
+            targets = labels[rows]
+            if network.task == QUARTER_TURNS:
+                images, targets = random_turns(images, numpy_generator(seed, "classifier turn", step))
             with deterministic_float32():
                 logits = network(torch.from_numpy(images).to(device))
-                loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]).to(device))
+                loss = F.cross_entropy(logits, torch.from_numpy(targets).to(device))
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
@@ -209,6 +218,20 @@ def random_shift(images: np.ndarray, max_shift: float, rng: np.random.Generator)
     offsets = rng.integers(-reach, reach + 1, size=(len(images), 2, 1))
     positions = np.clip(np.arange(side) + offsets, 0, side - 1)  # (B, 2, S)
     return images[np.arange(len(images))[:, None, None], positions[:, 0, :, None], positions[:, 1, None, :]]
+
+
+def random_turns(images: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate each image by none to three quarter turns.
+
+    Args:
+        images: uint8 (B, S, S, 3).
+        rng: source of the turns.
+
+    Returns:
+        The rotated images, and the int64 (B,) quarter turns, counter-clockwise, of each.
+    """
+    turns = rng.integers(_NUM_TURNS, size=len(images))
+    return np.stack([np.rot90(image, turn) for image, turn in zip(images, turns, strict=True)]), turns
 
 
 def weights_checksum(weights: dict[str, torch.Tensor]) -> str:

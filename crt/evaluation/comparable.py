@@ -23,6 +23,8 @@ PROTOCOL_FIELDS = {
 # Where the reference's mean and covariance come from.
 MOMENTS_OF_IMAGES = "of its images"
 STORED_MOMENTS = "of the whole data set, stored in the file"
+# What the classifier learned to tell apart.
+CLASSES, QUARTER_TURNS = "classes", "quarter turns"
 # What results without the field were measured by.
 _EARLIER = {"generation_reference_moments": MOMENTS_OF_IMAGES}
 _DIGEST_DIGITS = 8

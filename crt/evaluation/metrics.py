@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt.evaluation.chunks import ChunkStore
-from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.comparable import CLASSES, MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork
 from crt.evaluation.frechet import (
     GaussianStatistics,
@@ -174,9 +174,13 @@ def guidance_sweep(
     return rows
 
 
-def class_metrics(sources: Sources, passes: Passes) -> Metrics:
-    """Whether samples show the class asked for, by a classifier whose own accuracy bounds what that can mean."""
-    return {
+def class_metrics(networks: Networks, sources: Sources, passes: Passes) -> Metrics:
+    """Whether samples show the class asked for, by a classifier whose own accuracy bounds what that can mean.
+
+    Images of one class are to be recognised as upright instead, and the result says so: `classifier_task`.
+    """
+    task = networks.classifier.task
+    return ({"classifier_task": task} if task != CLASSES else {}) | {
         "class_agreement": class_agreement(passes.samples.column("predictions"), sources.samples.labels),
         "classifier_accuracy": class_agreement(passes.val.column("predictions"), sources.val.labels),
     }

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
-from crt.evaluation.wording import RESULTS, TITLES, glossary, protocol_text
+from crt.evaluation.wording import RESULTS, TITLES, glossary, meaning, protocol_text
 from crt.progress import duration
 from crt.stage import Manifest
 
@@ -25,7 +25,7 @@ _TILES = {
     "gfid": "FID of the samples: lower is better, perfect images would score {gfid_of_perfect_images:.2g}",
     "fd_classifier_gen": "distance of the samples from real images: lower is better, perfect images would score "
     "{fd_classifier_gen_of_perfect_images:.2g}",
-    "class_agreement": "of the samples are recognised as the class asked for (of real images {accuracy:.1f}%)",
+    "class_agreement": "of the samples are recognised as {aim} (of real images {accuracy:.1f}%)",
     "psnr": "PSNR of the reconstructions: higher is better",
     "stage2_val_loss": "nats per code, how hard the codes are to predict: lower is better",
     "codebook_usage": "of the {codebook_size:,} codes are in use",
@@ -86,9 +86,9 @@ def write_report(
                 "title": TITLES[name],
                 "name": name,
                 "value": f"{metrics[name]:.4g}",
-                "meaning": meaning.format(**metrics),
+                "meaning": meaning(text, metrics),
             }
-            for name, meaning in RESULTS
+            for name, text in RESULTS
             if name in metrics
         ],
         protocol=protocol_text(metrics),
@@ -122,7 +122,8 @@ def _tile(name: str, value: float) -> str:
 
 
 def _tile_text(text: str, metrics: Mapping[str, Any]) -> str:
-    return text.format(**metrics, accuracy=100 * metrics["classifier_accuracy"], codebook_size=_codebook_size(metrics))
+    accuracy = 100 * metrics["classifier_accuracy"]
+    return meaning(text, metrics, accuracy=accuracy, codebook_size=_codebook_size(metrics))
 
 
 def _codebook_size(metrics: Mapping[str, Any]) -> int:

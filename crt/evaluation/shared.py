@@ -21,7 +21,7 @@ from crt.pipeline import canonical_json
 from crt.progress import logger
 
 # Raised when the code changes what is kept.
-VERSION = 2
+VERSION = 3
 _POLL_SECONDS = 0.5
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from crt.evaluation.comparable import STORED_MOMENTS
+from crt.evaluation.comparable import CLASSES, QUARTER_TURNS, STORED_MOMENTS
 
 # Name and what a reader must know of it, in the order in which they want them.
 RESULTS = (
@@ -30,7 +30,7 @@ RESULTS = (
     ("recall", "share of real images whose like is among the samples, higher is better"),
     (
         "class_agreement",
-        "share of samples recognised as the class asked for; real images: {classifier_accuracy:.4g}",
+        "share of samples recognised as {aim}; real images: {classifier_accuracy:.4g}",
     ),
     ("psnr", "dB, reconstructions, higher is better"),
     ("ms_ssim", "reconstructions, higher is better, 1 at most"),
@@ -61,6 +61,8 @@ TITLES = {
     "bits_per_image": "bits per image",
     "stage2_val_loss": "stage 2 loss",
 }
+# What samples are to be recognised as, by what the classifier learned.
+_AIMS = {CLASSES: "the class asked for", QUARTER_TURNS: "upright (there is one class)"}
 LOWER_IS_BETTER = {"gfid", "sfid", "fd_classifier_gen", "kid", "kd_classifier_gen"}
 _GLOSSARY_FILE = Path(__file__).with_name("glossary.yaml")
 _PROTOCOL = (
@@ -68,6 +70,11 @@ _PROTOCOL = (
     "of {generation_reference}{moments}; reconstructions of the {reconstruction_reference_images} images of "
     "{reconstruction_reference}; features of {features} ({features_sha256:.8}), resize {features_resize}"
 )
+
+
+def meaning(text: str, metrics: Mapping[str, Any], **others: float) -> str:
+    """A text with the figures that it mentions in braces: of metrics.json, or given besides."""
+    return text.format(**metrics, aim=_AIMS[metrics.get("classifier_task", CLASSES)], **others)
 
 
 def protocol_text(metrics: Mapping[str, Any]) -> str:

@@ -274,9 +274,9 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     make.write(root / "stray.png", make.encode(make.noise(50)))
     assert "image stray.png lies outside the class folders" in refused(path=root)
 
-    flat = tmp_path / "flat"
-    make.write(flat / "1.png", make.encode(make.noise(50)))
-    assert "1.png lies outside the class folders" in refused(path=flat)
+    cifar = tmp_path / "flat"
+    make.write(cifar / "1.png", make.encode(make.noise(50)))
+    assert "1.png lies outside the class folders" in refused(path=cifar, source="cifar10")
     make.write(tmp_path / "text" / "notes.txt", b"text")
     assert "holds no class folders" in refused(path=tmp_path / "text")
 

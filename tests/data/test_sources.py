@@ -322,6 +322,23 @@ def test_a_folder_around_the_splits_is_entered(prepare, make, tmp_path):
     assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 3
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("splits", [[""], ["train/", "val/"], ["train/"]])
+def test_images_without_class_folders_are_one_class(prepare, make, tmp_path, capfd, splits, kind):
+    root = tmp_path / "photos"
+    for number, split in enumerate(splits):
+        make.class_folders(root, {split: 4}, first_seed=10 * number)
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    status, out = prepare(path=path, val_fraction=0.25)
+    assert status == 0
+    assert "no class folders: its images are one class" in capfd.readouterr().err
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    assert (len(train), len(val)) == ((4, 4) if "val/" in splits else (3, 1))
+    assert train.num_classes == val.num_classes == 1
+    assert {train.source_id(row) for row in range(len(train))} <= {f"{s}{n:03d}.png" for s in splits for n in range(4)}
+    assert not train.labels.any()
+
+
 def test_a_class_may_be_called_train(prepare, make, tmp_path):
     status, out = prepare(path=make.class_folders(tmp_path / "images", {"bus": 3, "train": 3}))
     assert status == 0 and PackedImages(out, "train").class_names == ["bus", "train"]

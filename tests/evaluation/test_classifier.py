@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift
+from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns, train_classifier
 from crt.evaluation.precision_recall import class_agreement
 from crt.interrupt import Stopped
+from crt.params import load_params
+from tests.conftest import ROOT
 
 
 def test_default_params_read_held_out_digits(digits, classifier_path):
@@ -64,6 +66,29 @@ def test_stopped_training_continues_to_the_same_weights(digits, tmp_path, monkey
     assert len(calls) == 11  # went on after the fifth of eleven checkpoints, did not start again
     assert path.read_bytes() == whole.read_bytes()
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_images_of_one_class_teach_it_to_tell_quarter_turns(digits, tmp_path):
+    """Real digits of one class, the sevens: held-out ones, turned, are recognised by how far."""
+    sevens, others = (images[labels == 7] for images, labels in (
+        (digits.train, digits.train_labels), (digits.val, digits.val_labels)))  # fmt: skip
+    path = tmp_path / "classifier.safetensors"
+    train_classifier(
+        lambda rows: sevens[rows],
+        labels=np.zeros(len(sevens), np.int64),
+        classes=1,
+        image_size=16,
+        params=load_params(ROOT / "params.yaml").evaluate.classifier.model_copy(update={"steps": 60}),
+        seed=0,
+        path=path,
+        device="cpu",
+    )
+    network = ClassifierFeatures(path, "cpu")
+    assert network.task == "quarter turns"
+    turned, turns = random_turns(np.concatenate([others] * 4), np.random.default_rng(0))
+    assert set(turns) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(turned[3], np.rot90(others[3], turns[3]))
+    assert (network.probabilities(network(turned)).argmax(axis=1) == turns).mean() > 0.9
 
 
 @pytest.mark.parametrize("side", [15, 16, 32, 64, 256])
