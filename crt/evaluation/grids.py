@@ -63,10 +63,19 @@ def reconstruction_grid(originals: np.ndarray, reconstructions: np.ndarray, colu
     return image_grid(rows, labels)
 
 
-def rows_by_class(labels: np.ndarray, classes: int, images_per_class: int) -> dict[int, np.ndarray]:
-    """The first few rows of each of the first classes that occur; class -> rows, classes ascending."""
-    chosen = np.unique(labels)[:classes]
-    return {int(label): np.flatnonzero(labels == label)[:images_per_class] for label in chosen}
+def lines_by_class(labels: np.ndarray, lines: int, images_per_line: int) -> list[tuple[int, np.ndarray]]:
+    """The first images of each of the first classes that occur: (class, rows) of every line, classes ascending.
+
+    Where there are more lines than classes, each class has as many as there is room for.
+    """
+    chosen = np.unique(labels)[:lines]
+    drawn = lines // len(chosen) * images_per_line
+    rows = {int(label): np.flatnonzero(labels == label)[:drawn] for label in chosen}
+    return [
+        (label, of_class[start : start + images_per_line])
+        for label, of_class in rows.items()
+        for start in range(0, len(of_class), images_per_line)
+    ]
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

@@ -27,7 +27,7 @@ from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
 from crt.evaluation.frechet import Moments
-from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
+from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png
 from crt.evaluation.metrics import (
     Metrics,
     class_metrics,
@@ -215,9 +215,9 @@ def _usage_rows(counts: np.ndarray) -> list[dict[str, float]]:
 def _draw(run: StageRun, networks: Networks, sources: Sources, counts: np.ndarray) -> None:
     """The pictures."""
     params, samples = run.params.evaluate, sources.samples
-    chosen = rows_by_class(samples.labels, params.grid_classes, params.grid_images_per_class)
-    rows = [samples.read_rows(indices) for indices in chosen.values()]
-    save_png(image_grid(rows, [samples.class_names[label] for label in chosen]), run.staging / "samples.png")
+    lines = lines_by_class(samples.labels, params.grid_classes, params.grid_images_per_class)
+    images = [samples.read_rows(rows) for _, rows in lines]
+    save_png(image_grid(images, [samples.class_names[label] for label, _ in lines]), run.staging / "samples.png")
     originals = sources.val.read_rows(spread(len(sources.val), params.grid_reconstructions))
     save_png(reconstruction_grid(originals, networks.reconstruct(originals)), run.staging / "reconstructions.png")
     plot_code_usage(counts, run.staging / "code_usage.png")

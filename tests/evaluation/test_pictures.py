@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from crt.evaluation.curves import _panels, plot_code_usage, plot_losses, plot_sweep
-from crt.evaluation.grids import image_grid, reconstruction_grid, rows_by_class, save_png
+from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png
 from crt.history import History
 
 rng = np.random.default_rng(0)
@@ -59,9 +60,18 @@ def test_reconstructions_stand_below_their_originals():
     np.testing.assert_array_equal(grid[3][0], copies[4])
 
 
-def test_rows_by_class_takes_the_first_of_each_class():
-    rows = rows_by_class(np.array([3, 0, 3, 3, 5, 0]), classes=2, images_per_class=2)
-    assert {label: list(indices) for label, indices in rows.items()} == {0: [1, 5], 3: [0, 2]}
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [(2, [(0, [1, 5]), (3, [0, 2])]), (3, [(0, [1, 5]), (3, [0, 2]), (5, [4])]), (1, [(0, [1, 5])])],
+)
+def test_a_line_shows_the_first_images_of_a_class(lines, expected):
+    chosen = lines_by_class(np.array([3, 0, 3, 3, 5, 0]), lines, images_per_line=2)
+    assert [(label, rows.tolist()) for label, rows in chosen] == expected
+
+
+def test_few_classes_fill_the_lines():
+    chosen = lines_by_class(np.array([3, 0, 3, 3, 3, 3, 0]), lines=5, images_per_line=2)
+    assert [(label, rows.tolist()) for label, rows in chosen] == [(0, [1, 6]), (3, [0, 2]), (3, [3, 4])]
 
 
 def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
