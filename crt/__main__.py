@@ -74,9 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except interrupt.Stopped as stop:
         _report(str(stop))
-        later = slurm.continue_later(stop.signum) if environment_rank()[0] == 0 else None
-        if later:
-            _report(later)
+        if environment_rank()[0] == 0:
+            slurm.continue_later(stop.signum, _report)
         return stop.exit_status
     except Exception as error:
         message = _disk_message(error, getattr(args, "out", None))

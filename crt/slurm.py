@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from crt.errors import UserError
@@ -76,26 +76,27 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     return (address.group(1) if address else first), port
 
 
-def continue_later(signum: int) -> str | None:
+def continue_later(signum: int, report: Callable[[str], None]) -> None:
     """Put this process's job back into the queue after a signal that announces its end: it continues from there.
 
     Slurm sends such a signal ahead of the time limit (`--signal`) or of a pre-emption. A job that was cancelled, or
     that Slurm itself has requeued, is no longer running when its processes learn of it, and is left alone.
 
-    Returns:
-        What was done, in words; None where there was nothing to do.
+    Args:
+        signum: the signal.
+        report: told what is done, if anything.
     """
     own = job_id()
     if own is None or signum == signal.SIGINT:
-        return None
+        return
     try:
         job = show_job(own)
-        if not (job.running and job.requeueable):
-            return None
-        _scontrol("requeue", own)
+        if job.running and job.requeueable:
+            # Said before it is done: the requeue may end this process at once.
+            report(f"Slurm job {own} goes back into the queue and continues when it starts again")
+            _scontrol("requeue", own)
     except UserError as error:
-        return str(error)
-    return f"Slurm job {own} goes back into the queue and continues when it starts again"
+        report(str(error))
 
 
 def requeue_behind(other: str) -> str | None:
