@@ -34,7 +34,7 @@ class Digits:
         train_classifier(
             lambda rows: self.train[rows],
             labels=self.train_labels,
-            classes=10,
+            classes=int(self.train_labels.max()) + 1,
             image_size=16,
             params=load_params(ROOT / "params.yaml").evaluate.classifier.model_copy(update=changes),
             seed=seed,

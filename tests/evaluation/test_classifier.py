@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns, train_classifier
+from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns
 from crt.evaluation.precision_recall import class_agreement
 from crt.interrupt import Stopped
-from crt.params import load_params
-from tests.conftest import ROOT
 
 
 def test_default_params_read_held_out_digits(digits, classifier_path):
@@ -70,19 +70,9 @@ def test_stopped_training_continues_to_the_same_weights(digits, tmp_path, monkey
 
 def test_images_of_one_class_teach_it_to_tell_quarter_turns(digits, tmp_path):
     """Real digits of one class, the sevens: held-out ones, turned, are recognised by how far."""
-    sevens, others = (images[labels == 7] for images, labels in (
-        (digits.train, digits.train_labels), (digits.val, digits.val_labels)))  # fmt: skip
-    path = tmp_path / "classifier.safetensors"
-    train_classifier(
-        lambda rows: sevens[rows],
-        labels=np.zeros(len(sevens), np.int64),
-        classes=1,
-        image_size=16,
-        params=load_params(ROOT / "params.yaml").evaluate.classifier.model_copy(update={"steps": 60}),
-        seed=0,
-        path=path,
-        device="cpu",
-    )
+    sevens, others = digits.train[digits.train_labels == 7], digits.val[digits.val_labels == 7]
+    one_class = replace(digits, train=sevens, train_labels=np.zeros(len(sevens), np.int64))
+    path = one_class.train_classifier(tmp_path / "classifier.safetensors", steps=60)
     network = ClassifierFeatures(path, "cpu")
     assert network.task == "quarter turns"
     turned, turns = random_turns(np.concatenate([others] * 4), np.random.default_rng(0))
