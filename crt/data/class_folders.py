@@ -1,7 +1,8 @@
 """Images in class folders: `CLASS/.../IMAGE`, or the same below train/ and val/ (or test/).
 
 A class folder's own folders are walked; its name is the class. Classes are numbered in the order of
-their folders' names. A folder of images alone, without folders, is one class.
+their folders' names. A folder of images alone, without folders, is one class. Tiny ImageNet's validation
+images, which lie in one folder, have their classes from the file beside it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from crt.data.listing import Listing, sorted_listing
+from crt.data.listing import Listing, read_entry, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, open_tree
 from crt.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
+    *(".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 # Folders that hold a validation split, the first that is there counts.
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 # The class of images that lie in no class folder.
 _ONE_CLASS = "images"
+# Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
+# name and its class first.
+_ANNOTATIONS = "val_annotations.txt"
 
 
 def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None) -> Source:
@@ -45,7 +52,14 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         raise _outside(tree, outside)
     notes: list[str] = []
     roots = _split_roots(tree, notes)
-    found = {split: images_by_class(tree, root, notes, may_be_flat=only is None) for split, root in roots.items()}
+    found: dict[str, dict[str, list[int]]] = {}
+    for split, root in roots.items():
+        if split == "val" and f"{root}{_ANNOTATIONS}" in tree.files:
+            found[split] = _annotated_images(tree, root)
+        else:
+            # Validation images without classes belong to training images without classes.
+            may_be_flat = only is None and (split != "val" or list(found["train"]) == [_ONE_CLASS])
+            found[split] = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
     classes = sorted(found.get("train", found.get("all", {})))
     if only is not None:
         check_classes(tree.name, classes, only)
@@ -100,12 +114,46 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if empty:
         raise UserError(
             f"{tree.name}: class folder {root}{empty[0]} holds no images ({', '.join(EXTENSIONS)}): "
-            "add some, or delete the folder"
+            f"add some, or delete the folder{_deeper(tree, root, found)}"
         )
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
     return found
+
+
+def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:
+    """Rows of the image files below `root` by the class that the file of annotations gives them.
+
+    Raises:
+        UserError: a line without a class, or an image without a line.
+    """
+    name = f"{root}{_ANNOTATIONS}"
+    data = read_entry([tree.container], name, tree.places[tree.files.index(name)])
+    assert isinstance(data, bytes)
+    classes: dict[str, str] = {}
+    for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
+        image, _, rest = line.partition("\t")
+        classes[image] = rest.partition("\t")[0].strip()
+        if not classes[image]:
+            raise UserError(f"{tree.name}: {name}: line {number} gives no class: get the data set again")
+    found: dict[str, list[int]] = {}
+    for row, path in enumerate(tree.files):
+        if path.startswith(root) and is_image(path):
+            image = PurePosixPath(path).name
+            if image not in classes:
+                raise UserError(f"{tree.name}: {name} gives {path} no class: get the data set again")
+            found.setdefault(classes[image], []).append(row)
+    return found
+
+
+def _deeper(tree: Tree, root: str, found: dict[str, list[int]]) -> str:
+    """A further remedy, where the one folder with images holds folders: downloads often put others beside it."""
+    full = [name for name, rows in found.items() if rows]
+    if len(full) != 1 or any("/" not in tree.files[row][len(root) + len(full[0]) + 1 :] for row in found[full[0]]):
+        return ""
+    first = "" if tree.container.layout == "folder" else "unpack it and "
+    return f"; or {first}set prepare_data.path to its folder {root}{full[0]}, if the class folders are in there"
 
 
 def _outside(tree: Tree, name: str) -> UserError:

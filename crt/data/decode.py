@@ -9,9 +9,12 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# Pillow's PPM covers PGM and PBM.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MIN_SIDE = 2
 
+# First bytes of the formats that store pixels without loss. A TIFF file may hold JPEG: rare, and it only costs space.
+_LOSSLESS = (b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"GIF8", *(b"P%d" % kind for kind in range(1, 7)))
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,10 +32,10 @@ class Undecodable(Exception):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decode a JPEG, PNG, WebP or BMP file, told apart by content.
+    """Decode a file of one of `FORMATS`, told apart by content.
 
     Grayscale is repeated over the channels (16 bits scaled to 8), CMYK converted, transparency laid on
-    white, an EXIF orientation applied, the first frame of an animation taken.
+    white, an EXIF orientation applied, the first frame of an animation or page of a TIFF file taken.
 
     Args:
         data: the whole file.
@@ -41,7 +44,8 @@ def decode(data: bytes) -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        Undecodable: empty, cut short, corrupt, of another format, absurdly large, or under 2 pixels wide or high.
+        Undecodable: empty, cut short, corrupt, of another format or number type, absurdly large, or under
+            2 pixels wide or high.
     """
     if not data:
         raise Undecodable("empty file")
@@ -54,10 +58,10 @@ def decode(data: bytes) -> np.ndarray:
             picture.load()
             pixels = _to_rgb(picture)
     except UnidentifiedImageError:
-        raise Undecodable("not a JPEG, PNG, WebP or BMP image") from None
+        raise Undecodable(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Undecodable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except MemoryError:
+    except (MemoryError, Undecodable):
         raise
     except Exception as error:  # a decoder that meets corrupt data may raise anything
         raise Undecodable(f"corrupt: {_reason(error)}") from None
@@ -67,8 +71,8 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def is_lossless(data: bytes) -> bool:
-    """Whether a file that `decode` accepts stores its pixels without loss (PNG, BMP, lossless WebP)."""
-    if data.startswith((b"\x89PNG\r\n\x1a\n", b"BM")):
+    """Whether a file that `decode` accepts stores its pixels without loss (lossless WebP too)."""
+    if data.startswith(_LOSSLESS):
         return True
     # Extended WebP files hold the coded image in a later chunk, behind at most some small ones.
     return data.startswith(b"RIFF") and data[8:12] == b"WEBP" and b"VP8L" in data[12:64]
@@ -82,6 +86,8 @@ def _reason(error: Exception) -> str:
 def _to_rgb(picture: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 of a loaded picture of any mode, upright."""
     orientation = _orientation(picture)
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        raise Undecodable("numbers of 32 bits, whose white is unknown: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         picture = _from_16_bits(picture)
     elif picture.mode == "CMYK" and picture.format in ("JPEG", "MPO") and "adobe" not in picture.info:

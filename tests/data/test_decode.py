@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from crt.data.decode import Undecodable, decode, is_lossless
+from crt.data.decode import FORMATS, Undecodable, decode, is_lossless
 
 
 def save(picture: Image.Image, kind: str, **options) -> bytes:
@@ -19,7 +19,17 @@ def save(picture: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("PPM", {}),
+    ],
+)
 def test_lossless_files_give_the_pixels_that_were_saved(make, kind, options):
     pixels = make.noise(0)
     data = make.encode(pixels, kind, **options)
@@ -41,7 +51,7 @@ def test_lossless_webp_with_metadata_is_lossless(make):
     assert is_lossless(make.encode(make.noise(1), "WEBP", lossless=True, exif=exif))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "PPM"])
 def test_grayscale_is_repeated(make, kind):
     gray = make.noise(2)[..., 0]
     data = save(Image.fromarray(gray), kind, **({"quality": 100} if kind == "JPEG" else {}))
@@ -55,9 +65,10 @@ def test_black_and_white():
     assert np.array_equal(decode(save(Image.fromarray(bits), "PNG"))[..., 0], bits * 255)
 
 
-def test_16_bit_grayscale_is_scaled_not_clipped():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grayscale_is_scaled_not_clipped(kind):
     values = np.linspace(0, 65535, 400).round().astype(np.uint16).reshape(20, 20)
-    rgb = decode(save(Image.fromarray(values), "PNG"))
+    rgb = decode(save(Image.fromarray(values), kind))
     assert np.array_equal(rgb[..., 1], np.rint(values / 65535 * 255))
 
 
@@ -109,9 +120,11 @@ def test_palettes_with_and_without_transparency():
     picture = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2), "P")
     picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
     plain = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [100, 110, 120]]]
-    assert decode(save(picture, "PNG")).tolist() == plain
+    for kind in ("PNG", "TIFF", "GIF"):
+        assert decode(save(picture, kind)).tolist() == plain
     plain[0][1] = [255, 255, 255]
-    assert decode(save(picture, "PNG", transparency=1)).tolist() == plain
+    for kind in ("PNG", "GIF"):
+        assert decode(save(picture, kind, transparency=1)).tolist() == plain
     assert decode(save(picture, "PNG", transparency=bytes([255, 0, 255, 255]))).tolist() == plain
 
 
@@ -125,10 +138,17 @@ def test_a_transparent_colour():
 def test_exif_orientation_as_pillow_transposes_it(make, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("PNG", "JPEG"):
+    for kind in ("PNG", "JPEG", "TIFF"):
         data = make.encode(make.noise(4), kind, exif=exif)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert np.array_equal(decode(data), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_of_several_pages_the_first_counts(make, kind):
+    pages = [Image.fromarray(make.noise(seed)[..., 0]) for seed in (1, 2)]
+    data = save(pages[0], kind, save_all=True, append_images=pages[1:])
+    assert np.array_equal(decode(data)[..., 0], np.asarray(pages[0]))
 
 
 def test_broken_exif_does_not_lose_the_image(make):
@@ -153,8 +173,10 @@ def test_unusable_files_say_why(make):
     webp = make.encode(make.noise(6), "WEBP")
     for data, reason in [
         (b"", "empty file"),
-        (b"just text", "not a JPEG, PNG, WebP or BMP image"),
-        (make.encode(make.noise(6), "GIF"), "not a JPEG, PNG, WebP or BMP image"),
+        (b"just text", "not a JPEG, .* or PPM image"),
+        (make.encode(make.noise(6), "ICO"), "not a JPEG, .* or PPM image"),
+        (save(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "numbers of 32 bits"),
+        (save(Image.fromarray(np.ones((8, 8), np.int32)), "TIFF"), "numbers of 32 bits"),
         (jpeg[: len(jpeg) // 2], "corrupt"),
         (png[: len(png) // 2], "corrupt"),
         (webp[: len(webp) // 2], None),
@@ -176,7 +198,7 @@ def test_the_largest_refused_image_is_told_by_its_header_alone():
         decode(bytes(data))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_damage_anywhere_is_an_image_or_a_reason_never_another_error(make, kind):
     clean = make.encode(make.noise(7), kind)
     rng = np.random.default_rng(8)

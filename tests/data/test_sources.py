@@ -339,6 +339,52 @@ def test_images_without_class_folders_are_one_class(prepare, make, tmp_path, cap
     assert not train.labels.any()
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_tiny_imagenet_as_downloaded(prepare, make, tmp_path, kind):
+    root = tmp_path / "tiny-imagenet-200"
+    make.class_folders(root / "train", {"n01443537/images": 3, "n01629819/images": 2})
+    make.write(root / "train" / "n01443537" / "n01443537_boxes.txt", b"000.png\t0\t0\t1\t1\n")
+    make.class_folders(root / "val", {"images": 3}, first_seed=50)
+    make.class_folders(root / "test", {"images": 2}, first_seed=60)
+    lines = b"000.png\tn01629819\t0\t32\t44\t62\n001.png\tn01443537\t52\t55\t57\t59\n002.png\tn01629819\t4\t0\t60\t55\n"
+    make.write(root / "val" / "val_annotations.txt", lines)
+    path = Path(shutil.make_archive(str(root), "zip", tmp_path, root.name)) if kind == "zip" else root
+    status, out = prepare(path=path)
+    assert status == 0
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    assert train.class_names == ["goldfish", "European fire salamander"]
+    assert np.bincount(train.labels).tolist() == [3, 2]
+    names = [val.source_id(row).removeprefix("tiny-imagenet-200/") for row in range(3)]
+    assert names == [f"val/images/{name}.png" for name in ("001", "000", "002")]
+    assert val.labels.tolist() == [0, 1, 1]
+
+
+def test_tiny_imagenets_annotations_must_be_whole(refused, make, tmp_path):
+    root = make.class_folders(tmp_path / "tiny" / "train", {"a/images": 2, "b/images": 2}).parent
+    make.class_folders(root / "val", {"images": 2}, first_seed=50)
+    annotations = make.write(root / "val" / "val_annotations.txt", b"000.png\ta\t0\t0\t1\t1\n")
+    assert "val_annotations.txt gives val/images/001.png no class" in refused(path=root)
+    annotations.write_bytes(b"000.png\ta\t0\n001.png\n")
+    assert "val_annotations.txt: line 2 gives no class" in refused(path=root)
+
+
+def test_validation_images_outside_the_classes_of_training_are_refused(refused, make, tmp_path):
+    root = make.class_folders(tmp_path / "pets" / "train", {"cat": 2, "dog": 2}).parent
+    make.class_folders(root, {"test": 2}, first_seed=50)
+    assert "image test/000.png lies outside the class folders" in refused(path=root)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, kind):
+    root = tmp_path / "food"
+    make.class_folders(root / "images", {"pizza": 2, "soup": 2})
+    make.write(root / "meta" / "train.txt", b"pizza/000\n")
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    error = refused(path=path)
+    assert "class folder meta holds no images" in error
+    assert ("unpack it and set" if kind == "zip" else "or set") + " prepare_data.path to its folder images" in error
+
+
 def test_a_class_may_be_called_train(prepare, make, tmp_path):
     status, out = prepare(path=make.class_folders(tmp_path / "images", {"bus": 3, "train": 3}))
     assert status == 0 and PackedImages(out, "train").class_names == ["bus", "train"]
