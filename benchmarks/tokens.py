@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--only-tokenizing", action="store_true", help="leave out the cache's size and reading")
     parser.add_argument("--llamagen", type=Path, help="clone of LlamaGen's repository")
     parser.add_argument("--images", type=Path, help="class folders of JPEG files, for --llamagen")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of both sides' networks")
     parser.add_argument("--rehearse-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rehearse_in:
@@ -64,7 +65,7 @@ def main() -> None:
         if args.full:
             figures |= measure_rehearsal(Path(name))
         if args.llamagen:
-            figures |= measure_tokenizing(args.llamagen, args.images, Path(name))
+            figures |= measure_tokenizing(args.llamagen, args.images, Path(name), args.precision)
     print(json.dumps(figures))
 
 
@@ -295,19 +296,19 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure_tokenizing(llamagen: Path, images: Path, folder: Path, turns: int = 3) -> dict[str, object]:
-    """Ten crops of each image through VQ-16 at 256 px, float32: our stage's machinery against LlamaGen's loop.
+def measure_tokenizing(llamagen: Path, images: Path, folder: Path, precision: str, turns: int = 3) -> dict[str, object]:
+    """Ten crops of each image through VQ-16 at 256 px: our stage's machinery against LlamaGen's loop.
 
     Untrained weights, the same in both. LlamaGen's loop: batch size 1, the image decoded and cropped in the loop,
-    its ten crops in one pass through the model.
+    its ten crops in one pass through the model. It works in float32; in bf16, autocast is put around its encoder.
     """
     peer, tokenizer, packed = prepare_tokenizing(llamagen, images, folder)
     # On a GPU enough rows for the start of the decoding processes not to count: the same images again and again.
     count = 384 if torch.cuda.is_available() else min(len(packed), 4)
     packed = Repeated(packed)
     ways: dict[str, Callable[[], np.ndarray]] = {
-        "llamagen": lambda: tokenize_like_llamagen(peer, llamagen, packed, count),
-        "crt": lambda: tokenize_like_the_stage(tokenizer, packed, count),
+        "llamagen": lambda: tokenize_like_llamagen(peer, llamagen, packed, count, precision),
+        "crt": lambda: tokenize_like_the_stage(tokenizer, packed, count, precision),
     }
     for way in ways.values():  # first calls pay for set-up
         way()
@@ -325,6 +326,7 @@ def measure_tokenizing(llamagen: Path, images: Path, folder: Path, turns: int = 
         **{f"tokenize_{name}_crops_per_s": statistics.median(values) for name, values in rates.items()},
         "tokenize_ratio": statistics.median(ratios),
         "tokenize_ratio_range": [min(ratios), max(ratios)],
+        "tokenize_precision": precision,
         "tokenize_same_codes": float((codes["crt"] == codes["llamagen"]).mean()),
     }
 
@@ -365,7 +367,7 @@ def prepare_tokenizing(llamagen: Path, images: Path, folder: Path):
     return peer, Tokenizer.load(folder / "tokenizer", device), PackedImages(folder / "data", "train")
 
 
-def tokenize_like_llamagen(peer, llamagen: Path, packed, count: int) -> np.ndarray:
+def tokenize_like_llamagen(peer, llamagen: Path, packed, count: int, precision: str) -> np.ndarray:
     """Codes (count, 10, 256) the way extract_codes_c2i.py makes them."""
     import io
 
@@ -384,13 +386,13 @@ def tokenize_like_llamagen(peer, llamagen: Path, packed, count: int) -> np.ndarr
     device, codes = next(peer.parameters()).device, []
     for row in range(count):
         crops = transform(Image.open(io.BytesIO(packed.encoded(row))).convert("RGB"))
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             _, _, (_, _, indices) = peer.encode(crops.to(device))
         codes.append(indices.reshape(IMAGENET_VIEWS, -1).cpu().numpy())
     return np.stack(codes)
 
 
-def tokenize_like_the_stage(tokenizer, packed, count: int) -> np.ndarray:
+def tokenize_like_the_stage(tokenizer, packed, count: int, precision: str) -> np.ndarray:
     """Codes (count, 10, 256) the way stage `tokenize` makes them."""
     from crt.tokens.encode import Encoder, unit_pixels, units
     from crt.tokens.views import view_names
@@ -398,7 +400,7 @@ def tokenize_like_the_stage(tokenizer, packed, count: int) -> np.ndarray:
     batch_size = 320 if torch.cuda.is_available() else 20
     names = view_names(["ten_crop@1.1"])
     rows = units(range(count), len(names), batch_size)
-    with Encoder(tokenizer, "float32", batch_size) as encode:
+    with Encoder(tokenizer, precision, batch_size) as encode:
         codes = [encode(pixels) for pixels in unit_pixels(packed, rows, names, tokenizer.image_size)]
         return torch.cat(codes).reshape(count, len(names), -1).cpu().numpy()
 
