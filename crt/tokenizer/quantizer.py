@@ -24,6 +24,8 @@ from crt.tokenizer.collectives import mean_over_ranks, sum_over_ranks, world_siz
 # Distances computed at once: a 131k codebook against a whole batch would need gigabytes.
 _CPU_CHUNK, _GPU_CHUNK = 2**22, 2**26
 _EMA_EPSILON = 1e-5
+# Below this average use per step a code that nothing chooses stays where it is: its average would fade to zero.
+_EMA_FADED = 1e-3
 
 
 class Quantized(NamedTuple):
@@ -85,7 +87,8 @@ class VectorQuantizer(nn.Module):
         """(B, D, h, w) projected latents to the (B, h, w) codes at the smallest distance."""
         batch, dim, *grid = latents.shape
         rows = latents.movedim(1, -1).reshape(-1, dim)
-        return nearest_rows(rows, self.vectors()).view(batch, *grid)
+        with torch.autocast(latents.device.type, enabled=False):
+            return nearest_rows(rows, self.vectors()).view(batch, *grid)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, h, w) codes to their (B, D, h, w) vectors; the codebook receives gradients."""
@@ -210,10 +213,12 @@ class CodebookUpkeep:
         every_code = torch.arange(len(sums), device=rows.device)
         for code_part, row_part in zip(codes.split(size), rows.split(size), strict=True):
             sums += (every_code[:, None] == code_part).to(rows.dtype) @ row_part
-        self.sizes.lerp_(counts.to(self.sizes.dtype), 1 - self.ema_decay)
-        self.sums.lerp_(sum_over_ranks(sums), 1 - self.ema_decay)
+        # A faded code keeps its sums and size, so its vector too.
+        weight = torch.where((counts == 0) & (self.sizes < _EMA_FADED), 0.0, 1 - self.ema_decay)
+        self.sizes.lerp_(counts.to(self.sizes.dtype), weight)
+        self.sums.lerp_(sum_over_ranks(sums), weight[:, None])
         total = self.sizes.sum()
-        # Laplace smoothing keeps a code that nothing chose finite.
+        # Laplace smoothing keeps a code that is hardly chosen finite.
         smoothed = (self.sizes + _EMA_EPSILON) / (total + len(self.sizes) * _EMA_EPSILON) * total
         self.quantizer.codebook.copy_(self.sums / smoothed[:, None])
 

@@ -143,6 +143,7 @@ def test_autocast_does_not_touch_quantization():
     expected = quantizer(latents)
     with torch.autocast("cpu", torch.bfloat16):
         result = quantizer(latents)
+        assert torch.equal(quantizer.nearest(latents), expected.codes)
     assert torch.equal(result.codes, expected.codes)
     assert result.values.dtype == result.codebook_loss.dtype == torch.float32
     assert torch.equal(result.values, expected.values)
@@ -188,6 +189,22 @@ def test_moving_average_codebook_follows_its_recurrence():
             sums[k] = [0.9 * s + 0.1 * float(v) for s, v in zip(sums[k], chosen.sum(0), strict=True)]
         for k in range(3):
             torch.testing.assert_close(quantizer.codebook[k], torch.tensor(sums[k]) / sizes[k], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("l2", [True, False])
+def test_a_code_that_nothing_chooses_keeps_its_average(l2):
+    quantizer = make(codebook_size=3, dim=4, l2=l2).float()
+    start = quantizer.vectors().detach().clone()
+    upkeep = CodebookUpkeep(quantizer, ema_decay=0.5, revive_after_steps=None, seed=0)
+    latents, codes = quantizer.project(torch.randn(1, 4, 2, 2)), torch.zeros(1, 2, 2, dtype=torch.int64)
+    for step in range(200):  # 0.5 ** 200 is no float32
+        upkeep.update(step, latents, codes, torch.tensor([4, 0, 0]))
+    torch.testing.assert_close(quantizer.vectors()[1:], start[1:], rtol=0.02, atol=1e-6)
+    assert quantizer.codebook[0].isfinite().all()
+    # Chosen again, it follows what chose it at once.
+    upkeep.update(200, latents, codes + 1, torch.tensor([0, 4, 0]))
+    expected = latents.mean((0, 2, 3))
+    torch.testing.assert_close(quantizer.codebook[1].detach(), expected, rtol=0.01, atol=0.01)
 
 
 def test_dead_codes_become_latents_of_the_batch_as_seed_and_step_say():
