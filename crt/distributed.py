@@ -45,7 +45,7 @@ def join_world() -> Iterator[World]:
         keep_freed_memory()
     started = size > 1 and not dist.is_initialized()
     if started:
-        if "MASTER_ADDR" not in os.environ:  # srun, unlike torchrun, names no meeting point
+        if "MASTER_ADDR" not in os.environ:  # srun, unlike `crt.processes` and torchrun, names no meeting point
             address, port = slurm.rendezvous(os.environ)
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
             # DeepSpeed reads its place from torchrun's names.

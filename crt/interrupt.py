@@ -19,7 +19,11 @@ class Stopped(Exception):
 
 
 def listen() -> None:
-    """Record the signals instead of dying; a second one ends the process at once."""
+    """Record the signals instead of dying; a second SIGINT ends the process at once.
+
+    Other signals come twice without being meant so: from a scheduler that reaches every process of a job, and from the
+    parent that passes on its own.
+    """
     for signum in SIGNALS:
         signal.signal(signum, _receive)
 
@@ -40,7 +44,7 @@ def raise_if_stopped() -> None:
 
 
 def _receive(signum: int, frame: FrameType | None) -> None:
-    if _received:
+    if signum == signal.SIGINT and signum in _received:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     _received.append(signum)

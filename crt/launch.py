@@ -1,7 +1,7 @@
 """Several processes for one stage: who starts them, how many threads each gets, and how they end.
 
 Engines run `python -m crt STAGE ...` once. Where that process finds itself in a Slurm job of several tasks it
-becomes `srun` over them; where it sees several GPUs it becomes `torchrun` over those. So dvc.yaml and the
+becomes `srun` over them; where it sees several GPUs it becomes `crt.processes` over those. So dvc.yaml and the
 Snakefile state one command for a laptop, a workstation and a cluster.
 """
 
@@ -48,12 +48,12 @@ def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
     gpus = visible_gpus() if stage in DISTRIBUTED_STAGES else 0
     if gpus > 1:
         limit_threads(max(1, _threads() // gpus))
-        return torchrun_command(gpus, arguments)
+        return local_command(gpus, arguments)
     return None
 
 
 def environment_rank() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun state them; (0, 1, 0) for a process alone."""
+    """(rank, world size, local rank) as `crt.processes`, torchrun or srun state them; (0, 1, 0) for a process alone."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -71,10 +71,9 @@ def srun_command(job: slurm.Job, arguments: Sequence[str]) -> list[str]:
     return ["srun", *size, "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", "crt", *arguments]
 
 
-def torchrun_command(processes: int, arguments: Sequence[str]) -> list[str]:
+def local_command(processes: int, arguments: Sequence[str]) -> list[str]:
     """`python -m crt` in several processes on this machine, ended together if one fails."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *torchrun, "-m", "crt", *arguments]
+    return [sys.executable, "-m", "crt.processes", str(processes), *arguments]
 
 
 def limit_threads(threads: int) -> None:
@@ -140,7 +139,7 @@ def visible_gpus() -> int:
 
 
 def _is_launched() -> bool:
-    """Whether torchrun or srun started this process among others."""
+    """Whether this process was started among others."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 

@@ -140,7 +140,7 @@ def _decoded(
 def num_workers(world_size: int) -> int:
     """Decoding workers of this process: its share of the CPUs that it may use, less one for itself; at least one."""
     cpus = len(os.sched_getaffinity(0))
-    # srun usually binds each task to CPUs of its own; torchrun's processes share all that the node gives.
+    # srun usually binds each task to CPUs of its own; processes of one machine share all that the node gives.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if "SLURM_CPUS_PER_TASK" in os.environ else str(world_size)))
     return min(max(cpus // local - 1, 1), MAX_WORKERS)
 

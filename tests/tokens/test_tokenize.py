@@ -19,7 +19,7 @@ from torchvision.transforms import TenCrop
 from crt.__main__ import main
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_unit_range
-from crt.launch import torchrun_command
+from crt.launch import local_command
 from crt.stage import exclusive, open_run
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache
@@ -108,9 +108,9 @@ def test_summary_describes_the_training_codes(small):
     assert summary["bytes_per_token"] == pytest.approx(size / (train.array.size + val.array.size))
 
 
-def test_world_size_2_through_torchrun_gives_the_same_bytes(large_project, large, tmp_path):
+def test_two_processes_of_one_machine_give_the_same_bytes(large_project, large, tmp_path):
     assert TokenCache(large, "train").header.num_shards == 2
-    command = torchrun_command(2, large_project.command(tmp_path / "tokens"))  # what a machine with 2 GPUs starts
+    command = local_command(2, large_project.command(tmp_path / "tokens"))  # what a machine with 2 GPUs starts
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path / "tokens") == contents(large)

@@ -1,0 +1,121 @@
+"""Several processes of one stage on this machine, started and ended together: `python -m crt.processes N STAGE ...`.
+
+They find each other as under torchrun, by its variables. torchrun itself would end its workers 30 seconds after a
+signal, whatever they have to save, and answer each mistake and each stop with a traceback of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from crt import interrupt
+
+# How long the others may take to end by themselves once one has failed: most meet the same mistake, but one may wait
+# for the one that is gone.
+_GRACE_SECONDS = 15.0
+_POLL_SECONDS = 0.1
+# Of Linux's sys/prctl.h.
+_PR_SET_PDEATHSIG = 1
+
+
+def run_together(processes: int, arguments: Sequence[str]) -> int:
+    """Run `python -m crt` in several processes and wait for all of them.
+
+    A signal that asks to stop is passed on once, and waited for as long as it takes. If a process fails, the others
+    have some seconds to end too, and are killed then.
+
+    Args:
+        processes: how many.
+        arguments: the command line after `python -m crt`.
+
+    Returns:
+        The exit status of the first process that ended with another one than 0; of one that was killed, 128 + signal.
+    """
+    asked: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        if not asked:
+            asked.append(signum)
+            for child in children:
+                _ask(child, signum)
+
+    for signum in interrupt.SIGNALS:
+        signal.signal(signum, pass_on)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    for rank in range(processes):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "crt", *arguments]
+        first = _followed_to_death()  # this process has one thread, so the child may do it before it becomes Python
+        children.append(subprocess.Popen(command, env=own, preexec_fn=first))  # noqa: PLW1509
+        if asked:
+            _ask(children[-1], asked[0])
+    return _wait(children, asked)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:
+    """The status of `run_together`; `asked` holds the signal that was passed on, from when it was."""
+    stops = {128 + signum for signum in interrupt.SIGNALS}
+    status, deadline = 0, float("inf")
+    running = dict(enumerate(children))
+    while running:
+        for rank, child in list(running.items()):
+            code = child.poll()
+            if code is None:
+                continue
+            del running[rank]
+            # One that was asked before it listened is ended by the signal itself.
+            stopped = code in stops or bool(asked and -code in interrupt.SIGNALS)
+            if code and not status:
+                status = code if code > 0 else 128 - code
+                if code < 0 and not stopped:
+                    _say(rank, len(children), signal.Signals(-code))
+            if code and not stopped:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        if running and time.monotonic() > deadline:
+            for child in running.values():
+                child.kill()
+        time.sleep(_POLL_SECONDS if running else 0)
+    return status
+
+
+def _say(rank: int, processes: int, signum: signal.Signals) -> None:
+    reason = ", most likely for want of memory" if signum == signal.SIGKILL else ""
+    print(
+        f"error: process {rank} of {processes} was ended by {signum.name}{reason}: run the same command again; "
+        "finished work is kept",
+        file=sys.stderr,
+    )
+
+
+def _ask(child: subprocess.Popen[bytes], signum: int) -> None:
+    # A terminal's Ctrl-C reaches every process by itself, and a second SIGINT means "at once".
+    child.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)
+
+
+def _followed_to_death() -> Callable[[], None] | None:
+    """What a child does first: ask to be stopped when its parent is gone; None where the system has no such thing."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_together(int(sys.argv[1]), sys.argv[2:]))

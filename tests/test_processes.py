@@ -1,0 +1,95 @@
+"""Processes of one machine, as a user and a scheduler treat them. The stage is a real training of two processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crt.launch import local_command
+from tests.conftest import ROOT
+from tests.tokenizer.conftest import digits, runs  # noqa: F401 - fixtures
+
+LONG = {"steps": 100_000, "checkpoint_every": 100_000, "validate_every": 100_000}
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(local_command(2, arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return not re.search(r"^State:\s+Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def training(runs):  # noqa: F811
+    """A training of two processes that has made steps: the parent, its children, and the output folder."""
+    parent = start(runs.arguments("run", **LONG))
+    log = runs.out("run").with_name("tokenizer.log")
+    wait_for(lambda: parent.poll() is not None or (log.exists() and re.search(r" \d+/100000 steps", log.read_text())))
+    children = children_of(parent.pid)
+    assert len(children) == 2
+    yield parent, children, runs.out("run")
+    for pid in (parent.pid, *children):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    parent.communicate()
+
+
+def test_a_mistake_is_one_line_and_status_2(runs):  # noqa: F811
+    parent = start(runs.arguments("run", batch_size=9))
+    said = parent.communicate(timeout=120)[1]
+    assert parent.returncode == 2
+    assert [line for line in said.splitlines() if "rror" in line] == [
+        line for line in said.splitlines() if line.startswith("error: batch_size 9 does not divide among 2 processes")
+    ]
+    assert said.count("error: ") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_of_them_is_one_request_to_save_and_stop(training, signum):
+    """As a scheduler sends it to every process of a job step, and a terminal to every one in the foreground."""
+    parent, children, out = training
+    for pid in (parent.pid, *children):
+        os.kill(pid, signum)
+    said = parent.communicate(timeout=120)[1]
+    assert parent.returncode == 128 + signum
+    assert "run the same command to continue" in said and "Traceback" not in said and "error" not in said
+    assert list(out.parent.glob(".work/*/checkpoint.pt"))
+
+
+def test_if_one_is_killed_the_others_end_and_it_is_said(training):
+    parent, children, _ = training
+    os.kill(children[1], signal.SIGKILL)
+    said = parent.communicate(timeout=120)[1]
+    assert parent.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 was ended by SIGKILL, most likely for want of memory" in said
+    assert not any(map(alive, children))
+
+
+def test_if_the_parent_is_killed_they_save_and_stop(training):
+    parent, children, out = training
+    parent.kill()
+    wait_for(lambda: not any(map(alive, children)))
+    assert list(out.parent.glob(".work/*/checkpoint.pt"))
