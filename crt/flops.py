@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,43 +49,74 @@ def count_flops(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) -> int:
-    """FLOPs that stage 1 spends on one training image: forward and backward of all its networks.
+def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> int:
+    """FLOPs of stage 1: forward and backward of all its networks, in every step.
 
     Args:
         params: section train_tokenizer.
         with_regularizer: whether lambda is above 0; without, no regularizer runs.
     """
     from crt.tokenizer.discriminator import build_discriminator
+    from crt.tokenizer.losses import adaptive_weight
     from crt.tokenizer.model import Tokenizer, TokenizerConfig
     from crt.tokenizer.regularizer import build_regularizer
 
+    quantizer, size = params.quantizer, params.image_size
     with FakeTensorMode():
         model = Tokenizer(TokenizerConfig.from_params(params))
-        images = torch.zeros(1, 3, params.image_size, params.image_size)
-        networks: list[Callable[[], Tensor]] = []
-
-        def autoencoder() -> Tensor:
-            images_out, quantized = model(images)
-            return images_out.mean() + quantized.commitment_loss + quantized.codebook_loss
-
-        networks.append(autoencoder)
+        perceptual = _perceptual_network() if params.loss.lpips_weight > 0 else None
+        discriminator = build_discriminator(params.discriminator, size)
+        regularizer = None
         if with_regularizer and params.regularizer.kind != "none":
-            quantizer = params.quantizer
             regularizer = build_regularizer(
                 params.regularizer, quantizer.codebook_dim, model.num_tokens, quantizer.codebook_size
             )
-            latents = torch.zeros(1, model.num_tokens, quantizer.codebook_dim, requires_grad=True)
-            codes = torch.zeros(1, model.num_tokens, dtype=torch.int64)
-            vectors = torch.zeros(quantizer.codebook_size, quantizer.codebook_dim)
-            networks.append(lambda: regularizer(latents, codes, vectors))
-        discriminator = build_discriminator(params.discriminator, params.image_size)
-        if discriminator is not None:
-            pair = torch.zeros(2, 3, params.image_size, params.image_size)
-            fake = torch.zeros(1, 3, params.image_size, params.image_size, requires_grad=True)
-            # Once for the decoder, through frozen weights, and once for itself on a real and a decoded image.
-            networks.append(partial(_score_twice, discriminator, fake, pair))
-        return sum(count_flops(partial(_forward_and_backward, network)) for network in networks)
+
+        def step(adversarial: bool, batch_size: int) -> None:
+            images = torch.zeros(batch_size, 3, size, size)
+            latents = model.latents(images)
+            quantized = model.quantizer(latents)
+            reconstructions = model.reconstruct(quantized.values)
+            loss = reconstructions.mean() + quantized.commitment_loss + quantized.codebook_loss
+            if perceptual is not None:
+                loss = loss + (perceptual(reconstructions) - perceptual(images)).mean()
+            if adversarial and discriminator is not None:
+                discriminator.requires_grad_(False)  # only the decoder learns from this pass
+                judged = discriminator(reconstructions).mean()
+                discriminator.requires_grad_(True)
+                if params.discriminator.adaptive_weight:
+                    judged = judged * adaptive_weight(loss, judged, model.decoder.conv_out.weight)
+                loss = loss + judged
+            if params.loss.entropy_weight > 0:
+                loss = loss + model.quantizer.entropy_loss(latents, params.loss.entropy_temperature)
+            if regularizer is not None:
+                raster = latents.flatten(2).transpose(1, 2)
+                loss = loss + regularizer(raster, quantized.codes.flatten(1), model.quantizer.vectors())
+            loss.backward()
+            if adversarial and discriminator is not None:
+                fake = reconstructions.detach()
+                (discriminator(images).mean() - discriminator(fake).mean()).backward()
+
+        def flops(adversarial: bool) -> int:
+            # Some products are made once for all images of a batch: one and two images tell.
+            one, two = (count_flops(partial(step, adversarial, images)) for images in (1, 2))
+            return one + (params.batch_size - 1) * (two - one)
+
+        start = params.steps if discriminator is None else min(params.discriminator.start_step, params.steps)
+        after = flops(True) if start < params.steps else 0
+        return (flops(False) * start if start else 0) + after * (params.steps - start)
+
+
+def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) -> int:
+    """`tokenizer_training_flops` over all steps and images of a batch."""
+    return tokenizer_training_flops(params, with_regularizer) // (params.steps * params.batch_size)
+
+
+def _perceptual_network() -> nn.Module:
+    """VGG-16 up to the last layer that LPIPS compares; the package's 1x1 convolutions of one output are left out."""
+    from torchvision.models import vgg16
+
+    return vgg16(weights=None).features[:30].requires_grad_(False)
 
 
 def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False) -> int:
@@ -97,13 +128,3 @@ def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False)
         codes = torch.zeros(1, config.num_tokens, dtype=torch.int64)
         labels = torch.zeros(1, dtype=torch.int64)
         return count_flops(lambda: model(codes, labels).mean().backward())
-
-
-def _forward_and_backward(network: Callable[[], Tensor]) -> Tensor:
-    loss = network()
-    loss.backward()
-    return loss
-
-
-def _score_twice(discriminator: nn.Module, fake: Tensor, pair: Tensor) -> Tensor:
-    return discriminator(fake).mean() + discriminator(pair).mean()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from crt.ar.model import ARConfig, ARTransformer
-from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image
-from crt.params import load_params
+from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image, tokenizer_training_flops
+from crt.params import TrainTokenizer, load_params
 from tests.conftest import ROOT
 
 
@@ -36,3 +36,32 @@ def test_the_regularizer_adds_at_most_five_percent_at_the_papers_setting(context
     params = params.model_copy(update={"regularizer": params.regularizer.model_copy(update={"context": context})})
     plain, regularized = (tokenizer_flops_per_image(params, with_it) for with_it in (False, True))
     assert plain < regularized <= 1.05 * plain
+
+
+def changed(**sections) -> TrainTokenizer:
+    """The default run's section with keys of its own sections changed."""
+    params = load_params(ROOT / "params.yaml").train_tokenizer
+    sections = {name: getattr(params, name).model_copy(update=keys) for name, keys in sections.items()}
+    return params.model_copy(update=sections | {"steps": 10})
+
+
+def test_the_discriminator_counts_from_its_start():
+    def flops(start: int) -> int:
+        discriminator = {"kind": "patchgan", "channels": 8, "layers": 1, "start_step": start}
+        return tokenizer_training_flops(changed(discriminator=discriminator), False)
+
+    assert flops(10) == flops(1000) == tokenizer_training_flops(changed(), False)
+    assert flops(4) - flops(10) == 0.6 * (flops(0) - flops(10)) > 0
+
+
+def test_lpips_is_two_forward_passes_through_vgg_and_one_backward():
+    side, channels, expected = 16, 3, 0
+    for width, layers in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):  # Simonyan and Zisserman 2015, D
+        for _ in range(layers):
+            expected += 2 * side**2 * 9 * channels * width
+            channels = width
+        side //= 2
+    params = changed(loss={"lpips_weight": 1.0})
+    added = tokenizer_training_flops(params, False) - tokenizer_training_flops(changed(), False)
+    assert load_params(ROOT / "params.yaml").train_tokenizer.image_size == 16
+    assert added == params.steps * params.batch_size * 3 * expected

@@ -31,7 +31,7 @@ from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
 from crt.distributed import World, join_world, reported_once, stop_signal
 from crt.errors import UserError
-from crt.flops import tokenizer_flops_per_image
+from crt.flops import tokenizer_training_flops
 from crt.history import History, read_history
 from crt.interrupt import Stopped
 from crt.params import TrainTokenizer
@@ -202,7 +202,7 @@ def _train(run: StageRun, world: World) -> None:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             grid=list(model.grid),
             codebook_size=model.codebook_size,
-            training_flops=tokenizer_flops_per_image(params, lambda_ > 0) * params.batch_size * params.steps,
+            training_flops=tokenizer_training_flops(params, lambda_ > 0),
         )
 
 

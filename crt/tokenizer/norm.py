@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from crt.launch import has_gpu
@@ -36,7 +37,8 @@ class GroupNorm(nn.GroupNorm):
 
     def _normalize(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.device.type == "cpu" and _is_channels_last(x) and (x.requires_grad or x.dtype == torch.float32):
+        ours = x.device.type == "cpu" and _is_channels_last(x) and (x.requires_grad or x.dtype == torch.float32)
+        if ours and not isinstance(x, FakeTensor):  # those are walked through piece by piece for nothing
             return _ChannelsLastGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 

@@ -144,7 +144,7 @@ def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, moments, ch
 def test_a_run_that_died_between_its_last_checkpoint_and_its_result(runs, monkeypatch):
     whole = runs.train("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train_tokenizer, "tokenizer_flops_per_image", lambda *_: 1 / 0)
+        patch.setattr(train_tokenizer, "tokenizer_training_flops", lambda *_: 1 / 0)
         runs.train("died", status=1)
     assert same_files(whole, runs.train("died"))
 
