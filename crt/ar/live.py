@@ -119,6 +119,8 @@ class SampleGrid:
 
     def __init__(self, run: StageRun, num_images: int, class_names: list[str], world: World) -> None:
         self.num_images, self.class_names, self.world, self.seed = num_images, class_names, world, run.params.seed
+        # Without dropped labels the model learns no unconditional prediction.
+        self.guidance = _GUIDANCE if run.params.train_ar.model.label_dropout > 0 else 1.0
         folder = find_tokenizer(run) if num_images else None
         found = torch.tensor(folder is not None, device=world.device)
         torch.distributed.broadcast(found, 0)
@@ -135,7 +137,7 @@ class SampleGrid:
             model: in evaluation mode, on the device; draws change no generator's state.
         """
         labels = np.arange(self.num_images) % len(self.class_names)
-        codes = Generator(model).generate(labels, _GUIDANCE, self.seed)
+        codes = Generator(model).generate(labels, self.guidance, self.seed)
         if self.tokenizer is None:
             return [], []
         images = to_uint8(self.tokenizer.decode(codes.to(self.world.device))).cpu().numpy()
@@ -144,8 +146,14 @@ class SampleGrid:
 
 
 def find_tokenizer(run: StageRun) -> Path | None:
-    """The folder of the tokenizer that made the codes, by its content: where dvc.yaml has it, or beside the cache."""
-    wanted = run.manifests["tokenize"].inputs["train_tokenizer"]["content"]
+    """The folder of the tokenizer that made the codes, by its content: where dvc.yaml has it, or beside the cache.
+
+    None if it is at neither place, or unknown.
+    """
+    made_by = run.manifests["tokenize"].inputs.get("train_tokenizer")
+    if made_by is None:  # codes that were imported
+        return None
+    wanted = made_by["content"]
     usual = Path(load_stages()["train_tokenizer"].output)
     for folder in (run.inputs["tokens"].parent / usual.name, usual):
         if (folder / "manifest.json").exists() and content_of(folder) == wanted:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from crt import cpu
 from crt.errors import UserError
 from crt.stage import write_json
+from crt.tokens.layout import UNKNOWN
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -123,7 +124,7 @@ def config_from_params(model: Any, codes: Any) -> ARConfig:
         grid=tuple(codes.grid),
         num_classes=codes.num_classes,
         class_names=tuple(codes.class_names),
-        tokenizer_content=codes.tokenizer_content,
+        tokenizer_content=None if codes.tokenizer_content == UNKNOWN else codes.tokenizer_content,
     )
 
 
