@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ import torch.distributed as dist
 from crt import interrupt, slurm
 from crt.errors import UserError
 from crt.launch import environment_rank, keep_freed_memory
+
+_COLLECTIVE_MINUTES = 30
+_POLL_SECONDS = 0.2
+_turns = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def join_world() -> Iterator[World]:
             os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
             # DeepSpeed reads its place from torchrun's names.
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
-        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(minutes=30))
+        timeout = timedelta(minutes=_COLLECTIVE_MINUTES)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, local_rank, device)
         if started:
@@ -66,6 +73,27 @@ def stop_signal(world: World) -> int:
     if dist.is_initialized():
         dist.all_reduce(signum, dist.ReduceOp.MAX)
     return int(signum)
+
+
+@contextmanager
+def main_alone(world: World) -> Iterator[None]:
+    """For what rank 0 does while the others wait, however long: in a collective they would give up after a while.
+
+    All processes must enter; the others leave once rank 0 has, whether or not it succeeded.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"crt main alone {next(_turns)}"
+    if world.is_main:
+        try:
+            yield
+        finally:
+            store.set(key, "done")
+        return
+    yield
+    while not store.check([key]):
+        time.sleep(_POLL_SECONDS)
 
 
 @contextmanager

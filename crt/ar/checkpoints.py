@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from crt.ar.engine import quiet
-from crt.distributed import World
+from crt.distributed import World, main_alone
 from crt.errors import UserError
 from crt.progress import logger
 from crt.stage import write_json
@@ -134,10 +134,12 @@ class Checkpoints:
             UserError: it failed; on all processes.
         """
         result = checkpoint.folder / _UNIVERSAL
-        if self.world.is_main and not result.exists():
-            logger.info("train_ar: regroups the state of %d processes for %d", checkpoint.world_size, self.world.size)
-            _to_universal(checkpoint.folder)
-        dist.barrier()
+        with main_alone(self.world):
+            if self.world.is_main and not result.exists():
+                logger.info(
+                    "train_ar: regroups the state of %d processes for %d", checkpoint.world_size, self.world.size
+                )
+                _to_universal(checkpoint.folder)
         if not result.exists():
             raise UserError(
                 f"{checkpoint.folder}: cannot be regrouped: continue with {checkpoint.world_size} processes"

@@ -63,12 +63,13 @@ def run(run: StageRun) -> None:
 
         for scale in params.scales:
             _draw_all(run, world, generator, tokenizer, scale)
-        if world.is_main:
-            for scale in params.scales:
-                path = run.staging / samples_file(params, scale)
-                _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
-                export_samples(path, params.export)
-            run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
+    # The others do not wait for the files: tens of thousands of PNG outlast a collective's patience.
+    if world.is_main:
+        for scale in params.scales:
+            path = run.staging / samples_file(params, scale)
+            _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
+            export_samples(path, params.export)
+        run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
 
 
 def samples_file(params: Sample, scale: float) -> str:

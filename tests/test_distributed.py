@@ -1,0 +1,46 @@
+"""Processes that wait for one of them. The oracle is a collective, which gives up after its timeout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from crt.processes import _free_port
+from tests.conftest import ROOT
+
+SCRIPT = """
+import sys, time
+import crt.distributed as d
+d._COLLECTIVE_MINUTES = 2 / 60
+with d.join_world() as world:
+    for turn in range(2):
+        if sys.argv[1] == "alone":
+            with d.main_alone(world):
+                if world.is_main:
+                    time.sleep(4)
+        elif world.is_main:
+            time.sleep(4)
+        assert d.stop_signal(world) == 0
+    print("together")
+"""
+
+
+@pytest.mark.parametrize("how, together", [("alone", True), ("in a collective", False)])
+def test_the_others_wait_for_the_first_one_longer_than_in_a_collective(how, together):
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, how],
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [("together" in out) for out, _ in said] == [together] * 2, said
