@@ -24,6 +24,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# LPIPS halves the image four times, and needs a pixel after that.
+LPIPS_MIN_SIDE = 16
 GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 RegularizerContext = Literal["latents", "codes"]
@@ -101,6 +103,15 @@ class Quantizer(Section):
     update: Literal["gradient", "ema"]
     ema_decay: Fraction
     revive_after_steps: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _check(self) -> Quantizer:
+        if self.l2_normalize and self.codebook_dim == 1:
+            raise ValueError(
+                "codebook_dim 1 with l2_normalize leaves two codes, 1 and -1: raise codebook_dim, "
+                "or set l2_normalize to false"
+            )
+        return self
 
 
 class Loss(Section):
@@ -189,11 +200,25 @@ class TrainTokenizer(Section):
                 f"image_size {self.image_size} is not divisible by the downsampling {factor} "
                 f"of {len(self.architecture.channel_multipliers)} channel_multipliers"
             )
+        if self.loss.lpips_weight > 0 and self.image_size < LPIPS_MIN_SIDE:
+            raise ValueError(
+                f"loss.lpips_weight {self.loss.lpips_weight:g} needs images of {LPIPS_MIN_SIDE} px at least, "
+                f"image_size is {self.image_size}: set lpips_weight to 0"
+            )
         self._check_discriminator()
         return self
 
     def _check_discriminator(self) -> None:
-        kind, layers, factor = self.discriminator.kind, self.discriminator.layers, 2**self.discriminator.layers
+        kind, layers = self.discriminator.kind, self.discriminator.layers
+        if kind == "none":
+            return
+        if self.discriminator.start_step >= self.steps:
+            raise ValueError(
+                f"discriminator.start_step {self.discriminator.start_step} is not before the end, "
+                f"steps is {self.steps}: lower it, or set discriminator.kind to none"
+            )
+        # Beyond that many halvings no image is left.
+        factor = 2 ** min(layers, 32)
         # After its halvings PatchGAN still has two 4x4 convolutions, each of which takes a pixel off.
         if kind == "patchgan" and self.image_size // factor < 3:
             raise ValueError(
@@ -354,6 +379,7 @@ class Evaluate(Section):
     features: Literal["classifier", "inception"]
     inception_weights: str | None
     inception_resize: Literal["clean", "legacy_tensorflow"]
+    image_size: PositiveInt | None
     generation_reference: Literal["val", "train", "adm_train"]
     adm_reference: str | None
     classifier: Classifier
@@ -375,6 +401,10 @@ class Evaluate(Section):
             raise ValueError("generation_reference 'adm_train' needs the ADM batch file: set evaluate.adm_reference")
         if self.generation_reference == "adm_train" and self.features != "inception":
             raise ValueError("generation_reference 'adm_train' needs evaluate.features 'inception'")
+        if self.image_size is not None and self.features != "inception":
+            raise ValueError(
+                "image_size is for features 'inception': the classifier is trained at the images' own: set null"
+            )
         return self
 
 
@@ -412,6 +442,17 @@ class Params(Section):
             raise ValueError(
                 f"sample.top_k {self.sample.top_k} exceeds "
                 f"train_tokenizer.quantizer.codebook_size {tokenizer.quantizer.codebook_size}"
+            )
+        if self.train_ar.model.label_dropout == 0 and max(self.sample.scales) > 1:
+            raise ValueError(
+                "train_ar.model.label_dropout is 0, so the model learns no unconditional prediction for the guidance "
+                f"scale {max(self.sample.scales):g}: set sample.guidance_scale to 1 and guidance_sweep to [], "
+                "or label_dropout to 0.1"
+            )
+        if self.evaluate.lpips and tokenizer.image_size < LPIPS_MIN_SIDE:
+            raise ValueError(
+                f"evaluate.lpips needs images of {LPIPS_MIN_SIDE} px at least, train_tokenizer.image_size is "
+                f"{tokenizer.image_size}: set it to false"
             )
         if self.lambda_ > 0 and tokenizer.regularizer.kind == "none":
             raise ValueError(

@@ -53,6 +53,22 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"prepare_data.source": "mnist"}, "prepare_data.source: input should be 'digits', 'cifar10'"),
         ({"evaluate.generation_reference": "adm_train"}, "set evaluate.adm_reference"),
         ({"train_ar.model": 3}, "train_ar.model: must be a mapping with the keys layers"),
+        ({"train_ar.model.label_dropout": 0.0}, "set sample.guidance_scale to 1 and guidance_sweep to []"),
+        (
+            {"train_ar.model.label_dropout": 0.0, "sample.guidance_scale": 1.0, "sample.guidance_sweep": [1.5]},
+            "no unconditional prediction for the guidance scale 1.5",
+        ),
+        ({"train_tokenizer.discriminator.kind": "patchgan"}, "discriminator.start_step 20000 is not before the end"),
+        ({"train_tokenizer.quantizer.codebook_dim": 1}, "leaves two codes, 1 and -1"),
+        ({"evaluate.image_size": 256}, "image_size is for features 'inception'"),
+        (
+            {"train_tokenizer.loss.lpips_weight": 1.0, "train_tokenizer.image_size": 8, "prepare_data.image_size": 8},
+            "loss.lpips_weight 1 needs images of 16 px at least",
+        ),
+        (
+            {"evaluate.lpips": True, "train_tokenizer.image_size": 8, "prepare_data.image_size": 8},
+            "evaluate.lpips needs images of 16 px at least",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_key_and_remedy(values, change, expected):

@@ -111,6 +111,7 @@ class ClassifierFeatures:
         self.task = self._network.task
         self._network.to(device).eval()
         self.name, self.dimension, self.resize = "classifier", 4 * sizes["channels"], "none"
+        self.image_size = None
         self.spatial_dimension = 0  # sFID is defined on Inception's map; another network's would be no sFID
         self.checksum = weights_checksum(weights)
         self.device = torch.device(device)

@@ -9,6 +9,7 @@ from typing import Any
 PROTOCOL_FIELDS = {
     "features": "features",
     "features_sha256": "weights of the feature network",
+    "features_image_size": "side to which images are brought first",
     "features_resize": "resize before the feature network",
     "features_precision": "precision of features",
     "reconstruction_reference": "reference of reconstructions",
@@ -19,6 +20,13 @@ PROTOCOL_FIELDS = {
     "generation_reference_images": "number of reference images",
     "generation_reference_moments": "mean and covariance of the reference of samples",
     "generation_images": "number of samples",
+    "neighbours": "k of precision and recall",
+    "pairwise_images": "images of kernel distance, precision and recall",
+    "kernel_subsets": "subsets of the kernel distance",
+    "kernel_subset_size": "size of these subsets",
+    "inception_score_splits": "splits of the inception score",
+    "classifier_sha256": "classifier that judges classes",
+    "lpips_sha256": "weights of the perceptual distance",
 }
 # Where the reference's mean and covariance come from.
 MOMENTS_OF_IMAGES = "of its images"

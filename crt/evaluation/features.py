@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from cleanfid.downloads_helper import check_download_inception, inception_url
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
@@ -55,6 +56,10 @@ class FeatureNetwork(Protocol):
         """How images are brought to the network's size, as recorded in results."""
 
     @property
+    def image_size(self) -> int | None:
+        """Side to which images are brought before that; None: each has its own."""
+
+    @property
     def spatial_dimension(self) -> int:
         """Features of an image that keep its layout, for sFID; 0 where the network has none."""
 
@@ -78,6 +83,8 @@ class InceptionFeatures:
             figures (ADM's evaluator) were measured with.
         device: where the network runs, in float32.
         sha256: the checksum that the file must have; TorchScript is code, so nothing else is loaded.
+        image_size: side to which images are brought first, by torch's bicubic interpolation and rounded to uint8, as
+            published figures of larger images are measured (LlamaGen's at 256 px); None: each has its own.
 
     Raises:
         UserError: the file is missing, cannot be fetched, or is another one.
@@ -89,6 +96,8 @@ class InceptionFeatures:
         resize: Literal["clean", "legacy_tensorflow"],
         device: torch.device | str,
         sha256: str = INCEPTION_SHA256,
+        *,
+        image_size: int | None = None,
     ) -> None:
         folder = Path(folder) if folder is not None else _fetch_inception(sha256)
         path = folder / INCEPTION_FILE
@@ -102,7 +111,7 @@ class InceptionFeatures:
                 f"{path}: wrong file, its SHA-256 is {self.checksum} instead of {sha256}: fetch {inception_url} again"
             )
         self.name, self.dimension, self.resize = "inception-2015-12-05", 2048, resize
-        self.device = torch.device(device)
+        self.image_size, self.device = image_size, torch.device(device)
         self._network = InceptionV3W(str(folder), download=False, resize_inside=resize == TENSORFLOW_RESIZE)
         self._network = self._network.to(self.device).eval()
         with deterministic_float32():
@@ -116,6 +125,8 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        if self.image_size not in (None, images.shape[1]):
+            images = _interpolated(images, self.image_size)
         if self.resize == "clean":
             resized = np.stack(list(self._threads.map(self._resizer, images)))
         else:
@@ -133,6 +144,13 @@ class InceptionFeatures:
         weight = self._network.base.output.weight.float()
         logits = torch.from_numpy(np.asarray(features, np.float32)).to(self.device) @ weight.T
         return logits.softmax(dim=1).cpu().numpy()
+
+
+def _interpolated(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (B, H, W, 3) to uint8 (B, side, side, 3)."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False)
+    return pixels.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @contextmanager

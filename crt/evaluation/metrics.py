@@ -26,6 +26,8 @@ from crt.evaluation.sources import AdmBatch, ImageSource
 from crt.params import Evaluate
 
 Metrics = dict[str, float | int | str]
+# Of section evaluate: what figures depend on besides images and networks.
+_SETTINGS = {"neighbours", "pairwise_images", "kernel_subsets", "kernel_subset_size", "inception_score_splits"}
 
 
 def reconstruction_metrics(networks: Networks, passes: Passes, warnings: list[str]) -> Metrics:
@@ -186,12 +188,14 @@ def class_metrics(networks: Networks, sources: Sources, passes: Passes) -> Metri
     }
 
 
-def protocol(networks: Networks, sources: Sources, reference: Reference) -> Metrics:
+def protocol(params: Evaluate, networks: Networks, sources: Sources, reference: Reference) -> Metrics:
     """All that another result must share to be compared with this one."""
     stored = isinstance(reference.moments["features"], GivenMoments)
+    judges = {"classifier_sha256": networks.classifier.checksum, "lpips_sha256": networks.lpips_checksum}
     return {
         "features": networks.features.name,
         "features_sha256": networks.features.checksum,
+        "features_image_size": params.image_size or sources.samples.image_size,
         "features_resize": networks.features.resize,
         "features_precision": "float32, statistics float64",
         "reconstruction_reference": sources.val.name,
@@ -203,6 +207,8 @@ def protocol(networks: Networks, sources: Sources, reference: Reference) -> Metr
         "generation_reference_moments": STORED_MOMENTS if stored else MOMENTS_OF_IMAGES,
         "generation_images": len(sources.samples),
         "guidance_scale": sources.samples.guidance_scale,
+        **params.model_dump(include=_SETTINGS),
+        **{name: checksum for name, checksum in judges.items() if checksum},
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from crt.evaluation.comparable import STORED_MOMENTS
+from crt.evaluation.features import TENSORFLOW_RESIZE
 from crt.stage import Manifest
 
 PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M")
@@ -37,6 +38,10 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
         reasons.append(f"they are for ImageNet at {_SIDE} px, this run is on {source} at {image_size} px")
     if "rfid" not in metrics:
         reasons.append("they are FID, on Inception features, this run was measured with a classifier of its own")
+    elif metrics["features_resize"] != TENSORFLOW_RESIZE:
+        reasons.append(
+            f"they are measured under resize {TENSORFLOW_RESIZE}, this run under {metrics['features_resize']}"
+        )
     if reasons:
         return {"rows": [], "reasons": reasons}
     rows = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from crt.data.transforms import to_uint8, to_unit_range
-from crt.distributed import World
+from crt.distributed import World, main_alone
 from crt.evaluation import reconstruction
 from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
@@ -142,13 +142,21 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
     def common(label: str, kind: str, source: ImageSource, work: _Work, **depends_on: Any) -> ChunkStore:
         recipe = {
             "images": [source.checksum, source.name, source.image_size, len(source)],
-            "features": [features_of.checksum, features_of.resize, features_of.spatial_dimension],
+            "features": [
+                features_of.checksum,
+                features_of.resize,
+                features_of.image_size,
+                features_of.spatial_dimension,
+            ],
             "batch_size": batch_size,
         }
         path = shared_path(shared, kind, recipe | depends_on)
         store = ChunkStore(path, len(source), batch_size)
-        # The main process holds the lock for all: the others follow it into `fill`.
-        with exclusively(path, alone=world.size == 1) if world.is_main else nullcontext():
+        with ExitStack() as lock:
+            # The main process holds the lock for all, and may wait for another run that is at the same work.
+            with main_alone(world):
+                if world.is_main:
+                    lock.enter_context(exclusively(path, alone=world.size == 1))
             store.fill(label, work, world)
         return store
 

@@ -192,9 +192,9 @@ class AdmBatch:
     def _next(self, rows: int) -> np.ndarray:
         shape = rows, self.image_size, self.image_size, 3
         try:
-            data = self._stream.read(math.prod(shape))
+            data = bytearray(self._stream.read(math.prod(shape)))  # torch wants arrays that may be written
         except (OSError, zipfile.BadZipFile, zlib.error):
-            data = b""
+            data = bytearray()
         if len(data) != math.prod(shape):
             raise UserError(f"{self.path}: arr_0 is damaged or ends early: fetch the file again")
         return np.frombuffer(data, np.uint8).reshape(shape)

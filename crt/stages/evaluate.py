@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crt.distributed import World, join_world, reported_once
+from crt.distributed import World, join_world, main_alone, reported_once
 from crt.errors import UserError
 from crt.evaluation.chunks import raise_if_any_stopped
 from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
@@ -89,10 +89,11 @@ def _open_sources(run: StageRun, image_size: int) -> Sources:
         reference = SplitSource(run.inputs["data"], "train", image_size, content)
     elif params.generation_reference == "adm_train":
         reference = AdmBatch(params.adm_reference)
-    if reference.image_size != samples.image_size:
+    if params.image_size is None and reference.image_size != samples.image_size:
         raise UserError(
             f"evaluate.generation_reference: the images of {reference.name} have {reference.image_size} pixels a side, "
-            f"the samples {samples.image_size}: choose a reference of that size"
+            f"the samples {samples.image_size}: set evaluate.image_size to {reference.image_size}, "
+            "to which both are brought then"
         )
     for source in (val, samples, reference):
         if len(source) < 2:
@@ -105,7 +106,9 @@ def _load_networks(run: StageRun, world: World, tokenizer: Tokenizer) -> Network
     # What may be missing comes before the classifier's training.
     features: FeatureNetwork | None = None
     if params.features == "inception":
-        features = InceptionFeatures(params.inception_weights, params.inception_resize, world.device)
+        features = InceptionFeatures(
+            params.inception_weights, params.inception_resize, world.device, image_size=params.image_size
+        )
     lpips = None
     if params.lpips:
         try:
@@ -123,26 +126,27 @@ def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatu
     recipe = {"data": content, "image_size": image_size, "params": params.model_dump(), "seed": seed}
     folder = shared_path(run.shared, "classifier", recipe)
     path = folder / CLASSIFIER_FILE
-    if world.is_main and not path.exists():
-        train = SplitSource(run.inputs["data"], "train", image_size, content)
-        try:
-            with exclusively(folder):
-                if not path.exists():
-                    folder.mkdir(exist_ok=True)
-                    train_classifier(
-                        train.read_rows,
-                        labels=train.labels,
-                        classes=train.images.num_classes,
-                        image_size=image_size,
-                        params=params,
-                        seed=seed,
-                        path=path,
-                        device=world.device,
-                    )
-        except Stopped:
-            if world.size == 1:
-                raise
-    raise_if_any_stopped(world)  # the others wait here meanwhile
+    with main_alone(world):
+        if world.is_main and not path.exists():
+            train = SplitSource(run.inputs["data"], "train", image_size, content)
+            try:
+                with exclusively(folder):
+                    if not path.exists():
+                        folder.mkdir(exist_ok=True)
+                        train_classifier(
+                            train.read_rows,
+                            labels=train.labels,
+                            classes=train.images.num_classes,
+                            image_size=image_size,
+                            params=params,
+                            seed=seed,
+                            path=path,
+                            device=world.device,
+                        )
+            except Stopped:
+                if world.size == 1:
+                    raise
+    raise_if_any_stopped(world)
     return ClassifierFeatures(path, world.device)
 
 
@@ -167,7 +171,7 @@ def _write_results(
             "stage1_training_flops": run.manifests["train_tokenizer"].summary["training_flops"],
             "stage2_training_flops": run.manifests["train_ar"].summary["training_flops"],
         }
-        | protocol(networks, sources, reference)
+        | protocol(params, networks, sources, reference)
     )
     if warnings:
         metrics["warnings"] = "; ".join(warnings)

@@ -31,7 +31,7 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
-from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History, read_history
@@ -161,6 +161,7 @@ def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated)
     assert metrics["generation_images"] == 40
     assert metrics["generation_reference_images"] == 120
     assert len(metrics["features_sha256"]) == len(metrics["generation_reference_sha256"]) == 64
+    assert set(PROTOCOL_FIELDS) - set(metrics) == {"lpips_sha256"}  # which was not measured
     assert not {"rfid", "gfid", "kid", "inception_score"} & set(metrics)
     assert "warnings" not in metrics
     text = "\n".join(table(metrics))
@@ -276,7 +277,7 @@ def test_a_reference_of_another_size_is_refused(evaluated, tmp_path, capfd):
     assert evaluated.evaluate("refused", **changes) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert "adm_train have 32 pixels a side, the samples 16" in errors[0]
+    assert "adm_train have 32 pixels a side, the samples 16: set evaluate.image_size to 32" in errors[0]
 
 
 def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):
@@ -343,7 +344,7 @@ def test_distances_are_from_the_moments_that_the_batch_file_holds(evaluated, inc
     """Oracle: clean-fid's distance of all samples' features, taken in one go, from those moments."""
     moments = some_moments()
     metrics, samples = inception_run(
-        evaluated, inception_folder, monkeypatch, moments, inception_resize="legacy_tensorflow"
+        evaluated, inception_folder, monkeypatch, moments, inception_resize="legacy_tensorflow", image_size=16
     )
     checksum = sha256_file(inception_folder / INCEPTION_FILE)
     arrays = InceptionFeatures(inception_folder, "legacy_tensorflow", "cpu", checksum).arrays(samples)

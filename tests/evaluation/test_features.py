@@ -49,6 +49,21 @@ def test_inception_features_are_clean_fids(digits, inception_folder, tmp_path, r
 
 
 @pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow"])
+def test_images_are_brought_to_a_common_size_first(digits, inception_folder, resize):
+    """Oracle: the same network on images resized outside, as LlamaGen's scripts resize what they save."""
+    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    network = InceptionFeatures(inception_folder, resize, "cpu", checksum, image_size=12)
+    plain = InceptionFeatures(inception_folder, resize, "cpu", checksum)
+    images = digits.val[:5]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    smaller = torch.nn.functional.interpolate(pixels, size=(12, 12), mode="bicubic")
+    smaller = torch.clamp(127.5 * smaller + 128.0, 0, 255).byte().permute(0, 2, 3, 1).numpy()
+    error = np.abs(network(images) - plain(smaller)).max()  # one pixel in thousands is rounded the other way
+    assert error < 1e-3 < np.abs(plain(images) - plain(smaller)).max() / 5, error
+    np.testing.assert_array_equal(network(smaller), plain(smaller))
+
+
+@pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow"])
 def test_spatial_features_are_the_map_that_a_hook_sees(digits, inception_folder, resize):
     """Oracle: the same weights in plain modules, where hooks work, on the first 7 channels of `mixed_6.conv`."""
     network = InceptionFeatures(inception_folder, resize, "cpu", sha256_file(inception_folder / INCEPTION_FILE))

@@ -13,6 +13,7 @@ from crt.evaluation.paper import beside_paper
 METRICS = {
     "rfid": 2.3,
     "gfid": 2.8,
+    "features_resize": "legacy_tensorflow",
     "reconstruction_reference_images": 50_000,
     "generation_reference": "adm_train",
     "generation_reference_moments": STORED_MOMENTS,
@@ -51,6 +52,7 @@ def test_figures_of_the_papers_protocol_stand_beside_its_own() -> None:
         ({}, {"parameters": 50e6}, ["rFID"], "transformers of 111M, 340M and 775M"),
         ({}, {"source": "digits", "side": 16}, [], "this run is on digits at 16 px"),
         ({"rfid": None}, {}, [], "measured with a classifier of its own"),
+        ({"features_resize": "clean"}, {}, [], "under resize legacy_tensorflow, this run under clean"),
     ],
 )
 def test_others_do_not_and_the_page_says_why(

@@ -21,7 +21,9 @@ def test_adm_batch_reads_any_stretch(tmp_path, save):
     source = AdmBatch(tmp_path / "batch.npz")
     assert (len(source), source.image_size) == (40, 12)
     for start, stop in ((0, 7), (7, 9), (33, 40), (5, 6)):
-        np.testing.assert_array_equal(source.read(start, stop), IMAGES[start:stop])
+        images = source.read(start, stop)
+        np.testing.assert_array_equal(images, IMAGES[start:stop])
+        assert images.flags.writeable  # torch warns of others
 
 
 def test_adm_batch_never_holds_the_whole_array(tmp_path):
