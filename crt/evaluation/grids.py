@@ -25,13 +25,14 @@ def image_grid(rows: Sequence[np.ndarray], labels: Sequence[str] | None = None) 
 
     Args:
         rows: uint8 (n, S, S, 3) each; n may differ.
-        labels: one per row; too long ones are cut.
+        labels: one per row; too long ones are cut, and line breaks are drawn as spaces.
     """
     side = rows[0].shape[1]
     factor = -(-_MIN_CELL // side)
     cell = side * factor
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), _FONT_SIZE)
-    texts = [_fit(text, font) for text in labels] if labels else []
+    # Folder names may hold line breaks, which Pillow's text layout refuses.
+    texts = [_fit(" ".join(text.split()), font) for text in labels] if labels else []
     margin = _GAP + max((round(font.getlength(text)) for text in texts), default=-_GAP) + _GAP
     columns = max(len(row) for row in rows)
     size = (margin + columns * (cell + _GAP), _GAP + len(rows) * (cell + _GAP))

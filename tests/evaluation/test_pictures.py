@@ -49,6 +49,12 @@ def test_labels_stand_left_of_their_rows_and_long_ones_are_cut():
     assert pixels.shape[1] < 250
 
 
+def test_line_breaks_in_labels_are_drawn_as_spaces():
+    images = np.zeros((3, 1, 64, 64, 3), np.uint8)
+    broken = image_grid(list(images), ["two\nlines", "a\r\n b", "\x85\u2029"])
+    assert np.array_equal(np.asarray(broken), np.asarray(image_grid(list(images), ["two lines", "a b", ""])))
+
+
 def test_reconstructions_stand_below_their_originals():
     originals, copies = rng.integers(0, 256, (2, 5, 64, 64, 3), np.uint8)
     grid = cells(reconstruction_grid(originals, copies, columns=4), columns=4, cell=64)
