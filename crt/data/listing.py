@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
     """The bytes of one image file, or (H, W, 3) uint8 pixels from a container of raw pixels.
 
     Raises:
-        Undecodable: the file has vanished, or its part of an archive is damaged.
+        Undecodable: the file has vanished, is a link that leads nowhere, or its part of an archive is damaged.
         UserError: the file system refuses to read it.
     """
     container = containers[int(place["container"])]
@@ -72,9 +73,11 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
             with open(path, "rb") as file:
                 return file.read()
         data = _read_at(_opened(path), int(place["offset"]), int(place["size"]), container.layout == "zip")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise Undecodable("file not found (a broken link?)") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Undecodable("a loop of links") from None
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
     if container.layout == "zip":
         return _unzipped(data, int(place["crc"]))

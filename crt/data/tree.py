@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -93,15 +94,29 @@ def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterat
         raise UserError(f"{folder}: cannot be read ({error.strerror}): make it readable and run again") from None
     for entry in found:
         name = prefix + entry.name
-        if not entry.is_dir():
+        if not _is_folder(entry):
             # Broken links too: the decoder will list them with the reason.
-            if entry.is_file() or entry.is_symlink():
+            if entry.is_symlink() or entry.is_file():
                 yield name, False
             continue
         real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
         if real not in ancestors:
             yield name, True
             yield from _walk(entry.path, name + "/", (*ancestors, real))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads nowhere, as in a loop of links, is none.
+
+    Raises:
+        UserError: the file system does not say.
+    """
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return False
+        raise UserError(f"{entry.path}: cannot be read ({error.strerror}): mend that and run again") from None
 
 
 def _is_clutter(name: str) -> bool:

@@ -242,6 +242,22 @@ def test_hidden_and_foreign_files_are_ignored(prepare, make, tmp_path, capfd):
     assert "ignored: 1 .csv, 1 no extension" in capfd.readouterr().err
 
 
+def test_links_that_lead_nowhere_are_set_aside_if_they_are_named_like_images(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "images", {"a": 3, "b": 3})
+    (root / "a" / "self").symlink_to("self")
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "loop.png").symlink_to("loop.png")
+    (root / "b" / "gone.png").symlink_to("nothing.png")
+    (root / "b" / "under a file.png").symlink_to("000.png/1.png")
+    status, out = prepare(path=root, max_rejected_fraction=0.5)
+    assert status == 0 and sum(map(len, both(out))) == 6
+    assert {record["source_id"]: record["reason"] for record in make.lines(out / "rejected.jsonl")} == {
+        "a/loop.png": "a loop of links",
+        "b/gone.png": "file not found (a broken link?)",
+        "b/under a file.png": "file not found (a broken link?)",
+    }
+
+
 def test_names_that_are_no_utf8_are_escaped(prepare, make, tmp_path):
     root = make.class_folders(tmp_path / "images", {"a": 3})
     data = make.encode(make.noise(9))
