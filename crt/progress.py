@@ -28,7 +28,8 @@ def start_logging(log_file: str | Path | None, rank: int = 0) -> None:
     logger.addHandler(stream)
     if log_file is not None and rank == 0:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        # File names may hold bytes that are no UTF-8; sys.stderr escapes them already.
+        file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)
 

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from crt.progress import restore_log
+import logging
+
+import pytest
+
+from crt.progress import logger, restore_log, start_logging
+
+
+@pytest.fixture
+def no_handlers():
+    yield
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers.clear()
+
+
+def test_names_that_are_no_utf8_are_escaped_in_the_log(tmp_path, capfd, no_handlers, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    start_logging(tmp_path / "data.log")
+    logger.warning("left out: %s", b"caf\xe9.png".decode("utf-8", "surrogateescape"))
+    assert capfd.readouterr().err.count("\n") == 1  # no traceback of the logging module
+    assert (tmp_path / "data.log").read_text(encoding="utf-8").endswith(" left out: caf\\udce9.png\n")
 
 
 def test_a_deleted_log_comes_back_with_its_lines(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from crt.data.listing import Listing, read_entry, sorted_listing
+from crt.data.listing import Listing, printable, read_entry, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, open_tree
@@ -113,7 +113,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:
         raise UserError(
-            f"{tree.name}: class folder {root}{empty[0]} holds no images ({', '.join(EXTENSIONS)}): "
+            f"{tree.name}: class folder {printable(root + empty[0])} holds no images ({', '.join(EXTENSIONS)}): "
             f"add some, or delete the folder{_deeper(tree, root, found)}"
         )
     if ignored:
@@ -157,7 +157,8 @@ def _deeper(tree: Tree, root: str, found: dict[str, list[int]]) -> str:
 
 
 def _outside(tree: Tree, name: str) -> UserError:
-    return UserError(f"{tree.name}: image {name} lies outside the class folders: move it into one, or delete it")
+    shown = printable(name)
+    return UserError(f"{tree.name}: image {shown} lies outside the class folders: move it into one, or delete it")
 
 
 def is_image(name: str) -> bool:

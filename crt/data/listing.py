@@ -86,6 +86,11 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
     return np.frombuffer(data, np.uint8).reshape(*container.shape, 3)
 
 
+def printable(text: str) -> str:
+    """A name on one line of a message: line breaks and whatever else cannot be printed become backslash escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 @lru_cache(maxsize=16)
 def _opened(path: str) -> int:
     """File descriptor of a container, kept open for the life of the process."""

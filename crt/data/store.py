@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from crt.data.decode import Undecodable, decode, is_lossless
-from crt.data.listing import Container, read_entry
+from crt.data.listing import Container, printable, read_entry
 from crt.data.packed import pixel_digest
 from crt.errors import UserError
 
@@ -121,7 +121,8 @@ class SourceChanged(UserError):
 
 def changed(name: str) -> SourceChanged:
     """The error for an image that differs between the two passes."""
-    return SourceChanged(f"{name}: changed while the data set was packed: run the same command again to start over")
+    shown = printable(name)
+    return SourceChanged(f"{shown}: changed while the data set was packed: run the same command again to start over")
 
 
 def stored_form(source: bytes | np.ndarray, form: Form) -> tuple[np.ndarray, bytes]:

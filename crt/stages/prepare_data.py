@@ -26,7 +26,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from crt import interrupt
-from crt.data.listing import Container, Listing
+from crt.data.listing import Container, Listing, printable
 from crt.data.packed import INDEX, SCHEMA, SPLITS, create_shard
 from crt.data.pool import available_cpus, ordered_map
 from crt.data.source import Source
@@ -54,7 +54,7 @@ def run(run: StageRun) -> None:
     params: PrepareData = run.params.prepare_data
     source = open_source(params, run.work)
     for note in source.notes:
-        logger.info("prepare_data: %s", note)
+        logger.info("prepare_data: %s", printable(note))
     splits = {name: _first_per_class(source, name, params) for name in source.splits}
     form = Form(params.storage, params.image_size, params.resize_filter)
     checked = {name: _check(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
@@ -242,7 +242,7 @@ def _rejected(splits: dict[str, Listing], checked: dict[str, Checked], max_fract
     ]
     total = sum(len(listing) for listing in splits.values())
     if rejected:
-        examples = ", ".join(f"{record['source_id']} ({record['reason']})" for record in rejected[:3])
+        examples = ", ".join(f"{printable(record['source_id'])} ({record['reason']})" for record in rejected[:3])
         more = ", ..." if len(rejected) > 3 else ""
         share = f"{len(rejected)} of {total} files ({100 * len(rejected) / total:.3g}%) cannot be decoded"
         if len(rejected) > max_fraction * total:

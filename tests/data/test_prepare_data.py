@@ -271,6 +271,20 @@ def test_names_that_are_no_utf8_are_escaped(prepare, make, tmp_path):
     assert make.lines(out / "rejected.jsonl")[0]["source_id"] == "a/\\udcff.png"
 
 
+def test_names_of_rejected_files_take_one_line(prepare, refused, make, tmp_path, capfd):
+    root = make.class_folders(tmp_path / "images", {"a": 3})
+    make.write(root / "a" / "line\nbreak.png", b"no image")
+    with open(os.fsencode(root / "a") + b"/\xff.png", "wb"):
+        pass
+    message = refused(path=root, max_rejected_fraction=0.1)
+    assert "a/line\\nbreak.png (not a" in message and "a/\\udcff.png (empty file)" in message
+    assert prepare(path=root, out=tmp_path / "kept", max_rejected_fraction=0.5)[0] == 0
+    assert "Logging error" not in capfd.readouterr().err
+    make.write(root / "b" / "x.png", make.encode(make.noise(9)))
+    make.write(root / "line\nbreak.png", make.encode(make.noise(10)))
+    assert "image line\\nbreak.png lies outside" in refused(path=root)
+
+
 # --- sources that cannot be used --------------------------------------------------------------------------------
 
 
