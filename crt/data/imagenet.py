@@ -82,7 +82,7 @@ def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listi
         _require_tar(archive)
         members, _ = list_tar(archive, str(archive))
         files = sorted(name for name in members if is_image(name))
-        places = np.array([(0, *members[name]) for name in files], PLACE)
+        places = np.array([(0, *members[name], 0) for name in files], PLACE)
         tree = Tree(str(archive), Container(str(archive), "tar"), [f"val/{name}" for name in files], places, set())
         return _flat_val(folder, tree, classes, notes), tree.container
     if not (folder / "val").is_dir():
@@ -136,7 +136,7 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     """Ids, class folders and places of the training archive's images, in the archive's order."""
     ids: list[str] = []
     folders: list[str] = []
-    entries: list[tuple[int, int, int, int]] = []
+    entries: list[tuple[int, int, int, int, int]] = []
     with open(path, "rb") as outer, open(path, "rb") as inner:
         end = os.fstat(outer.fileno()).st_size
         progress = Progress(f"reading {path.name}", max(end >> 20, 1), "MiB")
@@ -149,7 +149,7 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
                 if image.isreg() and is_image(image.name):
                     ids.append(f"train/{name.stem}/{Path(image.name).name}")
                     folders.append(name.stem)
-                    entries.append((0, image.offset_data, image.size, -1))
+                    entries.append((0, image.offset_data, image.size, -1, 0))
             if len(ids) == before:
                 raise UserError(f"{path}: {member.name} holds no images: fetch the archive again")
             progress.update(min(stop >> 20, progress.total - 1))

@@ -61,7 +61,7 @@ def open_tree(path: Path, key: str, work: Path) -> Tree:
         plain = path if kind == "tar" else unpacked(path, kind, work)
         container, (members, folders) = Container(str(plain), "tar"), list_tar(plain, str(path))
     files = sorted(name for name in members if not _is_clutter(name))
-    places = np.array([(0, *members[name]) for name in files], PLACE)
+    places = np.array([(0, *members[name], 0) for name in files], PLACE)
     parents = {parent for name in files for parent in _parents(name)}
     return Tree(str(path), container, files, places, parents | {name for name in folders if not _is_clutter(name)})
 
@@ -72,21 +72,23 @@ def folder_tree(root: Path) -> Tree:
     Raises:
         UserError: a folder cannot be read.
     """
-    files: list[str] = []
+    states: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
-    for name, is_folder in _walk(root, "", (os.path.realpath(root),)):
-        if is_folder:
+    for name, state in _walk(root, "", (os.path.realpath(root),)):
+        if state is None:
             folders.add(name)
         else:
-            files.append(name)
-    files.sort()
-    places = np.zeros(len(files), PLACE)
-    places["crc"] = -1
+            states[name] = state
+    files = sorted(states)
+    places = np.fromiter(((0, 0, states[name][0], -1, states[name][1]) for name in files), PLACE, len(files))
     return Tree(str(root), Container(str(root), "folder"), files, places, folders)
 
 
-def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
-    """(relative path, whether a folder) of all that lies below; a link to a folder that holds it is not followed."""
+def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """(relative path, `_state` or None for a folder) of all that lies below.
+
+    A link to a folder that holds it is not followed.
+    """
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not _is_clutter(entry.name)]
@@ -97,11 +99,11 @@ def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterat
         if not _is_folder(entry):
             # Broken links too: the decoder will list them with the reason.
             if entry.is_symlink() or entry.is_file():
-                yield name, False
+                yield name, _state(entry)
             continue
         real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
         if real not in ancestors:
-            yield name, True
+            yield name, None
             yield from _walk(entry.path, name + "/", (*ancestors, real))
 
 
@@ -117,6 +119,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             return False
         raise UserError(f"{entry.path}: cannot be read ({error.strerror}): mend that and run again") from None
+
+
+def _state(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Size of a file and when it was last changed (ns); zeros where it cannot be told, as of a broken link."""
+    try:
+        found = entry.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _is_clutter(name: str) -> bool:

@@ -418,7 +418,7 @@ def test_a_kill_in_the_middle_leaves_no_trace(params_of, tmp_path, undisturbed):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # not written again
 
 
-def stopped_after(prepare, monkeypatch, out: Path, calls: int) -> Path:
+def stopped_after(prepare, monkeypatch, out: Path, calls: int, **changes) -> Path:
     """Run the stage until its `calls`th safe point, as if a signal had arrived there; returns its work folder."""
     left = [calls]
 
@@ -429,7 +429,7 @@ def stopped_after(prepare, monkeypatch, out: Path, calls: int) -> Path:
 
     with monkeypatch.context() as patched:
         patched.setattr(stage.interrupt, "raise_if_stopped", stop)
-        assert prepare(out=out, **MANY)[0] == 128 + signal.SIGTERM
+        assert prepare(out=out, **(changes or MANY))[0] == 128 + signal.SIGTERM
     (work,) = (out.parent / ".work").glob(f"{out.name}-*")
     return work
 
@@ -479,6 +479,31 @@ def test_a_source_that_changes_meanwhile_is_noticed_and_checked_anew(prepare, ma
     rows = {packed.source_id(row): packed.image(row) for packed in both(out) for row in range(len(packed))}
     expected = Image.fromarray(make.noise(999)).resize((19, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(rows["a/007.png"], np.asarray(expected)[:, 1:17])
+
+
+@pytest.mark.parametrize("calls", [3, 4])  # all is checked; the first shard, with the file in it, is finished
+def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
+    prepare, make, tmp_path, monkeypatch, capfd, calls
+):
+    monkeypatch.setattr(stage, "CHUNK_IMAGES", 4)
+    root = tmp_path / "images"
+    for number in range(12):
+        make.write(root / "a" / f"{number:03d}.bmp", make.encode(make.noise(number), "BMP"))
+    source = {"path": root, "images_per_shard": 4, "val_fraction": 0}
+    stopped_after(prepare, monkeypatch, tmp_path / "stopped", calls, **source)
+    changed = root / "a" / "001.bmp"
+    size = changed.stat().st_size
+    assert make.write(changed, make.encode(make.noise(99), "BMP")).stat().st_size == size
+    capfd.readouterr()
+    status, out = prepare(out=tmp_path / "stopped", **source)
+    assert status == 0 and "checking images: continues at 8 of 12" in capfd.readouterr().err
+    status, expected = prepare(out=tmp_path / "expected", **source)
+    assert status == 0
+    assert [(out / f"train-0000{n}.h5").read_bytes() for n in range(3)] == [
+        (expected / f"train-0000{n}.h5").read_bytes() for n in range(3)
+    ]
+    expected_pixels = Image.fromarray(make.noise(99)).resize((19, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(PackedImages(out, "train").image(1), np.asarray(expected_pixels)[:, 1:17])
 
 
 def test_only_the_first_process_of_a_job_works(prepare, make, tmp_path, monkeypatch):
