@@ -1,4 +1,4 @@
-"""Images in class folders: `CLASS/.../IMAGE`, or the same below train/ and val/ (or test/).
+"""Images in class folders: `CLASS/.../IMAGE`, or the same below train/ and val/ (or test/, or similar names).
 
 A class folder's own folders are walked; its name is the class. Classes are numbered in the order of
 their folders' names. A folder of images alone, without folders, is one class. Tiny ImageNet's validation
@@ -23,8 +23,9 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
     *(".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-# Folders that hold a validation split, the first that is there counts.
-_VAL_FOLDERS = ("val", "valid", "validation", "test")
+# Folders that hold a split, in lower case; of those for validation the first that is there counts.
+_TRAIN_FOLDERS = ("train", "training")
+_VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # The class of images that lie in no class folder.
 _ONE_CLASS = "images"
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
@@ -59,10 +60,14 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         else:
             # Validation images without classes belong to training images without classes.
             may_be_flat = only is None and (split != "val" or list(found["train"]) == [_ONE_CLASS])
+            if split == "val" and not may_be_flat:
+                _refuse_flat_val(tree, root, roots["train"])
             found[split] = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
     classes = sorted(found.get("train", found.get("all", {})))
     if only is not None:
         check_classes(tree.name, classes, only)
+    if len(classes) == 1:
+        _note_inner_folders(tree, roots.get("train", roots.get("all", "")), classes[0], notes)
     if "val" in found:
         check_val_classes(tree.name, classes, sorted(found["val"]), notes)
     splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}
@@ -90,9 +95,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         UserError: an image lies outside the class folders, one of which is empty; or there is no image.
     """
     where = f"{tree.name}/{root}" if root else tree.name
-    found: dict[str, list[int]] = {
-        name[len(root) :]: [] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]
-    }
+    found: dict[str, list[int]] = {name: [] for name in _folders_in(tree, root)}
     outside: list[int] = []
     ignored: Counter[str] = Counter()
     for row, name in enumerate(tree.files):
@@ -156,6 +159,20 @@ def _deeper(tree: Tree, root: str, found: dict[str, list[int]]) -> str:
     return f"; or {first}set prepare_data.path to its folder {root}{full[0]}, if the class folders are in there"
 
 
+def _refuse_flat_val(tree: Tree, root: str, train: str) -> None:
+    """Refuse validation images without class folders beside training images with them: the test images of a contest.
+
+    Raises:
+        UserError: as said.
+    """
+    images = _images_in(tree, root)
+    if images and not any("/" in name for name in images):
+        raise UserError(
+            f"{tree.name}: {root} holds images without class folders: give it class folders, or remove it: "
+            f"validation images are then set aside from {train}"
+        )
+
+
 def _outside(tree: Tree, name: str) -> UserError:
     shown = printable(name)
     return UserError(f"{tree.name}: image {shown} lies outside the class folders: move it into one, or delete it")
@@ -189,26 +206,32 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
 def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     """Where each split's class folders are, as prefixes of paths.
 
-    A folder that only wraps the whole (archives often have one) is entered. train/ and val/ count as splits
+    Folders that only wrap the whole (archives often have one) are entered. train/ and val/ count as splits
     where nothing stands beside them; a class may be called "train".
+
+    Raises:
+        UserError: splits with a folder beside them, or validation images without training images.
     """
     root = ""
     while True:
-        top = {name[len(root) :] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]}
-        val = [name for name in _VAL_FOLDERS if name in top]
-        if "train" in top and top <= {"train", *_VAL_FOLDERS}:
+        top = _folders_in(tree, root)
+        train, val = _named(top, _TRAIN_FOLDERS), _named(top, _VAL_FOLDERS)
+        if len(train) == 1 and top == {*train, *val}:
             if not val:
-                notes.append(f"{tree.name}: has train/ only: validation images are set aside from it")
-                return {"all": f"{root}train/"}
-            if len(val) > 1:
-                notes.append(f"{tree.name}: validation images are those of {val[0]}/; {', '.join(val[1:])} unused")
-            return {"train": f"{root}train/", "val": f"{root}{val[0]}/"}
-        if "train" in top and val:
-            strange = min(top - {"train", *_VAL_FOLDERS})
-            raise UserError(
-                f"{tree.name}: folder {root}{strange} beside train/ and {val[0]}/: neither split nor class: move it"
+                notes.append(f"{tree.name}: has {train[0]}/ only: validation images are set aside from it")
+                return {"all": f"{root}{train[0]}/"}
+            unused = f"; {', '.join(val[1:])} unused" if len(val) > 1 else ""
+            notes.append(
+                f"{tree.name}: training images are those of {train[0]}/, validation images those of {val[0]}/{unused}"
             )
-        if top and top <= set(_VAL_FOLDERS):
+            return {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
+        if train and val:
+            strange = min(top - {train[0], *val})
+            raise UserError(
+                f"{tree.name}: folder {root}{strange} beside {train[0]}/ and {val[0]}/: "
+                "neither split nor class: move it"
+            )
+        if val and top == set(val):
             raise UserError(
                 f"{tree.name}: holds {root}{val[0]}/ but no train/: add it, or give the class folders alone"
             )
@@ -218,14 +241,54 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
         notes.append(f"{tree.name}: class folders are those in {root}")
 
 
+def _named(folders: set[str], names: Sequence[str]) -> list[str]:
+    """Those of `folders` that have one of `names`, upper case or lower, in the order of `names`."""
+    return sorted(
+        (folder for folder in folders if folder.lower() in names),
+        key=lambda folder: (names.index(folder.lower()), folder),
+    )
+
+
 def _wraps(tree: Tree, root: str, top: set[str]) -> bool:
     """Whether `root` holds a single folder, without images of its own, in which the class folders or splits are.
 
-    Several folders in it are taken for that; one alone may as well be a part of a single class.
+    Several folders in it are taken for that. One alone may as well be a part of a single class, so that folders
+    deeper in must all hold images to be taken for classes.
     """
-    if len(top) != 1:
-        return False
-    inner = f"{root}{min(top)}/"
-    folders = {name[len(inner) :] for name in tree.folders if name.startswith(inner) and "/" not in name[len(inner) :]}
-    images = (name for name in tree.files if name.startswith(inner) and is_image(name))
-    return (len(folders) > 1 or folders == {"train"}) and all("/" in name[len(inner) :] for name in images)
+    folders, inner, is_nested = top, root, False
+    while len(folders) == 1:
+        inner += min(folders) + "/"
+        folders, images = _folders_in(tree, inner), _images_in(tree, inner)
+        if any("/" not in name for name in images):
+            return False
+        if len(folders) > 1:
+            return not is_nested or folders == {name.partition("/")[0] for name in images}
+        if _named(folders, _TRAIN_FOLDERS):
+            return True
+        is_nested = True
+    return False
+
+
+def _note_inner_folders(tree: Tree, root: str, name: str, notes: list[str]) -> None:
+    """Note where the classes may be instead, if the images of a data set's one class lie in several folders of it."""
+    inner, folders = root, [name]
+    while len(folders) == 1:
+        inner += folders[0] + "/"
+        folders = sorted({image.partition("/")[0] for image in _images_in(tree, inner) if "/" in image})
+    if folders:
+        more = ", ..." if len(folders) > 3 else ""
+        first = "" if tree.container.layout == "folder" else "unpack it and "
+        notes.append(
+            f"{tree.name}: one class {name}, which holds folders {', '.join(folders[:3])}{more}: "
+            f"{first}set prepare_data.path to its folder {inner[:-1]} if those are the classes"
+        )
+
+
+def _folders_in(tree: Tree, root: str) -> set[str]:
+    """Names of the folders that lie right in `root`."""
+    return {name[len(root) :] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]}
+
+
+def _images_in(tree: Tree, root: str) -> list[str]:
+    """Paths of all image files below `root`, relative to it."""
+    return [name[len(root) :] for name in tree.files if name.startswith(root) and is_image(name)]

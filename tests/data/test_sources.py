@@ -291,15 +291,22 @@ def test_class_folders_from_folders_and_archives_are_the_same(prepare, make, tmp
         assert ids == [first.source_id(row) for row in range(len(first))]
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
-def test_train_and_val_folders_are_the_splits(prepare, make, tmp_path, val):
-    make.class_folders(tmp_path / "images" / "train", {"a": 3, "b": 4})
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        *(("train", val) for val in ("val", "valid", "validation", "test")),
+        *(("training", "testing"), ("Train", "Test"), ("TRAIN", "val"), ("Training", "Validation")),
+    ],
+)
+def test_train_and_val_folders_are_the_splits(prepare, make, tmp_path, capfd, train, val):
+    make.class_folders(tmp_path / "images" / train, {"a": 3, "b": 4})
     make.class_folders(tmp_path / "images" / val, {"a": 2, "b": 1}, first_seed=50)
     status, out = prepare(path=tmp_path / "images")
     assert status == 0
     assert np.bincount(PackedImages(out, "train").labels).tolist() == [3, 4]
     assert np.bincount(PackedImages(out, "val").labels).tolist() == [2, 1]
     assert PackedImages(out, "val").source_id(0) == f"{val}/a/000.png"
+    assert f"training images are those of {train}/, validation images those of {val}/" in capfd.readouterr().err
 
 
 def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_path):
@@ -320,6 +327,48 @@ def test_a_folder_around_the_splits_is_entered(prepare, make, tmp_path):
     make.class_folders(root / "images" / "test", {"a": 2, "b": 1}, first_seed=50)
     status, out = prepare(path=root, out=tmp_path / "two")
     assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 3
+
+
+def test_split_folders_of_two_spellings_are_refused(refused, make, tmp_path):
+    make.class_folders(tmp_path / "images" / "train", {"a": 3})
+    make.class_folders(tmp_path / "images" / "Training", {"a": 3}, first_seed=10)
+    make.class_folders(tmp_path / "images" / "Test", {"a": 3}, first_seed=20)
+    assert "folder Training beside train/ and Test/: neither split nor class" in refused(path=tmp_path / "images")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_folders_around_folders_are_entered(prepare, make, tmp_path, capfd, inside, kind):
+    root = tmp_path / "around"
+    make.class_folders(root, {f"archive/pets/{inside}cat": 2, f"archive/pets/{inside}dog": 2})
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    status, out = prepare(path=path, val_fraction=0)
+    assert status == 0 and PackedImages(out, "train").class_names == ["cat", "dog"]
+    assert "class folders are those in archive/pets/" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "note"),
+    [
+        (["only/deep/er"], None),
+        (["only", "only/cat", "only/dog"], "folders cat, dog: set prepare_data.path to its folder only if"),
+        (
+            ["only/pets/cat", "only/pets/dog", "only/pets/empty"],
+            "folders cat, dog: set prepare_data.path to its folder",
+        ),
+        (["train/pets/cat", "train/pets/dog"], "one class pets, which holds folders cat, dog"),
+        ([f"train/pets/{n}" for n in range(4)], "folders 0, 1, 2, ...: set prepare_data.path to its folder train/pets"),
+    ],
+)
+def test_one_class_whose_images_lie_in_several_folders_is_noted(prepare, make, tmp_path, capfd, folders, note):
+    root = tmp_path / "images"
+    for number, folder in enumerate(folders):
+        make.class_folders(root, {folder: 0 if "empty" in folder else 2}, first_seed=10 * number)
+        (root / folder).mkdir(exist_ok=True)
+    status, out = prepare(path=root)
+    assert status == 0 and len(PackedImages(out, "train").class_names) == 1
+    told = capfd.readouterr().err
+    assert note in told if note else "which holds" not in told
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -371,6 +420,10 @@ def test_tiny_imagenets_annotations_must_be_whole(refused, make, tmp_path):
 def test_validation_images_outside_the_classes_of_training_are_refused(refused, make, tmp_path):
     root = make.class_folders(tmp_path / "pets" / "train", {"cat": 2, "dog": 2}).parent
     make.class_folders(root, {"test": 2}, first_seed=50)
+    message = refused(path=root)
+    assert "test/ holds images without class folders: give it class folders, or remove it" in message
+    assert "validation images are then set aside from train/" in message
+    make.class_folders(root, {"test/cat": 2}, first_seed=60)
     assert "image test/000.png lies outside the class folders" in refused(path=root)
 
 
