@@ -7,8 +7,12 @@ workers, or of where a run was resumed.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -16,12 +20,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crt.data.packed import PackedImages
-from crt.data.pool import heed_only_parent
+from crt.data.pool import WORKER_KILLED, heed_only_parent
 from crt.data.sampler import batch_rows, rank_slice
 from crt.data.transforms import center_crop, crop_at
+from crt.errors import UserError
 from crt.randomness import numpy_generator
 
 MAX_WORKERS = 16
+# What a killed process takes to be gone, with its memory.
+_DYING_SECONDS = 0.5
 
 
 def training_batches(
@@ -54,7 +61,7 @@ def training_batches(
         (batch_size / world_size, S, S, 3) uint8, in pinned memory where there is a GPU.
 
     Raises:
-        UserError: the batch does not divide among the processes.
+        UserError: the batch does not divide among the processes; an image is damaged, or a worker was killed.
     """
     share = rank_slice(batch_size, rank, world_size)
 
@@ -88,6 +95,9 @@ def eval_batches(
 
     Yields:
         (b, S, S, 3) uint8 and the images' (b,) int64 indices.
+
+    Raises:
+        UserError: an image is damaged, or a worker was killed.
     """
     first, end = (len(images) * part // world_size for part in (rank, rank + 1))
     batches = [np.arange(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
@@ -127,14 +137,96 @@ def _decoded(
     if crops.images.storage == "pixels":
         yield from map(crops.__getitem__, requests)
         return
-    yield from DataLoader(
-        crops,
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers(world_size),
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
+    yield from made_by_workers(crops, requests, world_size)
+
+
+def made_by_workers(dataset: Dataset[torch.Tensor], requests: Iterable[Any], world_size: int) -> Iterator[torch.Tensor]:
+    """Serve requests in order, each by one of this process's decoding workers; in pinned memory where there is a GPU.
+
+    Args:
+        dataset: makes the answer to a request.
+        requests: its keys, read some way ahead.
+        world_size: processes that share the machine's CPUs, see `num_workers`.
+
+    Raises:
+        UserError: one that the data set raised, or a worker was killed.
+    """
+    answers = iter(
+        DataLoader(
+            _Answers(dataset),
+            batch_size=None,
+            sampler=requests,
+            num_workers=num_workers(world_size),
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+        )
     )
+    _explain_killed_workers()
+    failure = None
+    try:
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        failure = _explained(error)
+    finally:
+        del answers  # ends the workers, whoever keeps the error and with it this frame
+    if failure is not None:
+        raise failure  # only here, since PyTorch's own error holds the workers
+
+
+class _Answers(Dataset[Any]):
+    """A data set's answers, with errors among them: into the text of a raised one PyTorch would put a traceback."""
+
+    def __init__(self, dataset: Dataset[torch.Tensor]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: Any) -> torch.Tensor | UserError:
+        try:
+            return self.dataset[request]
+        except UserError as error:
+            return error
+
+
+class _ExplainedHandler:
+    """PyTorch's handler of SIGCHLD, which raises for a killed worker wherever the program happens to be."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        try:
+            self.handler(signum, frame)
+        except RuntimeError as error:
+            raise _explained(error) from None
+
+
+def _explain_killed_workers() -> None:
+    """Have the handler that PyTorch set, once for all loaders, say what a user can do."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    is_explained = isinstance(handler, _ExplainedHandler) or not callable(handler)
+    if not is_explained and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, _ExplainedHandler(handler))
+
+
+def _explained(error: Exception) -> Exception:
+    """What PyTorch says of a killed worker, as a user needs it; other errors as they are."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        is_killed = text.startswith("DataLoader worker (pid")
+    else:
+        # The line to a dying worker breaks before PyTorch knows that it is dead.
+        is_killed = "in DataLoader worker process" not in text
+        time.sleep(_DYING_SECONDS)  # PyTorch's handler raises within this time, not while the error is reported
+    if not is_killed:
+        return error
+    if "Bus error" in text:
+        return UserError(
+            "a worker process found no room in shared memory (/dev/shm): enlarge that and run the same command again; "
+            "finished work is kept"
+        )
+    return UserError(WORKER_KILLED)
 
 
 def num_workers(world_size: int) -> int:

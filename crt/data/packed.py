@@ -23,7 +23,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from crt.data.decode import decode
+from crt.data.decode import Undecodable, decode
+from crt.data.listing import printable
 from crt.errors import UserError
 
 INDEX = "index.json"
@@ -74,10 +75,21 @@ class PackedImages:
         return len(self.class_names)
 
     def image(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8 RGB of one image; all of one size for storage "pixels"."""
+        """(H, W, 3) uint8 RGB of one image; all of one size for storage "pixels".
+
+        Raises:
+            UserError: the stored file is damaged.
+        """
         if self.storage == "pixels":
             return self.pixels([index])[0]
-        return decode(self.encoded(index))
+        try:
+            return decode(self.encoded(index))
+        except Undecodable as error:
+            shard, row = self._locate(index)
+            raise UserError(
+                f"{self._files[shard]}: image {row} ({printable(self.source_id(index))}) is damaged ({error}): "
+                f"delete {self.folder} and run prepare_data again"
+            ) from None
 
     def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """(B, S, S, 3) uint8 RGB of the images at `indices`; for storage "pixels" only."""

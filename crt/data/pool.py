@@ -16,6 +16,11 @@ from typing import TypeVar
 from crt import interrupt
 from crt.errors import UserError
 
+WORKER_KILLED = (
+    "a worker process was killed, most likely for want of memory: free some and run the same command again; "
+    "finished work is kept"
+)
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -47,10 +52,7 @@ def ordered_map(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, most likely for want of memory: free some and run the same command again; "
-            "finished work is kept"
-        ) from None
+        raise UserError(WORKER_KILLED) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -14,11 +14,10 @@ from types import TracebackType
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from crt.data.loader import num_workers
+from crt.data.loader import made_by_workers
 from crt.data.packed import PackedImages
-from crt.data.pool import heed_only_parent
 from crt.data.transforms import to_unit_range
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.views import render_batch, render_views
@@ -59,22 +58,15 @@ def unit_pixels(images: PackedImages, rows: Sequence[range], views: Sequence[str
 
     Yields:
         (rows * views, size, size, 3) uint8, the views of a row side by side.
+
+    Raises:
+        UserError: an image is damaged, or a worker was killed.
     """
     dataset = _Units(images, rows, views, size)
     if images.storage == "pixels":
         yield from map(dataset.__getitem__, range(len(rows)))
-        return
-    yield from DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers(dist.get_world_size() if dist.is_initialized() else 1),
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _start_worker(worker: int) -> None:
-    heed_only_parent()
+    else:
+        yield from made_by_workers(dataset, range(len(rows)), dist.get_world_size() if dist.is_initialized() else 1)
 
 
 class _Units(Dataset[torch.Tensor]):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import crt.data.loader as loader
 from crt.data.loader import eval_batches, num_workers, training_batches
@@ -121,6 +124,65 @@ def test_leaving_early_leaves_no_worker_behind(encoded):
     assert children() > before
     stream.close()
     assert children() == before
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_damaged_image_is_one_line_out_of_a_worker_too(encoded, monkeypatch, kind):
+    monkeypatch.setattr(loader, "num_workers", lambda world_size: 2)
+    shard, file = encoded.folder / "train-00000.h5", encoded.encoded(3)
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(file, bytes(len(file))))
+    before = children()
+    with pytest.raises(UserError) as caught:
+        if kind == "training":
+            batches(encoded)
+        else:
+            list(eval_batches(encoded, 16, 7))
+    name = encoded.source_id(3)
+    assert str(caught.value).startswith(f"{shard}: image 3 ({name}) is damaged (not a JPEG, ")
+    assert str(caught.value).endswith(f"): delete {encoded.folder} and run prepare_data again")
+    assert children() == before  # though the error is still held
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("noticed", ["at once", "by the next batch"])
+def test_a_killed_worker_is_reported_wherever_it_is_noticed(encoded, monkeypatch, noticed):
+    monkeypatch.setattr(loader, "num_workers", lambda world_size: 2)
+    before = children()
+    stream = training_batches(encoded, first_step=0, steps=100_000, rank=0, world_size=1, **COMMON)
+    next(stream)
+    workers = children() - before
+    assert len(workers) == 2
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        if noticed == "by the next batch":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+        with pytest.raises(UserError, match="a worker process was killed, most likely for want of memory: free some"):
+            os.kill(int(min(workers)), signal.SIGKILL)
+            if noticed == "at once":
+                time.sleep(20)
+            list(stream)
+        stream.close()
+        assert not children() & workers
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is"), "no room in shared memory"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a worker process was killed"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a worker process was killed"),
+        (RuntimeError("CUDA error"), None),
+        (EOFError("Caught EOFError in DataLoader worker process 0."), None),
+    ],
+)
+def test_what_pytorch_says_of_a_killed_worker_is_explained_and_nothing_else(error, message, monkeypatch):
+    monkeypatch.setattr(loader, "_DYING_SECONDS", 0)
+    explained = loader._explained(error)
+    assert explained is error if message is None else isinstance(explained, UserError) and message in str(explained)
 
 
 def test_workers_share_the_cpus_of_a_node(monkeypatch):

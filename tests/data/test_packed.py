@@ -78,6 +78,15 @@ def test_encoded_files_come_back_whole_and_decoded(tmp_path, make):
         packed.pixels([0])
 
 
+def test_a_damaged_image_is_named(tmp_path, make):
+    files = [make.encode(make.noise(seed, 5, 9), "PNG") for seed in range(4)]
+    build(tmp_path, [*files[:3], b"\0" * 30, *files[3:]], "encoded", 2)
+    packed = PackedImages(tmp_path, "train")
+    assert np.array_equal(packed.image(4), decode(files[3]))
+    with pytest.raises(UserError, match=r"train-00001\.h5: image 1 \(über/3\.png\) is damaged \(not a .*\): delete "):
+        packed.image(3)
+
+
 def test_anyone_can_read_a_shard_by_its_data_sets(pixels):
     folder, images = pixels
     with h5py.File(folder / "train-00001.h5") as file:

@@ -97,6 +97,25 @@ def test_encoded_images_and_ten_crops(encoded_project, tmp_path):
         assert (cache.array[row] == encode_one_by_one(tokenizer, rendered)).mean() > 0.99
 
 
+def test_a_damaged_image_stops_with_one_line(encoded_project, tmp_path, capsys):
+    project = copied(encoded_project, tmp_path / "project")
+    images = PackedImages(project.data, "train")
+    shard, file = project.data / "train-00000.h5", images.encoded(5)
+    shard.write_bytes(shard.read_bytes().replace(file, bytes(len(file))))
+    assert main(project.command(tmp_path / "tokens")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line or "Traceback" in line]
+    assert len(errors) == 1 and f"{shard}: image 5 ({images.source_id(5)}) is damaged (" in errors[0]
+
+
+def copied(project, folder):
+    """A copy of a project, without its tokens."""
+    shutil.copytree(project.folder, folder, ignore=shutil.ignore_patterns("tokens", "images"))
+    copy = object.__new__(type(project))
+    copy.__dict__ |= {"folder": folder, "data": folder / "data", "tokenizer": folder / "tokenizer"}
+    copy.params = folder / "params.yaml"
+    return copy
+
+
 def test_summary_describes_the_training_codes(small):
     summary = json.loads((small / "manifest.json").read_text())["summary"]
     train, val = TokenCache(small, "train"), TokenCache(small, "val")
@@ -198,18 +217,14 @@ def test_damaged_finished_shard_is_made_again(large_project, large, tmp_path, mo
 
 def test_blocks_of_other_inputs_are_not_used(small_project, tmp_path, monkeypatch):
     """The tokenizer was made again with other weights between two runs of the same recipe."""
-    project = tmp_path / "project"
-    shutil.copytree(small_project.folder, project, ignore=shutil.ignore_patterns("tokens", "images"))
-    copy = object.__new__(type(small_project))
-    copy.__dict__ |= {"folder": project, "data": project / "data", "tokenizer": project / "tokenizer"}
-    copy.params = project / "params.yaml"
+    copy = copied(small_project, tmp_path / "project")
     with monkeypatch.context() as patch:
         stop_after(patch, 0)
-        assert main(copy.command(project / "tokens")) == 143
+        assert main(copy.command(copy.folder / "tokens")) == 143
     other = copy.publish_tokenizer(seed=1)
-    assert main(copy.command(project / "tokens")) == 0
+    assert main(copy.command(copy.folder / "tokens")) == 0
     pixels = PackedImages(copy.data, "train").pixels(np.arange(30))
-    codes = TokenCache(project / "tokens", "train").array[:30, 0]
+    codes = TokenCache(copy.folder / "tokens", "train").array[:30, 0]
     assert (codes == encode_one_by_one(other, pixels)).mean() > 0.999
 
 
