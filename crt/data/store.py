@@ -30,6 +30,9 @@ _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
+# Shorter side that images of storage "encoded" are taken to be resized to at least: what crops of 256 pixels with
+# min_crop 0.5 need. No image under 1:341 is refused for it, and no photograph or panorama is as thin as that.
+_CROPPED_SIDE = 512
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,11 @@ def stored_form(source: bytes | np.ndarray, form: Form) -> tuple[np.ndarray, byt
         (h, w, 3) uint8 pixels as a reader gets them, and the bytes to store.
 
     Raises:
-        Undecodable: see `crt.data.decode.decode`.
+        Undecodable: see `crt.data.decode.decode`; or too elongated.
     """
     pixels = source if isinstance(source, np.ndarray) else decode(source)
     size = form.image_size
+    _refuse_elongated(pixels, form)
     if form.storage == "pixels":
         assert size is not None
         pixels = _central_square(_resized(pixels, size, form.resize_filter), size)
@@ -153,6 +157,24 @@ def stored_form(source: bytes | np.ndarray, form: Form) -> tuple[np.ndarray, byt
     lossless = isinstance(source, np.ndarray) or is_lossless(source)
     payload = _encode(_resized(pixels, size, form.resize_filter), lossless)
     return decode(payload), payload
+
+
+def _refuse_elongated(pixels: np.ndarray, form: Form) -> None:
+    """Refuse an image that takes absurdly much memory once its shorter side has the size that crops need.
+
+    Raises:
+        Undecodable: as said.
+    """
+    # Of storage "encoded" crops are cut later, by readers that choose their size.
+    side = form.image_size if form.storage == "pixels" else max(form.image_size or 0, _CROPPED_SIDE)
+    assert side is not None and Image.MAX_IMAGE_PIXELS is not None
+    short, long = sorted(pixels.shape[:2])
+    if side * round(long * side / short) > Image.MAX_IMAGE_PIXELS:
+        height, width = pixels.shape[:2]
+        most = Image.MAX_IMAGE_PIXELS
+        raise Undecodable(
+            f"{width}x{height} pixels: too elongated: more than {most} pixels at a shorter side of {side}"
+        )
 
 
 def _is_kept_whole(source: bytes | np.ndarray, form: Form) -> TypeGuard[bytes]:

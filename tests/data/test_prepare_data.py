@@ -20,8 +20,9 @@ from PIL import Image
 import crt.stages.prepare_data as stage
 from crt import interrupt
 from crt.__main__ import main
-from crt.data.decode import decode
+from crt.data.decode import Undecodable, decode
 from crt.data.packed import PackedImages, pixel_digest, read_index
+from crt.data.store import Form, stored_form
 from crt.stage import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -214,6 +215,31 @@ def test_what_cannot_be_decoded_is_set_aside_and_listed(prepare, make, tmp_path,
     assert len(rejected) == 4 and sum(map(len, both(out))) == 21
     assert read_manifest(out).summary["rejected_files"] == 4
     assert "4 of 25 files (16%) cannot be decoded and are left out: a/cut.jpg" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("storage", "size", "limit"),
+    [("pixels", 256, 1365), ("pixels", 512, 341), ("encoded", 256, 341), ("encoded", None, 341), ("encoded", 1024, 85)],
+)
+def test_images_too_elongated_to_be_resized_are_set_aside(storage, size, limit):
+    """The limit is where the resized image would have more pixels than Pillow takes a file for a bomb at."""
+    assert (side := size if storage == "pixels" else max(size or 0, 512)) ** 2 * limit <= Image.MAX_IMAGE_PIXELS
+    assert side**2 * (limit + 1) > Image.MAX_IMAGE_PIXELS
+    form = Form(storage, size, "box")
+    for shape in ((2, 2 * limit + 2, 3), (2 * limit + 2, 2, 3), (2, 60_000, 3)):
+        name = f"{shape[1]}x{shape[0]} pixels: too elongated"
+        with pytest.raises(Undecodable, match=name):
+            stored_form(np.zeros(shape, np.uint8), form)
+    kept, _ = stored_form(np.zeros((20, 1000, 3), np.uint8), form)
+    assert kept.shape == ((size, size, 3) if storage == "pixels" else (20, 1000, 3))
+
+
+def test_a_thin_image_is_rejected_with_the_reason(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "images", {"a": 3})
+    make.write(root / "a" / "thin.png", make.encode(np.zeros((2, 60_000, 3), np.uint8)))
+    status, out = prepare(path=root, storage="encoded", image_size=None, val_fraction=0, max_rejected_fraction=0.5)
+    assert status == 0 and len(PackedImages(out, "train")) == 3
+    assert "60000x2 pixels: too elongated" in make.lines(out / "rejected.jsonl")[0]["reason"]
 
 
 def test_too_many_of_them_stop_the_stage(refused, make, tmp_path):
