@@ -64,6 +64,7 @@ def run(run: StageRun) -> None:
     if not len(packed["train"].listing):
         raise UserError(f"{params.path or params.source}: no training image is left: add images")
 
+    _note_lost_classes(source, packed["train"])
     shards = _plan(packed, params.images_per_shard)
     _drop_unexpected(run.staging, {shard.name for shard in shards})
     try:
@@ -281,6 +282,19 @@ def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Pa
             for row in np.flatnonzero(shared)
         ]
     return {"train": train.select(np.flatnonzero(~shared)), "val": val}, duplicates
+
+
+def _note_lost_classes(source: Source, train: _Packed) -> None:
+    """Tell of classes that no training image is left of: they stay, since other classes' numbers depend on them."""
+    lost = np.flatnonzero(np.bincount(train.listing.labels, minlength=len(source.class_ids)) == 0)
+    if len(lost):
+        names = ", ".join(printable(source.class_ids[label]) for label in lost[:3]) + (", ..." if len(lost) > 3 else "")
+        what = "1 class has" if len(lost) == 1 else f"{len(lost)} classes have"
+        logger.warning(
+            "prepare_data: %s no training image left, since all were rejected or are validation images too: %s",
+            what,
+            names,
+        )
 
 
 def _plan(packed: dict[str, _Packed], images_per_shard: int) -> list[_Shard]:

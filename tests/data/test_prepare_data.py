@@ -242,6 +242,22 @@ def test_a_thin_image_is_rejected_with_the_reason(prepare, make, tmp_path):
     assert "60000x2 pixels: too elongated" in make.lines(out / "rejected.jsonl")[0]["reason"]
 
 
+@pytest.mark.parametrize("official", [True, False])
+def test_classes_without_a_training_image_left_are_noted(prepare, make, tmp_path, capfd, official):
+    root = tmp_path / "images" / "train" if official else tmp_path / "images"
+    make.class_folders(root, {"a": 3})
+    make.write(root / "b" / "0.png", b"no image")
+    if official:
+        make.class_folders(root.parent / "val", {"a": 1, "b": 1}, first_seed=50)
+        shutil.copytree(root.parent / "val" / "b", root / "c\nd")
+    status, out = prepare(path=tmp_path / "images", max_rejected_fraction=0.5)
+    assert status == 0
+    assert np.bincount(PackedImages(out, "train").labels).tolist()[:1] == [3 if official else 2]
+    told = capfd.readouterr().err
+    reason = "no training image left, since all were rejected or are validation images too"
+    assert (f"2 classes have {reason}: b, c\\nd" if official else f"1 class has {reason}: b") in told
+
+
 def test_too_many_of_them_stop_the_stage(refused, make, tmp_path):
     message = refused(path=damaged(make, tmp_path / "images"), max_rejected_fraction=0.1)
     assert "4 of 24 files (16.7%) cannot be decoded, more than prepare_data.max_rejected_fraction 0.1" in message
