@@ -241,10 +241,10 @@ class Tokenize(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Tokenize:
-        for view in self.views:
-            parse_view(view)
-        if len(set(self.views)) != len(self.views):
-            raise ValueError(f"views {self.views} names a view twice")
+        # As the cache will name them: 1.1 and 1.10 are one view.
+        names = {f"{kind}@{resize_range:g}" for kind, resize_range in map(parse_view, self.views)}
+        if len(names) != len(self.views):
+            raise ValueError(f"views {self.views} names a view twice: name each once")
         return self
 
 

@@ -47,6 +47,10 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"train_tokenizer.regularizer.kind": "none"}, "set lambda to 0 or choose a regularizer"),
         ({"tokenize.views": ["centre"]}, "unknown view 'centre'"),
         ({"tokenize.views": ["ten_crop@1.1"]}, "set prepare_data.storage to 'encoded'"),
+        (
+            {"tokenize.views": ["ten_crop@1.1", "ten_crop@1.10"]},
+            "views ['ten_crop@1.1', 'ten_crop@1.10'] names a view twice: name each once",
+        ),
         ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 256"),
         ({"sample.guidance_scale": 0.5}, "sample.guidance_scale"),
         ({"prepare_data.source": "imagefolder"}, "set prepare_data.path"),
