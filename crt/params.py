@@ -8,13 +8,16 @@ a second, before any stage runs.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import Node
 
 from crt.errors import UserError
 
@@ -31,6 +34,26 @@ Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 RegularizerContext = Literal["latents", "codes"]
 
 
+def _possible_path(text: str) -> str:
+    """Refuse what no file can be called.
+
+    Raises:
+        ValueError: the text is empty, or holds what no path may.
+    """
+    if not text:
+        raise ValueError("is empty: give a path, or null for none")
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{text!r} holds a character that no path may: correct it")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_possible_path)]
+
+
 class Section(BaseModel):
     """A mapping of params.yaml: unknown keys are refused and no type is coerced (int to float apart)."""
 
@@ -41,7 +64,7 @@ class PrepareData(Section):
     """Where the images come from and how they are stored."""
 
     source: Literal["digits", "cifar10", "imagefolder", "imagenet"]
-    path: str | None
+    path: PathText | None
     storage: Literal["pixels", "encoded"]
     image_size: PositiveInt | None
     resize_filter: Literal["bilinear", "bicubic", "lanczos", "box"]
@@ -120,7 +143,7 @@ class Loss(Section):
     pixel: Literal["l2", "l1"]
     pixel_weight: NonNegativeFloat
     lpips_weight: NonNegativeFloat
-    lpips_weights: str | None
+    lpips_weights: PathText | None
     codebook_weight: NonNegativeFloat
     commitment_weight: NonNegativeFloat
     entropy_weight: NonNegativeFloat
@@ -377,11 +400,11 @@ class Evaluate(Section):
     """Metrics."""
 
     features: Literal["classifier", "inception"]
-    inception_weights: str | None
+    inception_weights: PathText | None
     inception_resize: Literal["clean", "legacy_tensorflow"]
     image_size: PositiveInt | None
     generation_reference: Literal["val", "train", "adm_train"]
-    adm_reference: str | None
+    adm_reference: PathText | None
     classifier: Classifier
     neighbours: PositiveInt
     kernel_subsets: PositiveInt
@@ -389,7 +412,7 @@ class Evaluate(Section):
     pairwise_images: PositiveInt
     inception_score_splits: PositiveInt
     lpips: bool
-    lpips_weights: str | None
+    lpips_weights: PathText | None
     batch_size: PositiveInt
     grid_classes: PositiveInt
     grid_images_per_class: PositiveInt
@@ -485,18 +508,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML 1.2 mapping, as DVC does (PyYAML would read `1e-5` as text).
 
     Raises:
-        UserError: the file is missing, unreadable or not a mapping.
+        UserError: the file is missing, unreadable, no YAML, not a mapping, or holds a value that cannot be read.
     """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
     try:
-        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}): give the path of a YAML file") from None
+    try:
+        values = yaml.load(text)
     except YAMLError as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid YAML: {text}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: lists or mappings are nested too deep: make it flatter") from None
+    except (ValueError, OverflowError) as error:  # the parser's own, of an escape such as "\UFFFFFFFF"
+        raise UserError(f"{path}: not valid YAML: a text has an impossible escape ({error}): correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no mapping of keys to values")
     return values
+
+
+class _Constructor(SafeConstructor):
+    """Says where a value stands that looks like a number or a date and is none; ruamel lets Python's error through."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, int):
+                float(value)  # a number that no key may have, and that later could not even be printed
+            return value
+        except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+            # Python adds advice for programmers behind a semicolon.
+            reason = str(error).partition(";")[0] or type(error).__name__
+            message = f"value cannot be read ({reason}): correct it, or put it into quotes if it is text"
+            raise ConstructorError(None, None, message, node.start_mark) from None
 
 
 def _reason(error: Exception) -> str:

@@ -54,6 +54,10 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 256"),
         ({"sample.guidance_scale": 0.5}, "sample.guidance_scale"),
         ({"prepare_data.source": "imagefolder"}, "set prepare_data.path"),
+        ({"prepare_data.path": ""}, "prepare_data.path: is empty: give a path, or null for none"),
+        ({"prepare_data.path": "a\0b"}, r"prepare_data.path: 'a\x00b' holds a character that no path may"),
+        ({"prepare_data.path": "\ud800"}, r"prepare_data.path: '\ud800' holds a character that no path may"),
+        ({"evaluate.adm_reference": "a\0b"}, "evaluate.adm_reference: "),
         ({"prepare_data.source": "mnist"}, "prepare_data.source: input should be 'digits', 'cifar10'"),
         ({"evaluate.generation_reference": "adm_train"}, "set evaluate.adm_reference"),
         ({"train_ar.model": 3}, "train_ar.model: must be a mapping with the keys layers"),
@@ -117,13 +121,29 @@ def test_numbers_are_read_as_dvc_writes_them(tmp_path):
     assert read_yaml(tmp_path / "p.yaml") == {"rate": 1e-5, "flag": "yes"}
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "a: 1\na: 2\n"])
-def test_broken_yaml_is_one_line(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "line 1"),
+        ("- 1\n- 2\n", "holds no mapping"),
+        ("a: 1\na: 2\n", "line 2"),
+        ("a: 1\nseed: 2024-13-45", "value cannot be read (month must be in 1..12)"),
+        ("a: 1\nseed: 2024-13-45", "line 2, column 7"),
+        ("seed: !!int abc", "value cannot be read (invalid literal for int() with base 10: 'abc'): correct it, or put"),
+        ("seed: !!bool abc", "value cannot be read"),
+        (f"seed: {'9' * 5000}", "value cannot be read (Exceeds the limit"),
+        (f"seed: 0x{'f' * 5000}", "value cannot be read"),
+        (f"a: {'[' * 1000}{']' * 1000}", "nested too deep"),
+        (r'a: "\UFFFFFFFF"', "impossible escape"),
+    ],
+)
+def test_broken_yaml_is_one_line(tmp_path, text, expected):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_params(path)
     assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
