@@ -24,6 +24,8 @@ from crt.tokens.views import view_names
 
 # Of ten crops, the one that validation uses: the centre.
 _CENTRE_CROP = 4
+# As crt/params.py allows.
+_MAX_CODEBOOK = 2**31
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +134,10 @@ def _codebook(args: argparse.Namespace, num_tokens: int) -> tuple[int, tuple[int
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise UserError(f"{args.folders[0]}: {num_tokens} tokens form no square: state --tokenizer")
-    if args.codebook_size < 2:
-        raise UserError(f"--codebook-size {args.codebook_size}: give the number of codes, such as 16384")
+    if not 2 <= args.codebook_size <= _MAX_CODEBOOK:
+        raise UserError(
+            f"--codebook-size {args.codebook_size}: give the number of codes, 2 to {_MAX_CODEBOOK}, such as 16384"
+        )
     return args.codebook_size, (side, side), UNKNOWN
 
 

@@ -30,7 +30,7 @@ class CodeFolder:
     """
 
     def __init__(self, folder: Path, num_images: int | None = None) -> None:
-        names = sorted(path.name for path in folder.glob("*_codes") if path.is_dir())
+        names = sorted(path.name for path in folder.glob("[!.]*_codes") if path.is_dir())
         if len(names) != 1:
             raise UserError(f"{folder}: needs one folder *_codes, has {len(names)}: give LlamaGen's --code-path")
         self.codes_folder = folder / names[0]
@@ -82,14 +82,15 @@ class CodeFolder:
 
 
 def _numbered_files(folder: Path) -> int:
-    """How many files 0.npy, 1.npy, ... there are without a gap; other names are refused.
+    """How many files 0.npy, 1.npy, ... there are without a gap; hidden files do not count, other names are refused.
 
     Raises:
         UserError: the folder is missing, empty, or has gaps or other files.
     """
     try:
         with os.scandir(folder) as entries:
-            names = {entry.name for entry in entries}
+            # Desktops and network drives leave files such as .DS_Store.
+            names = {entry.name for entry in entries if not entry.name.startswith(".")}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}): give LlamaGen's --code-path") from None
     missing = next((number for number in range(len(names)) if f"{number}.npy" not in names), None)

@@ -143,6 +143,9 @@ REST = ("--val-fraction", "0.1", "--codebook-size", "500")
 
 def test_import_keeps_every_code_and_label(peer, tmp_path, small_project, capsys):
     folders, codes, labels = peer
+    (folders[0] / "imagenet256_codes" / ".DS_Store").touch()  # as desktops leave them
+    (folders[0] / "imagenet256_labels" / "._0.npy").touch()
+    (folders[0] / ".old_codes").mkdir()
     out = tmp_path / "tokens"
     assert command("import_codes", *folders, "--out", out, *VIEWS, *REST) == 0
     train, val = TokenCache(out, "train"), TokenCache(out, "val")
@@ -237,6 +240,8 @@ def test_bad_folders_are_refused_in_one_line(peer, tmp_path, capsys, spoil, mess
         ((*VIEWS, "--val-fraction", "1.5", "--codebook-size", "500"), "give a number between 0 and 1"),
         ((*VIEWS, "--val-fraction", "0.001", "--codebook-size", "500"), "leaves one split of 50 images empty"),
         ((*VIEWS, *REST, "--num-images", "51"), "not 51 of both"),
+        ((*VIEWS, "--val-fraction", "0.1", "--codebook-size", "1"), "give the number of codes, 2 to 2147483648"),
+        ((*VIEWS, "--val-fraction", "0.1", "--codebook-size", "99999999999"), "--codebook-size 99999999999: give"),
     ],
 )
 def test_wrong_descriptions_are_refused(peer, tmp_path, capsys, options, message):
