@@ -72,6 +72,25 @@ def test_every_damaged_block_is_named(copy, original, capsys):
     ]
 
 
+def test_damage_in_both_splits_is_reported(copy, original, capsys):
+    """A block of train, and an index of val that cannot be read: neither hides the other."""
+    flip_byte(copy / "train-00000-of-00002.h5", original[0].records[0].codes_offset)
+    (copy / "val.h5").write_bytes(b"no HDF5 at all" * 100)
+    train, val = refused(["verify", copy], capsys)
+    assert "train-00000-of-00002.h5: block 0 (rows 0 to 255) is damaged" in train
+    assert f"{copy / 'val.h5'}: damaged" in val
+
+
+def test_a_good_split_is_called_good_beside_a_damaged_one(copy, capsys):
+    header = make_header(rows=100, split="val")
+    write_cache(copy, header, *random_codes(header))
+    (copy / "train.h5").write_bytes(b"no HDF5 at all" * 100)
+    assert main(["verify", str(copy)]) == 2
+    shown = capsys.readouterr()
+    assert f"{copy / 'train.h5'}: damaged" in shown.err
+    assert shown.out == f"{copy / 'val.h5'}: 100 rows, 1 shards, 1 blocks: good\n"
+
+
 def test_flipped_label_is_found(copy, capsys):
     path = copy / "train-00000-of-00002.h5"
     with h5py.File(path) as file:
