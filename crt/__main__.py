@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     log_file: Path | None = None
     try:
         if args.command in STAGES:
-            log_file = args.out.with_name(args.out.name + ".log")
+            # Not with_name, which fails where --out is `.`; the stage refuses that with a line.
+            log_file = args.out.parent / f"{args.out.name}.log"
             return _run_stage(args, arguments, log_file)
         return int(args.function(args) or 0)
     except UserError as error:

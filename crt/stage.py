@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,9 @@ from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _SECONDS = "seconds.json"
+_STAMP = re.compile(r"complete-[0-9a-f]{16}")
+# How every manifest begins, also one that was cut short.
+_MANIFEST_START = '{\n  "schema"'
 
 
 @dataclass(frozen=True)
@@ -169,11 +173,17 @@ def open_run(
         shared: folder for what several runs have in common; None: beside the output.
 
     Raises:
-        UserError: bad params, or an input that is missing, incomplete, or made with other params.
+        UserError: bad params, an input that is missing, incomplete, or made with other params, or an output folder
+            that must not be replaced.
     """
     params = load_params(params_file)
     keys = load_stages()[name].keys
     values = params.model_dump(by_alias=True)
+    read = {"--params": params_file, **{f"--{key}": path for key, path in inputs.items()}}
+    read |= {"--shared": shared} if shared else {}
+    if name == "prepare_data" and params.prepare_data.path:
+        read["prepare_data.path"] = params.prepare_data.path
+    check_out(Path(out), read)
     manifests = {key: read_current(path, values, params_file) for key, path in inputs.items()}
     _check_one_lineage(manifests, {key: Path(path) for key, path in inputs.items()})
     version, own_values = stage_version(name), {key: values[key] for key in keys}
@@ -193,6 +203,57 @@ def open_run(
     )
 
 
+def check_out(out: Path, read: Mapping[str, str | Path]) -> None:
+    """Make sure, before any work, that an output folder can be replaced and that only a result is lost by it.
+
+    Args:
+        out: the output folder.
+        read: files and folders that the stage reads, by the option or key that names each.
+
+    Raises:
+        UserError: it holds what the stage reads, or files that no stage made; it is no folder, or cannot be replaced.
+    """
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out}: is replaced as a whole: name a folder for this result alone, such as out/tokens")
+    target = Path(os.path.realpath(out))
+    for option, path in read.items():
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise UserError(f"{out}: would be replaced, but is or holds {path} ({option}): choose another folder")
+    if os.path.ismount(target):
+        raise UserError(
+            f"{out}: is a mount point, which cannot be replaced: name a folder in it, or make a link to one"
+        )
+    _check_replaceable(out)
+    above = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file, so {out} cannot be made: choose another folder")
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raises UserError where `out` is neither missing, nor empty, nor a stage's output."""
+    if out.is_dir():
+        if os.listdir(out) and not _is_result(out):
+            raise UserError(f"{out}: exists and is no stage's output: choose another folder, or empty it")
+    elif out.exists():
+        raise UserError(f"{out}: exists and is a file: choose another folder")
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether some version of a stage made a folder, complete or damaged: its stamp or its manifest tells."""
+    if any(_STAMP.fullmatch(name) for name in os.listdir(folder)):
+        return True
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text.startswith(_MANIFEST_START)
+    # Other programs have files of this name too.
+    return isinstance(values, dict) and {"schema", "stage", "fingerprint"} <= values.keys()
+
+
 @contextmanager
 def exclusive(run: StageRun) -> Iterator[None]:
     """Hold the output for this process alone, so that a job submitted twice cannot mix its writes.
@@ -201,7 +262,7 @@ def exclusive(run: StageRun) -> Iterator[None]:
         UserError: another process is writing the same output; where both are Slurm jobs, this one goes back into the
             queue behind the other.
     """
-    path = run.out.parent / ".work" / f"{run.out.name}.lock"
+    path = _lock_file(run)
     holder = path.with_suffix(".holder")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -214,10 +275,17 @@ def exclusive(run: StageRun) -> Iterator[None]:
         raise UserError(f"{run.out}: {remedy}") from None
 
 
+def _lock_file(run: StageRun) -> Path:
+    return run.out.parent / ".work" / f"{run.out.name}.lock"
+
+
 def publish(run: StageRun) -> Manifest:
     """Turn the staging folder into the output: manifest and stamp are written, then one rename shows all.
 
     A kill at any moment leaves either the old output, none, or the new one complete; never a mixture.
+
+    Raises:
+        UserError: something else than a result appeared in the output's place meanwhile.
     """
     files = {
         str(path.relative_to(run.staging)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -240,6 +308,7 @@ def publish(run: StageRun) -> Manifest:
     (run.staging / stamp_name(run.fingerprint)).touch()
     old = run.work / "replaced"
     shutil.rmtree(old, ignore_errors=True)
+    _check_replaceable(run.out)
     if run.out.exists():
         os.replace(run.out, old)
     os.replace(run.staging, run.out)

@@ -54,6 +54,41 @@ def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stag
     assert "Traceback" not in text
 
 
+def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
+    params, disk = params_file(), tmp_path / "disk"
+    text = on_a_disk_of_its_own(
+        f"""mount -t tmpfs none {disk} || exit 99
+        {sys.executable} -m crt prepare_data --params {params} --out {disk}; echo "status $?" """,
+        disk,
+    )
+    # The helper puts what went to stderr last.
+    assert text.splitlines() == [
+        "status 2",
+        f"error: {disk}: is a mount point, which cannot be replaced: name a folder in it, or make a link to one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "--out .: is replaced as a whole: name a folder for this result alone"),
+        ("crt/..", "--out crt/..: is replaced as a whole"),
+        ("/", "--out /: is replaced as a whole"),
+        ("{tmp}/file/x", "{tmp}/file: is a file, so {tmp}/file/x cannot be made: choose another folder"),
+        ("{tmp}/images", "{tmp}/images: would be replaced, but is or holds {tmp}/images (prepare_data.path): choose"),
+    ],
+)
+def test_an_output_that_cannot_be_one_is_refused_in_one_line(params_file, tmp_path, capsys, out, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "images").mkdir()
+    params = params_file(prepare_data__source="imagefolder", prepare_data__path=str(tmp_path / "images"))
+    before = sorted(tmp_path.iterdir())
+    assert main(["prepare_data", "--params", str(params), "--out", out.format(tmp=tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_an_error_of_the_program_is_logged_with_its_traceback(params_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("crt.stages.prepare_data.run", lambda run: 1 / 0)
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 1

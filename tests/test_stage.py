@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -186,3 +187,59 @@ def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, pa
         assert read_seconds(tmp_path / "data", "another recipe") is None
     assert contents[0] == contents[1]
     assert read_seconds(tmp_path / "elsewhere", run.fingerprint) is None
+
+
+def thesis(out):
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+
+
+def foreign_manifest(out):
+    thesis(out)
+    (out / MANIFEST).write_text('{"name": "of a web page", "version": 1}')
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (thesis, "exists and is no stage's output: choose another folder, or empty it"),
+        (foreign_manifest, "exists and is no stage's output"),
+        (lambda out: out.write_text("years of work"), "exists and is a file: choose another folder"),
+    ],
+)
+def test_what_no_stage_made_is_never_replaced(tmp_path, chain, make, message):
+    run = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    run.staging.mkdir(parents=True)
+    make(tmp_path / "ar")
+    with pytest.raises(UserError, match=f"^{tmp_path}/ar: {message}"):
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    # It may also appear while the stage runs.
+    with pytest.raises(UserError, match=f"^{tmp_path}/ar: {message}"):
+        publish(run)
+    kept = tmp_path / "ar" / "thesis.txt" if (tmp_path / "ar").is_dir() else tmp_path / "ar"
+    assert kept.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: (out / MANIFEST).unlink(),
+        lambda out: (out / MANIFEST).write_text("{"),
+        lambda out: next(out.glob("complete-*")).unlink(),
+        lambda out: [next(out.glob("complete-*")).unlink(), os.truncate(out / MANIFEST, 100)],
+        lambda out: [shutil.rmtree(out), out.mkdir()],
+    ],
+    ids=["no manifest", "damaged manifest", "no stamp", "no stamp and a manifest cut short", "empty"],
+)
+def test_a_damaged_result_or_an_empty_folder_is_replaced(tmp_path, chain, damage):
+    make, _params = chain
+    damage(tmp_path / "tokens")
+    make("tokenize", ("data", "tokenizer"), text="new")
+    assert (read_manifest(tmp_path / "tokens").summary["length"]) == 3
+
+
+@pytest.mark.parametrize(("out", "held"), [("tokens", "tokens"), ("", "params.yaml"), ("link", "tokens")])
+def test_an_output_that_is_or_holds_an_input_is_refused(tmp_path, chain, out, held):
+    (tmp_path / "link").symlink_to(tmp_path / "tokens")
+    with pytest.raises(UserError, match=f"would be replaced, but is or holds {tmp_path}/{held} "):
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / out)

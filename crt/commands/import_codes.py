@@ -16,7 +16,7 @@ from crt.data.packed import PackedImages
 from crt.errors import UserError
 from crt.pipeline import recipe_fingerprint, stage_version
 from crt.progress import Progress, start_logging
-from crt.stage import StageRun, exclusive, publish
+from crt.stage import StageRun, check_out, exclusive, publish
 from crt.tokens.cache import TokenCache
 from crt.tokens.layout import BLOCK_ROWS, UNKNOWN, CacheHeader, content_of, write_index, write_shard
 from crt.tokens.llamagen import CodeFolder
@@ -61,9 +61,13 @@ def run(args: argparse.Namespace) -> int:
     """Read, check and convert; the result has a manifest, so train_ar takes it as its `--tokens`.
 
     Raises:
-        UserError: the folders are not as described, or disagree with each other, the data set or the tokenizer.
+        UserError: the folders are not as described, or disagree with each other, the data set or the tokenizer;
+            or the output folder must not be replaced.
     """
     start_logging(None)
+    read = {f"folder {number}": folder for number, folder in enumerate(args.folders, 1)}
+    read |= {f"--{key}": getattr(args, key) for key in ("tokenizer", "data") if getattr(args, key)}
+    check_out(args.out, read)
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction {args.val_fraction}: give a number between 0 and 1, such as 0.01")
     folders = [CodeFolder(folder, args.num_images) for folder in args.folders]

@@ -251,6 +251,23 @@ def test_wrong_descriptions_are_refused(peer, tmp_path, capsys, options, message
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("mydata", "mydata: exists and is no stage's output: choose another folder, or empty it"),
+        ("peer1", "peer1: would be replaced, but is or holds {tmp}/peer1 (folder 2): choose another folder"),
+        ("", ": would be replaced, but is or holds {tmp}/peer0 (folder 1)"),
+    ],
+)
+def test_import_replaces_nothing_but_a_token_cache(peer, tmp_path, capsys, out, message):
+    (tmp_path / "mydata" / "thesis").mkdir(parents=True)
+    (tmp_path / "mydata" / "thesis" / "a.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert command("import_codes", *peer[0], "--out", tmp_path / out, *VIEWS, *REST) == 2
+    assert [message.format(tmp=tmp_path) in line for line in errors(capsys)] == [True]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_labels_are_held_against_the_data_set(small_project, tokens, tmp_path, capsys):
     own = TokenCache(tokens, "train")
     labels = own.labels.copy()
