@@ -96,7 +96,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         name, args.params, inputs, args.out, getattr(args, "metrics", None), shared=getattr(args, "shared", None)
     )
     run.restore_stamp()
-    kept_log = run.out.parent / ".work" / log_file.name
+    kept_log = log_file.parent / ".work" / log_file.name
     if run.is_current():
         if kept_log.exists() and not log_file.exists():
             restore_log(log_file, kept_log)

@@ -92,6 +92,11 @@ class StageRun:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def target(self) -> Path:
+        """The folder that is replaced: `out` may be a link to it, perhaps on another disk, and stays one."""
+        return Path(os.path.realpath(self.out)) if self.out.is_symlink() else self.out
+
+    @property
     def work(self) -> Path:
         """Folder for what must survive a kill.
 
@@ -100,7 +105,7 @@ class StageRun:
         """
         contents = {name: manifest.content for name, manifest in self.manifests.items()}
         key = hashlib.sha256(canonical_json([self.fingerprint, contents]).encode()).hexdigest()
-        return self.out.parent / ".work" / f"{self.out.name}-{key[:16]}"
+        return self.target.parent / ".work" / f"{self.target.name}-{key[:16]}"
 
     @property
     def shared(self) -> Path:
@@ -276,7 +281,7 @@ def exclusive(run: StageRun) -> Iterator[None]:
 
 
 def _lock_file(run: StageRun) -> Path:
-    return run.out.parent / ".work" / f"{run.out.name}.lock"
+    return run.target.parent / ".work" / f"{run.target.name}.lock"
 
 
 def publish(run: StageRun) -> Manifest:
@@ -309,9 +314,9 @@ def publish(run: StageRun) -> Manifest:
     old = run.work / "replaced"
     shutil.rmtree(old, ignore_errors=True)
     _check_replaceable(run.out)
-    if run.out.exists():
-        os.replace(run.out, old)
-    os.replace(run.staging, run.out)
+    if run.target.exists():
+        os.replace(run.target, old)
+    os.replace(run.staging, run.target)
     publish_metrics(run)
     # Beside the output, not in it: a result's bytes do not tell how long it took.
     seconds = run.seconds_before() + time.monotonic() - run.started

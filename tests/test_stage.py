@@ -243,3 +243,24 @@ def test_an_output_that_is_or_holds_an_input_is_refused(tmp_path, chain, out, he
     (tmp_path / "link").symlink_to(tmp_path / "tokens")
     with pytest.raises(UserError, match=f"would be replaced, but is or holds {tmp_path}/{held} "):
         open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / out)
+
+
+def test_a_link_to_the_output_stays_and_the_work_is_done_beside_what_it_names(tmp_path, chain):
+    make, params = chain
+    (tmp_path / "disk").mkdir()
+    shutil.move(tmp_path / "tokens", tmp_path / "disk" / "codes")
+    (tmp_path / "tokens").symlink_to(tmp_path / "disk" / "codes")
+    run = make("tokenize", ("data", "tokenizer"), text="new")
+    assert run.work.parent == tmp_path / "disk" / ".work"
+    assert (tmp_path / "tokens").is_symlink()
+    assert (tmp_path / "disk" / "codes" / "folder" / "file.txt").read_text() == "new"
+    assert read_seconds(tmp_path / "tokens", run.fingerprint) is not None
+    again = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    assert again.is_current()
+    direct = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "disk" / "codes")
+    with exclusive(again), pytest.raises(UserError, match="another process is writing it"), exclusive(direct):
+        pass
+    # A link to a folder that is still to be made.
+    shutil.rmtree(tmp_path / "disk" / "codes")
+    make("tokenize", ("data", "tokenizer"))
+    assert (tmp_path / "disk" / "codes" / MANIFEST).exists()
