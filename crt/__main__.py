@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; mistakes of the user never show a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logger.handlers.clear()
+    # filelock does without flock where a file system has none; `exclusive` says what that means when it matters.
+    warnings.filterwarnings("ignore", message="flock not supported")
     wait_passively()
     args = _parser(arguments).parse_args(arguments)
     log_file: Path | None = None

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from crt import slurm
 from crt.errors import UserError
@@ -270,14 +270,21 @@ def exclusive(run: StageRun) -> Iterator[None]:
     path = _lock_file(run)
     holder = path.with_suffix(".holder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        with FileLock(path, timeout=0):
-            holder.write_text(slurm.job_id() or "")
-            yield
+        lock.acquire()
     except Timeout:
         waits = slurm.requeue_behind(holder.read_text() if holder.exists() else "")
         remedy = waits or f"another process is writing it (lock {path}): wait for it, or stop it"
+        if not waits and isinstance(lock, SoftFileLock):
+            # What filelock turned to, for want of flock: there the file itself is the lock, and outlives a kill.
+            remedy += "; if there is none, on any machine, delete that lock file"
         raise UserError(f"{run.out}: {remedy}") from None
+    try:
+        holder.write_text(slurm.job_id() or "")
+        yield
+    finally:
+        lock.release()
 
 
 def _lock_file(run: StageRun) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +100,41 @@ def test_an_error_of_the_program_is_logged_with_its_traceback(params_file, tmp_p
     assert "Traceback" not in shown
     assert "Traceback" in (tmp_path / "data.log").read_text()
     assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def counted(params_file, tmp_path, monkeypatch):
+    """The command of a stage that makes one file, and the list of its runs."""
+    runs: list[Path] = []
+
+    def made(run):
+        runs.append(run.work)
+        (run.staging / "file").touch()
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", made)
+    return ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")], runs
+
+
+def test_without_flock_the_lock_of_a_killed_process_may_be_deleted(counted, tmp_path, monkeypatch, capsys, recwarn):
+    """A file system that has no flock, and a lock file that another machine left."""
+
+    def no_flock(*_arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    command, runs = counted
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    lock = tmp_path / ".work" / "data.lock"
+    lock.parent.mkdir()
+    lock.write_text("4711\nanother-machine\n")
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {tmp_path}/data: another process is writing it (lock {lock}): wait for it, or stop it; "
+        "if there is none, on any machine, delete that lock file"
+    ]
+    lock.unlink()
+    assert main(command) == 0
+    assert len(runs) == 1
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
 
 
 def test_bad_params_stop_a_stage_before_it_starts(params_file, tmp_path, capsys):
