@@ -22,7 +22,7 @@ from crt import __version__, interrupt, slurm
 from crt.errors import UserError
 from crt.launch import environment_rank, launch_command, leave, wait_passively
 from crt.progress import duration, logger, restore_log, start_logging
-from crt.stage import exclusive, open_run, publish, publish_metrics
+from crt.stage import StageRun, clear_work, exclusive, open_run, publish, publish_metrics
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -103,9 +103,8 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     if run.is_current():
         if kept_log.exists() and not log_file.exists():
             restore_log(log_file, kept_log)
-        publish_metrics(run)
-        print(f"{name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
-        return 0
+        clear_work(run)
+        return _leave_as_is(run)
     command = launch_command(name, arguments)
     if command is not None:
         os.execvp(command[0], command)
@@ -117,6 +116,10 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     interrupt.listen()
     started = time.monotonic()
     with exclusive(run) if rank == 0 else nullcontext():
+        if rank == 0 and run.is_current():  # another process made it since this one looked
+            if processes > 1:  # the others have set out, and would wait for this one
+                raise UserError(f"{run.out}: another process has just made it: run the same command again")
+            return _leave_as_is(run)
         job = f", Slurm job {slurm.job_id()}" if slurm.job_id() else ""
         plural = "" if processes == 1 else "es"
         logger.info("%s: starts, recipe %s, %d process%s%s", name, run.fingerprint[:16], processes, plural, job)
@@ -130,6 +133,13 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         if rank == 0:
             publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
+    return 0
+
+
+def _leave_as_is(run: StageRun) -> int:
+    """Exit status for a result that is current."""
+    publish_metrics(run)
+    print(f"{run.name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
     return 0
 
 

@@ -291,6 +291,17 @@ def _lock_file(run: StageRun) -> Path:
     return run.target.parent / ".work" / f"{run.target.name}.lock"
 
 
+def clear_work(run: StageRun) -> None:
+    """Remove the working folder of a current result: a kill between publishing and cleaning up leaves it.
+
+    What cannot be removed now stays for the next time; a process that is still publishing removes it itself.
+    """
+    if run.work.exists():
+        with suppress(Timeout, OSError), FileLock(_lock_file(run), timeout=0):
+            if run.is_current():
+                shutil.rmtree(run.work)
+
+
 def publish(run: StageRun) -> Manifest:
     """Turn the staging folder into the output: manifest and stamp are written, then one rename shows all.
 

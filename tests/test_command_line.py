@@ -6,12 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
-from crt.stage import read_manifest
+from crt.stage import exclusive, publish, read_manifest
 from tests.conftest import ROOT
 
 
@@ -113,6 +114,45 @@ def counted(params_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr("crt.stages.prepare_data.run", made)
     return ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")], runs
+
+
+@pytest.mark.parametrize(("processes", "status"), [(1, 0), (2, 2)])
+def test_a_result_that_another_process_made_meanwhile_is_not_made_again(
+    counted, monkeypatch, capsys, processes, status
+):
+    """The other process starts and ends after this one found no result, before it holds the lock."""
+    command, runs = counted
+
+    @contextmanager
+    def late(run):
+        monkeypatch.setattr("crt.__main__.exclusive", exclusive)
+        monkeypatch.setattr("crt.__main__.environment_rank", lambda: (0, 1, 0))
+        assert main(command) == 0
+        with exclusive(run):
+            yield
+
+    monkeypatch.setattr("crt.__main__.exclusive", late)
+    monkeypatch.setattr("crt.__main__.environment_rank", lambda: (0, processes, 0))
+    assert main(command) == status
+    assert len(runs) == 1
+    shown = capsys.readouterr().err
+    assert ("is current" if processes == 1 else "another process has just made it: run the same command") in shown
+
+
+def test_the_working_folder_of_a_run_killed_after_publishing_goes_at_the_next(counted, monkeypatch):
+    command, runs = counted
+
+    def killed(run):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr("crt.stage.publish_metrics", lambda run: 1 / 0)  # the step after the last rename
+            publish(run)
+
+    monkeypatch.setattr("crt.__main__.publish", killed)
+    assert main(command) == 0
+    assert runs[0].exists()
+    assert main(command) == 0
+    assert not runs[0].exists()
+    assert len(runs) == 1
 
 
 def test_without_flock_the_lock_of_a_killed_process_may_be_deleted(counted, tmp_path, monkeypatch, capsys, recwarn):

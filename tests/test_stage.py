@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from crt.errors import UserError
-from crt.stage import MANIFEST, exclusive, open_run, publish, read_manifest, read_seconds
+from crt.stage import MANIFEST, clear_work, exclusive, open_run, publish, read_manifest, read_seconds
 from tests.conftest import write_params
 
 
@@ -132,6 +132,23 @@ def test_only_one_process_writes_an_output(tmp_path, chain):
         pass
     with exclusive(again):
         pass
+
+
+def test_what_a_kill_left_of_a_published_run_is_removed(tmp_path, chain):
+    make, params = chain
+    run = make("train_ar", ("tokens",))
+    (run.work / "replaced").mkdir(parents=True)
+    again = open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    with exclusive(run):  # another process that is still publishing
+        clear_work(again)
+        assert run.work.exists()
+    clear_work(again)
+    assert not run.work.exists()
+    # What is not current needs its working folder.
+    run.work.mkdir()
+    next((tmp_path / "ar").glob("complete-*")).unlink()
+    clear_work(again)
+    assert run.work.exists()
 
 
 def test_working_state_of_other_params_is_not_resumed(tmp_path, chain):
