@@ -54,6 +54,13 @@ _DISK_ERRORS = {
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "make it writable, or choose another folder",
     errno.EPERM: "make it writable, or choose another folder",
+    errno.EBUSY: "end what uses it, or choose another folder",
+    errno.EIO: "see to its disk or network",
+    errno.ESTALE: "see to its network file system",
+    errno.ENOLCK: "choose a folder on a file system with locks",
+    errno.ENOTDIR: "move the file away that stands in place of a folder",
+    errno.EISDIR: "move the folder away that stands in place of a file",
+    # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.
 }
 
 

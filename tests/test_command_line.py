@@ -58,6 +58,27 @@ def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stag
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EBUSY, "Device or resource busy: end what uses it, or choose another folder"),
+        (errno.EIO, "Input/output error: see to its disk or network"),
+        (errno.ESTALE, "Stale file handle: see to its network file system"),
+        (errno.ENOLCK, "No locks available: choose a folder on a file system with locks"),
+        (errno.ENOTDIR, "Not a directory: move the file away that stands in place of a folder"),
+        (errno.EISDIR, "Is a directory: move the folder away that stands in place of a file"),
+    ],
+)
+def test_what_a_file_system_refuses_is_one_line(params_file, tmp_path, monkeypatch, capsys, code, remedy):
+    def refused(run):
+        raise OSError(code, os.strerror(code), "data/file")
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", refused)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    expected = f"error: data/file: {remedy} and run the same command again; finished work is kept"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
 def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
     params, disk = params_file(), tmp_path / "disk"
     text = on_a_disk_of_its_own(
