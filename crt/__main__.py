@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -71,6 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     # filelock does without flock where a file system has none; `exclusive` says what that means when it matters.
     warnings.filterwarnings("ignore", message="flock not supported")
     wait_passively()
+    try:
+        return _run_command(arguments)
+    except KeyboardInterrupt:  # a stage at work heeds the signal itself, and ends where it can continue
+        _report("stopped by SIGINT: run the same command again")
+        return 128 + signal.SIGINT
+
+
+def _run_command(arguments: list[str]) -> int:
     args = _parser(arguments).parse_args(arguments)
     log_file: Path | None = None
     try:

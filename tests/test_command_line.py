@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 from crt.__main__ import COMMANDS, STAGES, main
 from crt.stage import exclusive, publish, read_manifest
 from tests.conftest import ROOT
+from tests.tokens.caches import make_header, random_codes, write_cache
 
 
 def on_a_disk_of_its_own(script: str, folder) -> str:
@@ -196,6 +198,21 @@ def test_without_flock_the_lock_of_a_killed_process_may_be_deleted(counted, tmp_
     assert main(command) == 0
     assert len(runs) == 1
     assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["crt.commands.verify.run", "crt.commands.verify.add_arguments", "crt.commands.verify.verify_split"],
+)
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys, place):
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
+
+    header = make_header(rows=1)
+    cache = write_cache(tmp_path / "tokens", header, *random_codes(header))
+    monkeypatch.setattr(place, interrupted)
+    assert main(["verify", str(cache.folder)]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.splitlines() == ["stopped by SIGINT: run the same command again"]
 
 
 def test_bad_params_stop_a_stage_before_it_starts(params_file, tmp_path, capsys):
