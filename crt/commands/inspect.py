@@ -44,12 +44,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the figures and, if asked, write the picture.
 
     Raises:
-        UserError: no cache, or the data set or tokenizer is another one than the cache's.
+        UserError: no cache, the data set or tokenizer is another one than the cache's, or no picture can go there.
     """
     start_logging(None)
     picture = (args.data, args.tokenizer, args.out)
     if any(picture) and not all(picture):
         raise UserError("the picture needs all of --data, --tokenizer and --out")
+    if args.out is not None:
+        _check_place(args.out)
     folder, splits = locate_splits(args.path)
     caches = [TokenCache(folder, split) for split in splits]
     if (folder / MANIFEST).exists():
@@ -59,6 +61,14 @@ def run(args: argparse.Namespace) -> int:
     if all(picture):
         _draw(caches, *picture)
     return 0
+
+
+def _check_place(out: Path) -> None:
+    """Raises UserError where no file can be written: better before the counting than after it."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder: name the picture's file, such as {out / 'codes.png'}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}: make it, or name another place")
 
 
 def _print_origin(folder: Path) -> None:

@@ -98,6 +98,24 @@ def test_picture_needs_the_cache_s_own_inputs(small_project, encoded_project, to
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (
+            "nowhere/x.png",
+            "--out {tmp}/nowhere/x.png: there is no folder {tmp}/nowhere: make it, or name another place",
+        ),
+        ("", "--out {tmp}: is a folder: name the picture's file, such as {tmp}/codes.png"),
+    ],
+)
+def test_the_picture_s_place_is_checked_first(small_project, tokens, tmp_path, capsys, out, message):
+    inputs = ("--data", small_project.data, "--tokenizer", small_project.tokenizer)
+    assert command("inspect", tokens, *inputs, "--out", tmp_path / out) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [f"error: {message.format(tmp=tmp_path)}"]
+    assert shown.out == ""
+
+
 def test_verify_finds_damage_between_the_blocks(tokens, tmp_path, capsys):
     copy = tmp_path / "tokens"
     shutil.copytree(tokens, copy)
