@@ -348,6 +348,7 @@ def publish_metrics(run: StageRun) -> None:
     if run.metrics is not None:
         source = run.out / "metrics.json"
         if not run.metrics.exists() or run.metrics.read_bytes() != source.read_bytes():
+            run.metrics.parent.mkdir(parents=True, exist_ok=True)
             write_json(run.metrics, json.loads(source.read_text()))
 
 

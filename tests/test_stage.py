@@ -281,3 +281,12 @@ def test_a_link_to_the_output_stays_and_the_work_is_done_beside_what_it_names(tm
     shutil.rmtree(tmp_path / "disk" / "codes")
     make("tokenize", ("data", "tokenizer"))
     assert (tmp_path / "disk" / "codes" / MANIFEST).exists()
+
+
+def test_metrics_are_also_written_into_a_folder_that_is_still_to_be_made(tmp_path, params_file):
+    metrics = tmp_path / "new" / "metrics.json"
+    run = open_run("prepare_data", params_file(), {}, tmp_path / "data", metrics)
+    run.staging.mkdir(parents=True)
+    (run.staging / "metrics.json").write_text('{"psnr": 20}')
+    publish(run)
+    assert json.loads(metrics.read_text()) == {"psnr": 20}
