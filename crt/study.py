@@ -128,9 +128,12 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
     """Unroll a study at one scale: every combination of its axes with every seed, in order.
 
     Raises:
-        UserError: a bad study file, an override of a key that params do not have, or params that are refused.
+        UserError: a bad study file, a scale that it does not have, an override of a key that params do not have, or
+            params that are refused.
     """
     study = load_study(path)
+    if scale not in study.scales:
+        raise UserError(f"{path}: has no scale {scale!r}: it has {', '.join(study.scales)}")
     size = study.scales[scale]
     base = read_yaml(size.base)
     runs = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from crt.__main__ import main
 from crt.errors import UserError
 from crt.params import load_params
 from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
@@ -115,6 +116,15 @@ def test_the_digits_studies_share_their_runs(monkeypatch):
     ):
         common = (main | control) & stages(study_runs(f"studies/{name}.yaml", "digits"))
         assert sum(made == stage for made, _fingerprint in common) == shared, (name, stage)
+
+
+def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(study_file, capsys):
+    path = study_file(scales={name: SMALL | {"overrides": {}} for name in ("small", "large")})
+    assert main(["study", "--study", str(path), "--scale", "nope"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path}: has no scale 'nope': it has " in error
+    assert "small" in error and "large" in error
 
 
 @pytest.mark.parametrize(
