@@ -35,6 +35,7 @@ from crt.randomness import numpy_generator, seed_torch
 # Larger images are halved by strided convolutions until the residual blocks see at most this side.
 _MAX_BLOCK_SIDE = 32
 _CHECKPOINTS = 10
+_WARMUP = 0.2
 CLASSIFIER_FILE = "classifier.safetensors"
 _NUM_TURNS = 4
 
@@ -161,7 +162,9 @@ def train_classifier(
     seed_torch(seed, "classifier initialisation")
     network = ConvClassifier(params.channels, classes, image_size).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), params.learning_rate, weight_decay=params.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.learning_rate, params.steps, pct_start=0.2)
+    # A fifth of five steps ends at the first one, and torch divides by the warm-up's length, 0: end a little before.
+    warmup = _WARMUP if params.steps != 5 else _WARMUP - 0.01
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.learning_rate, params.steps, pct_start=warmup)
     checkpoint = path.with_name("classifier-checkpoint.pt")
     step = _resume(checkpoint, network, optimizer, schedule)
     progress = Progress("classifier", params.steps, "steps", done=step)

@@ -36,6 +36,13 @@ def test_training_is_a_function_of_params_and_seed(digits, tmp_path):
     assert len(checksums) == 2
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_any_number_of_steps_trains(digits, tmp_path, steps):
+    path = digits.train_classifier(tmp_path / "classifier.safetensors", steps=steps, channels=4)
+    features = ClassifierFeatures(path, "cpu")(digits.val[:8])
+    assert np.isfinite(features).all()
+
+
 def test_weights_do_not_depend_on_the_number_of_threads(digits, tmp_path):
     threads, weights = torch.get_num_threads(), []
     try:
