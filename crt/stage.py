@@ -34,6 +34,8 @@ _SECONDS = "seconds.json"
 _STAMP = re.compile(r"complete-[0-9a-f]{16}")
 # How every manifest begins, also one that was cut short.
 _MANIFEST_START = '{\n  "schema"'
+# In every folder that the library loads a model from: a stage's output, or what import_llamagen made.
+_MODEL_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a stage's output folder: the manifest, its stamp, and every file's size.
 
     Raises:
-        UserError: the folder is missing, is no stage's output, or is incomplete.
+        UserError: the folder is missing, holds an imported model, is no stage's output, or is incomplete.
     """
     folder = Path(folder)
     manifest = _read_unstamped(folder)
@@ -381,6 +383,12 @@ def _read_unstamped(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: not found: make it first with {_renew_command(folder)}")
     path = folder / MANIFEST
+    if not path.exists() and (folder / _MODEL_CONFIG).exists() and not any(folder.glob(stamp_name("*"))):
+        # Advice to delete it would cost a model that may exist nowhere else.
+        raise UserError(
+            f"{folder}: an imported model, for the library (`Tokenizer.load` or `Generator.load`), not a stage's "
+            "result: give the output folder of a stage"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema = values.pop("schema")

@@ -118,6 +118,21 @@ def test_damaged_inputs_are_refused_in_one_line(tmp_path, chain, damage, expecte
     assert "\n" not in str(caught.value)
 
 
+def test_an_imported_model_is_no_input_of_a_stage_and_is_not_to_be_deleted(tmp_path, chain):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model: an imported model, for the library .*`Generator.load`") as caught:
+        open_run("sample", chain[1], {"tokenizer": tmp_path / "tokenizer", "ar": model}, tmp_path / "samples")
+    assert "\n" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+    # A stage's own result has a stamp, whatever became of its manifest.
+    (tmp_path / "tokenizer" / "config.json").write_text("{}")
+    (tmp_path / "tokenizer" / MANIFEST).unlink()
+    with pytest.raises(UserError, match="missing or damaged: delete"):
+        read_manifest(tmp_path / "tokenizer")
+
+
 def test_a_manifest_of_another_schema_is_refused(tmp_path, chain):
     path = tmp_path / "tokens" / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
