@@ -142,9 +142,12 @@ def write_page(
         title: of the page.
         study: for its question.
         sections: by heading: a table (lines of cells, the first a header), a list of sentences, or a picture.
+            One that is empty is left out with its heading.
     """
     parts = []
     for heading, content in sections.items():
+        if not isinstance(content, Path) and not content:
+            continue
         parts.append(f"<h2>{html.escape(heading)}</h2>")
         if isinstance(content, Path):
             data = base64.b64encode(content.read_bytes()).decode()

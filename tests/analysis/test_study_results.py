@@ -13,9 +13,9 @@ from PIL import Image
 from crt.analysis.comparison import cells
 from crt.analysis.figures import draw_figure, draw_position_losses
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
-from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table
+from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_page
 from crt.errors import UserError
-from crt.study import Contrast, Figure, Published, Scale
+from crt.study import Contrast, Figure, Published, Scale, Study
 
 FIGURE = Figure(x="stage2_training_flops", y="loss", lines="tokenizer")
 AXES = ["tokenizer", "generator"]
@@ -145,6 +145,23 @@ def test_losses_per_position_leave_out_sequences_of_another_length(tmp_path):
     draw_position_losses(losses, 0, tmp_path / "two.png")
     draw_position_losses(losses | {("crt", "b"): [[9.0, 9.0, 9.0]]}, 0, tmp_path / "with_another.png")
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "with_another.png").read_bytes()
+
+
+def test_a_contrast_of_the_baseline_alone_makes_a_page_without_the_empty_section(tmp_path):
+    rows = [row for row in make_rows() if row["tokenizer"] == "plain"]
+    contrast = Contrast(axis="tokenizer", baseline="plain")
+    study = Study(question="?", contrast=contrast, scales={"small": make_scale()})
+    sections = {
+        "Results": summary_table(rows, AXES, ["loss"]),
+        "Paired differences": contrast_table(rows, AXES, ["loss"], contrast),
+        "Compute saved": savings_lines(rows, FIGURE, "plain"),
+        "Scaling law": scaling_lines(rows, FIGURE),
+    }
+    write_page(tmp_path / "index.html", "Study", study, sections)
+    page = (tmp_path / "index.html").read_text()
+    assert "<h2>Results</h2><table>" in page
+    assert "<h2>Scaling law</h2><ul><li>plain: alpha" in page
+    assert "Compute saved" not in page
 
 
 def test_results_are_read_with_the_compute_of_both_stages(tmp_path):
