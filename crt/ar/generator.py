@@ -122,6 +122,8 @@ class Generator:
         wanted = self._check_labels(labels)
         settings = DrawSettings(guidance, temperature, top_k, top_p, guidance_schedule, guidance_interval)
         settings.check(self.config.codebook_size)
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be 1 or more, or None for all images at once")
         size = batch_size or max(len(wanted), 1)
         drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64)
         for start in range(0, len(wanted), size):

@@ -144,6 +144,8 @@ def test_bf16_draws_from_nearly_the_same_distribution() -> None:
         ({"top_p": 0.0}, "top_p 0"),
         ({"guidance_schedule": "sine"}, "guidance schedule 'sine': use one of constant, linear, cosine"),
         ({"guidance_interval": (0.6, 0.5)}, "guidance interval"),
+        ({"batch_size": 0}, "batch_size 0: must be 1 or more"),
+        ({"batch_size": -1}, "batch_size -1"),
     ],
 )
 def test_impossible_requests_are_refused(generator: Generator, settings: dict, message: str) -> None:
