@@ -223,7 +223,13 @@ def _report(message: str) -> None:
 
 if __name__ == "__main__":
     try:
-        status = main()
-    except SystemExit as ended:  # argparse's, or a process that leaves the message to the first one
-        status = int(ended.code or 0)
+        try:
+            status = main()
+        except SystemExit as ended:  # argparse's, or a process that leaves the message to the first one
+            status = int(ended.code or 0)
+        sys.stdout.flush()  # here, where a closed pipe can be met, and not while the interpreter ends
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`): what is left goes nowhere, so that ending writes no error either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     leave(status)

@@ -223,6 +223,20 @@ def test_bad_params_stop_a_stage_before_it_starts(params_file, tmp_path, capsys)
     assert list(tmp_path.iterdir()) == [params]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["met at the end", "met in print"])
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly(unbuffered):
+    """As `| head` does once it has its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, "-m", "crt", "results", "metrics.json", "metrics.json"], dict(os.environ)
+    environment["PYTHONUNBUFFERED"] = unbuffered
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
 @pytest.mark.parametrize("command", [*STAGES, *COMMANDS])
 def test_every_command_explains_itself(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
