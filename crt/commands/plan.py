@@ -7,6 +7,7 @@ that is assumed: give your own measured one.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for option in ("mfu", "mfu_tokenizer", "mfu_sample", "images_per_second"):
         value = getattr(args, option)
-        if not value > 0 or (option.startswith("mfu") and value > 1):
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be greater than 0, a share at most 1")
+        if not 0 < value < math.inf or (option.startswith("mfu") and value > 1):
+            raise UserError(
+                f"--{option.replace('_', '-')} {value}: must be finite and greater than 0, a share at most 1"
+            )
     cluster = make_cluster(args.gpu, args.gpus, args.gpu_memory, args.peak, args.reserve)
     config = ar_config(params, data.classes)
     ways = list(layouts(params.train_ar, config, cluster))

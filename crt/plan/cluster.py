@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from crt.errors import UserError
@@ -64,7 +65,7 @@ def make_cluster(
     """A named GPU so many times, with own figures where given; one own peak rate holds in every precision.
 
     Raises:
-        UserError: no GPU has that name, or a figure is not positive.
+        UserError: no GPU has that name, or a figure is not positive and finite.
     """
     if name not in GPUS:
         raise UserError(f"--gpu {name}: unknown: use one of {', '.join(GPUS)}, or --gpu-memory and --peak with any")
@@ -74,8 +75,8 @@ def make_cluster(
         peaks = dict.fromkeys(peaks, peak_tflops)
     memory = gpu.memory_gb if memory_gb is None else memory_gb
     for option, value in (("--gpus", gpus), ("--gpu-memory", memory), ("--peak", peaks["bf16"])):
-        if not value > 0:
-            raise UserError(f"{option} {value}: must be greater than 0")
+        if not 0 < value < math.inf:
+            raise UserError(f"{option} {value}: must be finite and greater than 0")
     if not 0 <= reserve_gb < memory:
         raise UserError(f"--reserve {reserve_gb}: must be 0 or more, and less than the GPU's {memory:g} GB")
     own = "" if memory_gb is None and peak_tflops is None else " with own figures"

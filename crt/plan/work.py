@@ -53,8 +53,11 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
         classes: likewise.
 
     Raises:
-        UserError: they are needed.
+        UserError: they are needed, or not greater than 0.
     """
+    for option, number in (("--images", images), ("--classes", classes)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: must be greater than 0")
     data = params.prepare_data
     train, val, known_classes = _SOURCES.get(data.source, (images, None, classes))
     train, known_classes = images or train, classes or known_classes

@@ -128,9 +128,18 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
     ("options", "message"),
     [
         (["--gpu", "h300"], "--gpu h300: unknown"),
-        (["--gpus", "0"], "--gpus 0: must be greater than 0"),
+        (["--gpus", "0"], "--gpus 0: must be finite and greater than 0"),
         (["--gpus", "7"], "does not divide among 7 processes"),
         (["--gpu-memory", "-1"], "--gpu-memory -1"),
+        (["--gpu-memory", "inf"], "--gpu-memory inf: must be finite"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["--peak", "inf"], "--peak inf: must be finite"),
+        (["--reserve", "inf"], "--reserve inf"),
+        (["--images-per-second", "inf"], "--images-per-second inf: must be finite"),
+        (["--images", "-5"], "--images -5: must be greater than 0"),
+        (["--images", "0"], "--images 0"),
+        (["--classes", "-3"], "--classes -3: must be greater than 0"),
+        (["--classes", "0", "--models"], "--classes 0"),
         (["--reserve", "90"], "--reserve 90"),
         (["--mfu", "1.5"], "--mfu 1.5"),
         (["--model", "huge"], "--model huge: no such size"),
@@ -138,7 +147,9 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
 )
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture, options: list[str], message: str) -> None:
     assert main(["plan", "--params", str(IMAGENET), *options]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_an_unknown_data_set_needs_its_size(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
