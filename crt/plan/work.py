@@ -159,9 +159,12 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
     per_image = tokenizer_flops_per_image(stage1, params.lambda_ > 0)
     train_image, forward = ar_flops(config, stage2.activation_checkpointing), ar_forward_flops(config)
     views, images = num_views(params), data.train + data.val
-    passes = 2 if sample.guidance_scale != 1 else 1
+    # Guidance of 1 needs no pass without a class.
+    passes = [2 if scale != 1 else 1 for scale in sample.scales]
     features = _INCEPTION_FLOPS if params.evaluate.features == "inception" else 0.0
-    references = {"val": data.val, "train": data.train, "adm_train": 10_000}[params.evaluate.generation_reference]
+    # Features of val are taken in any case, beside its reconstructions.
+    references = {"val": 0, "train": data.train, "adm_train": 10_000}[params.evaluate.generation_reference]
+    drawn = sample.num_images * len(passes)
     again = ", blocks twice" if stage2.activation_checkpointing else ""
     return [
         StageWork(
@@ -184,13 +187,15 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
         ),
         StageWork(
             "sample",
-            (forward * passes + decode) * sample.num_images,
+            (forward * sum(passes) + decode * len(passes)) * sample.num_images,
             sample.precision,
-            f"{sample.num_images:,} images, {passes} passes each",
+            f"{sample.num_images:,} images, {passes[0]} passes each"
+            if len(passes) == 1
+            else f"{sample.num_images:,} images at each of {len(passes)} scales, {sum(passes)} passes in all",
         ),
         StageWork(
             "evaluate",
-            (encode + decode + 2 * features) * data.val + features * (sample.num_images + references),
+            (encode + decode + 2 * features) * data.val + features * (drawn + references),
             "float32",
             "reconstructions and features",
         ),

@@ -14,7 +14,16 @@ from crt.flops import ar_flops_per_image, count_flops
 from crt.params import load_params
 from crt.plan.cluster import make_cluster
 from crt.plan.layouts import layouts
-from crt.plan.work import ar_config, ar_flops, ar_forward_flops, cache_bytes, data_size, num_views, stage_work
+from crt.plan.work import (
+    ar_config,
+    ar_flops,
+    ar_forward_flops,
+    cache_bytes,
+    data_size,
+    num_views,
+    stage_work,
+    tokenizer_flops,
+)
 from tests.ar.conftest import small_config
 from tests.conftest import ROOT, write_params
 
@@ -32,6 +41,8 @@ COUNTS = {
     "10B": 9_852_723_200,
 }
 IMAGENET = ROOT / "presets/imagenet256.yaml"
+# FLOPs of Inception-v3 for an image.
+INCEPTION = 2 * 5.7e9
 
 
 def with_model(name: str):
@@ -81,6 +92,33 @@ def test_stages_follow_the_params() -> None:
     assert num_views(params) == 20
     # LlamaGen's cache holds 10 crops in 26 GB, as int64: a quarter of that as uint16, twice for two resize ranges.
     assert cache_bytes(params, data, config) == pytest.approx(2 * 26e9 / 4, rel=0.06)
+
+
+def test_sampling_and_evaluation_cost_what_their_stages_do() -> None:
+    """Oracle: the stages. Each scale is drawn, and its features are taken; those of real images are taken once."""
+    params = load_params(ROOT / "params.yaml")
+    data = data_size(params, None, None)
+    config = ar_config(params, data.classes)
+
+    def flops(sweep: list[float], reference: str) -> tuple[float, float, str]:
+        sample = params.sample.model_copy(update={"guidance_sweep": sweep, "num_images": 100})
+        evaluate = params.evaluate.model_copy(update={"features": "inception", "generation_reference": reference})
+        changed = params.model_copy(update={"sample": sample, "evaluate": evaluate})
+        work = {stage.stage: stage for stage in stage_work(changed, data, config)}
+        return work["sample"].flops, work["evaluate"].flops, work["sample"].text
+
+    encode, decode, _ = tokenizer_flops(params)
+    forward = ar_forward_flops(config)
+    sampled, evaluated, text = flops([], "val")
+    assert sampled == 100 * (2 * forward + decode)
+    assert evaluated == data.val * (encode + decode) + (2 * data.val + 100) * INCEPTION
+    assert text == "100 images, 2 passes each"
+    swept, evaluated_sweep, text = flops([1.0, 3.0], "val")
+    assert swept == 100 * ((2 + 1 + 2) * forward + 3 * decode)
+    assert evaluated_sweep - evaluated == 2 * 100 * INCEPTION
+    assert text == "100 images at each of 3 scales, 5 passes in all"
+    assert flops([], "train")[1] - evaluated == data.train * INCEPTION
+    assert flops([], "adm_train")[1] - evaluated == 10_000 * INCEPTION
 
 
 def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
