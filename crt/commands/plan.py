@@ -46,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 0 if the run of the params fits, else 1.
 
     Raises:
-        UserError: bad params or options, a batch that does not divide among the GPUs.
+        UserError: bad params or options, a batch of either training that does not divide among the GPUs.
     """
     from crt.ar.sizes import resized
+    from crt.data.sampler import rank_slice
     from crt.plan.cluster import make_cluster
     from crt.plan.layouts import layouts
     from crt.plan.work import ar_config, data_size, stage_work
@@ -68,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
                 f"--{option.replace('_', '-')} {value}: must be finite and greater than 0, a share at most 1"
             )
     cluster = make_cluster(args.gpu, args.gpus, args.gpu_memory, args.peak, args.reserve)
+    try:
+        rank_slice(params.train_tokenizer.batch_size, 0, cluster.gpus)  # as the stage will
+    except UserError as error:
+        raise UserError(f"train_tokenizer.{error}") from None
     config = ar_config(params, data.classes)
     ways = list(layouts(params.train_ar, config, cluster))
     peaks = cluster.peak_flops
@@ -78,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     )
     _print_sizes(params, config, data)
     _print_hours(args, stage_work(params, data, config), cluster, data)
-    _print_memory(ways, cluster)
-    return _print_verdict(ways, cluster)
+    _print_memory(ways, cluster, params.train_ar.compile)
+    return _print_verdict(ways, cluster, params.train_ar.compile)
 
 
 def _print_models(params: Params, classes: int) -> None:
@@ -133,7 +138,7 @@ def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any)
     print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...), LPIPS's network is not counted")
 
 
-def _print_memory(ways: Any, cluster: Any) -> None:
+def _print_memory(ways: Any, cluster: Any, compiled: bool) -> None:
     micro = ways[0].micro_batch
     print(
         f"\ntrain_ar's memory per GPU, derived, not measured; {cluster.available_bytes / 1e9:g} GB after the reserve:\n"
@@ -149,9 +154,11 @@ def _print_memory(ways: Any, cluster: Any) -> None:
             f"{way.largest or 'does not fit':>20}{_size(m.host):>9}"
         )
     print("> as in the params; ! more than a GPU has; recompute: train_ar.activation_checkpointing; host: per process")
+    if compiled:
+        print("ZeRO 3 needs train_ar.compile: false")
 
 
-def _print_verdict(ways: Any, cluster: Any) -> int:
+def _print_verdict(ways: Any, cluster: Any, compiled: bool) -> int:
     chosen = next(way for way in ways if way.chosen)
     if chosen.peak_bytes <= cluster.available_bytes:
         print("fits: train_ar as the params have it")
@@ -166,8 +173,10 @@ def _print_verdict(ways: Any, cluster: Any) -> int:
         return 1
     # The first that fits does the least extra work.
     best = min(others, key=lambda way: (way.split.offload != "none", way.split.activation_checkpointing))
+    # Params that compile under ZeRO 3 are refused.
+    uncompiled = ", compile to false" if compiled and best.split.zero_stage == 3 else ""
     print(
-        f"does not fit: needs {peak}: set train_ar.zero_stage to {best.split.zero_stage}, offload to "
+        f"does not fit: needs {peak}: set train_ar.zero_stage to {best.split.zero_stage}{uncompiled}, offload to "
         f"{best.split.offload}, activation_checkpointing to {str(best.split.activation_checkpointing).lower()} and "
         f"micro_batch_size to {best.largest} or less"
     )

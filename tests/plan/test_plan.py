@@ -146,14 +146,27 @@ def test_command_tells_that_all_fits(capsys: pytest.CaptureFixture) -> None:
         assert any(line.startswith(stage) for line in text.splitlines())
 
 
-def test_command_tells_what_does_not_fit_and_what_would(capsys: pytest.CaptureFixture) -> None:
-    command = ["plan", "--params", str(IMAGENET), "--model", "10B", "--gpu", "l40s", "--gpus", "4"]
-    assert main(command) == 1
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "does not fit" in last
-    assert "offload to optimizer" in last
-    assert main([*command, "--gpu-memory", "6"]) == 1
-    assert "use more or larger GPUs" in capsys.readouterr().out.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("options", "compiled", "remedy"),
+    [
+        (["--gpu", "l40s", "--gpu-memory", "12.5"], True, "zero_stage to 2, offload to optimizer, "),
+        (["--gpu-memory", "15"], True, "zero_stage to 3, compile to false, offload to none, "),
+        (["--gpu-memory", "15"], False, "zero_stage to 3, offload to none, "),
+        (["--gpu-memory", "4.2"], True, "use more or larger GPUs"),
+    ],
+)
+def test_command_tells_what_does_not_fit_and_what_would(
+    capsys: pytest.CaptureFixture, tmp_path: Path, options: list[str], compiled: bool, remedy: str
+) -> None:
+    # A small tokenizer, whose FLOPs are counted sooner.
+    blocks = {"train_tokenizer.architecture.encoder_blocks": 1, "train_tokenizer.architecture.decoder_blocks": 1}
+    params = write_params(tmp_path / "params.yaml", blocks | {"train_ar.compile": compiled}, base=IMAGENET)
+    assert main(["plan", "--params", str(params), "--model", "3B", *options]) == 1
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed.splitlines()[-1]
+    assert remedy in printed.splitlines()[-1]
+    # Oracle: crt.params, which refuses the two together.
+    assert ("ZeRO 3 needs train_ar.compile: false" in printed) == compiled
 
 
 def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> None:
@@ -168,6 +181,7 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
         (["--gpu", "h300"], "--gpu h300: unknown"),
         (["--gpus", "0"], "--gpus 0: must be finite and greater than 0"),
         (["--gpus", "7"], "does not divide among 7 processes"),
+        (["--gpus", "256"], "train_tokenizer.batch_size 128 does not divide among 256 processes"),
         (["--gpu-memory", "-1"], "--gpu-memory -1"),
         (["--gpu-memory", "inf"], "--gpu-memory inf: must be finite"),
         (["--gpu-memory", "nan"], "--gpu-memory nan"),
