@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crt.ar.model import ARConfig, save_model
+from crt.ar.model import ARConfig, ARTransformer, save_model
 from crt.errors import UserError
 
 # Heads cannot be read off the weights: LlamaGen's sizes by (layers, width).
@@ -40,13 +40,17 @@ def import_llamagen_ar(state: Mapping[str, Any], folder: str | Path, grid: tuple
             (24, 24) for those of 384 px.
 
     Raises:
-        UserError: the checkpoint is not one of LlamaGen's class-conditional transformers, or lacks weights.
+        UserError: the checkpoint is not one of LlamaGen's class-conditional transformers, lacks weights, or has some of
+            another shape.
     """
     weights = dict(_weights(state))
     if not is_llamagen_ar(weights):
         raise UserError("checkpoint: no class-conditional LlamaGen transformer (cls_embedding is missing)")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"checkpoint: {name!r} is {type(value).__name__}, no tensor: download it again")
     try:
-        codebook_size, width = weights["tok_embeddings.weight"].shape
+        codebook_size, width = _table_size(weights, "tok_embeddings.weight")
         layers = sum(name.endswith("attention.wqkv.weight") for name in weights)
         config = ARConfig(
             layers=layers,
@@ -59,19 +63,16 @@ def import_llamagen_ar(state: Mapping[str, Any], folder: str | Path, grid: tuple
             init_std=0.02,
             codebook_size=codebook_size,
             grid=grid,
-            num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
+            num_classes=_table_size(weights, "cls_embedding.embedding_table.weight")[0] - 1,
             class_names=None,
             tokenizer_content=None,
         )
-        converted = {name: tensor.float() for name, tensor in _convert(weights, layers).items()}
+        converted = _convert(weights, config)
     except KeyError as error:
         raise UserError(f"checkpoint: weight {error.args[0]!r} is missing: download it again") from None
     rest = [name for name in weights if name != "freqs_cis"]
     if rest:
         raise UserError(f"checkpoint: weight {rest[0]!r} belongs to no class-conditional LlamaGen transformer")
-    ffn_width = converted["blocks.0.ffn.down.weight"].shape[1]
-    if ffn_width != config.ffn_width:
-        raise UserError(f"checkpoint: feed-forward width {ffn_width} instead of {config.ffn_width}: no LlamaGen model")
     save_model(converted, config, folder)
     return config
 
@@ -90,25 +91,54 @@ def _heads(layers: int, width: int) -> int:
     return _HEADS[layers, width]
 
 
-def _convert(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Take each of LlamaGen's tensors out of `weights`, under our name."""
-    take = weights.pop
-    converted = {
-        "class_embedding.weight": take("cls_embedding.embedding_table.weight"),
-        "code_embedding.weight": take("tok_embeddings.weight"),
-        "norm.weight": take("norm.weight"),
-        "head.weight": take("output.weight"),
+def _table_size(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Rows and columns of an embedding, of which the sizes of the model are read."""
+    shape = tuple(weights[name].shape)
+    if len(shape) != 2 or shape[0] < 2:
+        raise UserError(f"checkpoint: weight {name!r} has shape {shape}, expected a table of two rows or more")
+    return shape
+
+
+def _convert(weights: dict[str, Tensor], config: ARConfig) -> dict[str, Tensor]:
+    """Take each of LlamaGen's tensors out of `weights`, under our name and in float32.
+
+    Raises:
+        KeyError: one is missing.
+        UserError: one has another shape than a model of these sizes.
+    """
+    with torch.device("meta"):
+        expected = ARTransformer(config).state_dict()
+    converted = {}
+    for ours, theirs in _names(config.layers).items():
+        parts = []
+        for name, part in zip(theirs, expected[ours].chunk(len(theirs)), strict=True):
+            tensor = weights.pop(name)
+            if tensor.shape != part.shape:
+                raise UserError(
+                    f"checkpoint: weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(part.shape)}: "
+                    "no LlamaGen model, or damaged: download it again"
+                )
+            parts.append(tensor.float())
+        converted[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]  # a copy only where it must be
+    return converted
+
+
+def _names(layers: int) -> dict[str, tuple[str, ...]]:
+    """LlamaGen's names of the tensors that make up each of ours, one below the other."""
+    names: dict[str, tuple[str, ...]] = {
+        "class_embedding.weight": ("cls_embedding.embedding_table.weight",),
+        "code_embedding.weight": ("tok_embeddings.weight",),
+        "norm.weight": ("norm.weight",),
+        "head.weight": ("output.weight",),
     }
     for layer in range(layers):
         theirs, ours = f"layers.{layer}", f"blocks.{layer}"
-        converted |= {
-            f"{ours}.attention_norm.weight": take(f"{theirs}.attention_norm.weight"),
-            f"{ours}.attention.qkv.weight": take(f"{theirs}.attention.wqkv.weight"),
-            f"{ours}.attention.out.weight": take(f"{theirs}.attention.wo.weight"),
-            f"{ours}.ffn_norm.weight": take(f"{theirs}.ffn_norm.weight"),
-            f"{ours}.ffn.gate_up.weight": torch.cat(
-                (take(f"{theirs}.feed_forward.w1.weight"), take(f"{theirs}.feed_forward.w3.weight"))
-            ),
-            f"{ours}.ffn.down.weight": take(f"{theirs}.feed_forward.w2.weight"),
+        names |= {
+            f"{ours}.attention_norm.weight": (f"{theirs}.attention_norm.weight",),
+            f"{ours}.attention.qkv.weight": (f"{theirs}.attention.wqkv.weight",),
+            f"{ours}.attention.out.weight": (f"{theirs}.attention.wo.weight",),
+            f"{ours}.ffn_norm.weight": (f"{theirs}.ffn_norm.weight",),
+            f"{ours}.ffn.gate_up.weight": (f"{theirs}.feed_forward.w1.weight", f"{theirs}.feed_forward.w3.weight"),
+            f"{ours}.ffn.down.weight": (f"{theirs}.feed_forward.w2.weight",),
         }
-    return converted
+    return names

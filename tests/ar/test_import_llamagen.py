@@ -111,3 +111,24 @@ def test_what_is_no_such_transformer_is_refused(tmp_path: Path) -> None:
     )
     refused(weights | {"cls_embedding.cap_proj.weight": torch.zeros(1)}, "cap_proj.weight' belongs to no")
     refused({k: v for k, v in weights.items() if "layers.1." not in k}, "1 layers of width 32 are none")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.1.attention.wqkv.weight", torch.zeros(5, 5), r"has shape \(5, 5\), expected \(96, 32\)"),
+        ("layers.0.feed_forward.w1.weight", torch.zeros(FFN, 5), r"has shape \(256, 5\), expected \(256, 32\)"),
+        ("layers.0.feed_forward.w2.weight", torch.zeros(WIDTH, 512), r"has shape \(32, 512\), expected \(32, 256\)"),
+        ("norm.weight", torch.zeros(()), r"has shape \(\), expected \(32,\)"),
+        ("tok_embeddings.weight", torch.zeros(CODES), r"has shape \(48,\), expected a table"),
+        ("cls_embedding.embedding_table.weight", torch.zeros(()), r"has shape \(\), expected a table"),
+        ("cls_embedding.embedding_table.weight", torch.zeros(1, WIDTH), r"has shape \(1, 32\), expected a table"),
+        ("output.weight", [1.0], "is list, no tensor"),
+        ("tok_embeddings.weight", None, "is NoneType, no tensor"),
+    ],
+)
+def test_weights_of_another_shape_are_named(tmp_path: Path, name: str, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=f"^checkpoint: .*{name}' {message}") as error:
+        import_llamagen_ar(llamagen_weights() | {name: value}, tmp_path, (SIDE, SIDE))
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
