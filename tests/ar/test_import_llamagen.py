@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from crt.__main__ import main
 from crt.ar import import_llamagen
 from crt.ar.generator import Generator
 from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
+from crt.ar.model import ARConfig
 from crt.errors import UserError
 from crt.tokenizer.import_llamagen import is_llamagen_tokenizer
 
@@ -94,6 +96,38 @@ def test_imported_weights_give_the_same_logits(tmp_path: Path, wrapper: str | No
 def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
     import_llamagen_ar({name: tensor.bfloat16() for name, tensor in llamagen_weights().items()}, tmp_path, (SIDE, SIDE))
     assert Generator.load(tmp_path).model.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("c2i_B_256.pt", [], 16),
+        ("c2i_B_384.pt", [], 24),
+        ("model.pt", [], 16),
+        ("step_0384000.pt", [], 16),
+        ("c2i_B_384.pt", ["--image-size", "256"], 16),
+        ("model.pt", ["--image-size", "512"], 32),
+    ],
+)
+def test_the_grid_is_that_of_the_image_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str, options: list[str], side: int
+) -> None:
+    torch.save({"model": llamagen_weights()}, tmp_path / name)
+    assert main(["import_llamagen", str(tmp_path / name), str(tmp_path / "imported"), *options]) == 0
+    assert ARConfig.load(tmp_path / "imported").grid == (side, side)
+    _, note = capsys.readouterr().err.splitlines()
+    assert f"grid of {side} x {side} codes, for images of {16 * side} px" in note
+    assert "--image-size" in note
+
+
+@pytest.mark.parametrize("size", ["250", "0", "-16"])
+def test_image_sizes_of_no_whole_grid_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, size: str) -> None:
+    torch.save(llamagen_weights(), tmp_path / "model.pt")
+    assert main(["import_llamagen", str(tmp_path / "model.pt"), str(tmp_path / "imported"), "--image-size", size]) == 2
+    error = capsys.readouterr().err
+    assert f"--image-size {size}: " in error and "give a multiple of 16" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "imported").exists()
 
 
 def test_what_is_no_such_transformer_is_refused(tmp_path: Path) -> None:

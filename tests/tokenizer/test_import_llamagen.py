@@ -217,6 +217,16 @@ def test_an_existing_folder_is_left_alone(tmp_path, capsys):
     assert not list((tmp_path / "mine").iterdir())
 
 
+def test_an_image_size_is_for_transformers(tmp_path, capsys):
+    torch.save({"model": llamagen_state()}, tmp_path / "good.pt")
+    command = ["import_llamagen", str(tmp_path / "good.pt"), str(tmp_path / "imported")]
+    assert main([*command, "--image-size", "384"]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'good.pt'}: a tokenizer" in message and "leave out --image-size" in message
+    assert message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["good.pt"]
+
+
 def test_kinds_are_told_apart():
     assert is_llamagen_tokenizer({"model": llamagen_state()})
     assert not is_llamagen_tokenizer({"model": {"tok_embeddings.weight": torch.zeros(2)}})
