@@ -72,6 +72,9 @@ def _weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 def _convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names; each attention's separate q, k and v become one convolution."""
+    for theirs, tensor in weights.items():
+        if not isinstance(tensor, Tensor) or not (tensor.ndim or theirs == _USAGE_WINDOW):
+            raise UserError(f"checkpoint: {theirs!r} holds no weights: download it again")
     converted: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():
         if theirs == _USAGE_WINDOW:
@@ -121,5 +124,10 @@ def _infer_config(weights: Mapping[str, Tensor]) -> TokenizerConfig:
             codebook_dim=codebook_dim,
             l2_normalize=True,
         )
+    except ValueError:
+        shape = tuple(weights["quantizer.codebook"].shape)
+        raise UserError(
+            f"checkpoint: the codebook has shape {shape}, expected (codes, numbers): download it again"
+        ) from None
     except (KeyError, IndexError) as error:
         raise UserError(f"checkpoint: weight {error.args[0]!r} is missing: download it again") from None

@@ -156,7 +156,10 @@ class TrainingState:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
             return int(state["step"])
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            *(RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError),
+            pickle.UnpicklingError,
+        ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: damaged ({reason}): delete it to train from the start") from None
 

@@ -201,6 +201,13 @@ def test_bad_checkpoints_have_one_clear_line(tmp_path, capsys):
         message = refused(tmp_path, capsys, {"model": {key: state[key] for key in state if key != name}})
         assert name in message
         assert "missing" in message
+    for name, wrong, words in [
+        ("encoder.mid.1.k.weight", "text", "'encoder.mid.1.k.weight' holds no weights"),
+        ("encoder.conv_in.weight", torch.tensor(1.0), "'encoder.conv_in.weight' holds no weights"),
+        ("quantize.embedding.weight", torch.zeros(8), "the codebook has shape (8,)"),
+    ]:
+        assert name in state
+        assert words in refused(tmp_path, capsys, {"model": {**state, name: wrong}})
     assert "another architecture" in refused(tmp_path, capsys, {"model": {**state, "extra.weight": torch.zeros(1)}})
 
 
