@@ -61,6 +61,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        """`total` 0: how much there is to do shows at the end, when the caller sets it; until then no share is told."""
         self.label, self.total, self.unit = label, total, unit
         self.first = self.done = done
         self.started = self.drawn = time.monotonic()
@@ -75,7 +76,7 @@ class Progress:
         if not logger.isEnabledFor(logging.INFO):  # ranks other than 0
             return
         now = time.monotonic()
-        finished = done >= self.total
+        finished = 0 < self.total <= done
         if not finished and now - self.drawn < _TERMINAL_SECONDS:
             return
         self.drawn = now
@@ -94,6 +95,8 @@ class Progress:
         elapsed = max(now - self.started, 1e-9)
         rate = (self.done - self.first) / elapsed
         share = 100 * self.done / max(self.total, 1)
+        if not self.total:
+            return f"{self.label}: {self.done} {self.unit}, {rate:.4g} {self.unit}/s"
         if self.done >= self.total:
             clock = f"took {duration(elapsed)}"
         else:

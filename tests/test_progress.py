@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from crt.progress import logger, restore_log, start_logging
+from crt.progress import Progress, logger, restore_log, start_logging
 
 
 @pytest.fixture
@@ -23,6 +23,23 @@ def test_names_that_are_no_utf8_are_escaped_in_the_log(tmp_path, capfd, no_handl
     logger.warning("left out: %s", b"caf\xe9.png".decode("utf-8", "surrogateescape"))
     assert capfd.readouterr().err.count("\n") == 1  # no traceback of the logging module
     assert (tmp_path / "data.log").read_text(encoding="utf-8").endswith(" left out: caf\\udce9.png\n")
+
+
+def test_what_is_not_known_beforehand_is_counted(tmp_path, no_handlers, monkeypatch):
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr("crt.progress.time.monotonic", lambda: float(next(now)))
+    start_logging(tmp_path / "data.log")
+    progress = Progress("listing photos", 0, "files")
+    for done in (100, 200, 300):
+        progress.update(done)
+    progress.total = 300
+    progress.update(300)
+    lines = [line.split(" ", 2)[2] for line in (tmp_path / "data.log").read_text().splitlines()]
+    assert lines == [
+        "listing photos: 100 files, 20 files/s",
+        "listing photos: 300 files, 20 files/s",
+        "listing photos: 300/300 files (100%), 15 files/s, took 20s",
+    ]
 
 
 def test_a_deleted_log_comes_back_with_its_lines(tmp_path):

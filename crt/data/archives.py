@@ -71,7 +71,10 @@ def list_tar(path: Path, name: str) -> tuple[Members, set[str]]:
     links: dict[str, str] = {}
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
+        progress = Progress(f"reading {Path(name).name}", max(end >> 20, 1), "MiB")
         for member in tar_members(file, 0, end, name):
+            progress.update(min(member.offset >> 20, progress.total - 1))
+            interrupt.raise_if_stopped()
             inside = _inside(member.name, name)
             if member.issparse():
                 raise UserError(f"{name}: {member.name} is stored as a sparse file: pack the archive without --sparse")
@@ -83,6 +86,7 @@ def list_tar(path: Path, name: str) -> tuple[Members, set[str]]:
                 # A symbolic link is relative to its own folder, a hard link to the archive's root.
                 base = posixpath.dirname(inside) if member.issym() else ""
                 links[inside] = _link_target(member.linkname, name, base)
+        progress.update(progress.total)
     return _with_links(members, links), folders
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from crt.data.archives import archive_kind, list_tar, list_zip, unpacked
 from crt.data.listing import PLACE, Container
 from crt.errors import UserError
+from crt.interrupt import raise_if_stopped
+from crt.progress import Progress
 
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
@@ -71,14 +73,20 @@ def folder_tree(root: Path) -> Tree:
 
     Raises:
         UserError: a folder cannot be read.
+        Stopped: a signal arrived.
     """
     states: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
+    progress = Progress(f"listing {root.name}", 0, "files")
     for name, state in _walk(root, "", (os.path.realpath(root),)):
+        progress.update(len(states))
+        raise_if_stopped()
         if state is None:
             folders.add(name)
         else:
             states[name] = state
+    progress.total = len(states)
+    progress.update(len(states))
     files = sorted(states)
     places = np.fromiter(((0, 0, states[name][0], -1, states[name][1]) for name in files), PLACE, len(files))
     return Tree(str(root), Container(str(root), "folder"), files, places, folders)
