@@ -16,7 +16,7 @@ from crt.params import Params, load_params
 
 # Assumed shares of the peak rate. Measured on one H200 (benchmarks/stage1.md, stage2.md, tokens.md): stage 2 of 775M
 # 0.40, stage 1 without LPIPS 0.27, encoding 0.27 of TF32; less here for several GPUs and LPIPS. The paper's stage 2
-# reached 0.15 and its stage 1, LPIPS not counted, 0.09 (84 and 72 hours on 8 A100).
+# reached 0.15 and its stage 1 0.10 (84 and 72 hours on 8 A100).
 _MFU = {"train_ar": 0.35, "train_tokenizer": 0.20}
 # Drawing code by code reads all weights for each: far below what training reaches.
 _MFU_SAMPLE = 0.05
@@ -135,7 +135,7 @@ def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any)
             f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{gpu_hours / cluster.gpus:10.3g} {gpu_hours:10.3g}  {work.text}"  # noqa: E501
         )
     print(f"{'all':16} {'':>10} {'':>5} {'':9}{total / cluster.gpus:10.3g} {total:10.3g}")
-    print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...), LPIPS's network is not counted")
+    print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...)")
 
 
 def _print_memory(ways: Any, cluster: Any, compiled: bool) -> None:
