@@ -341,7 +341,9 @@ def publish(run: StageRun) -> Manifest:
     # Beside the output, not in it: a result's bytes do not tell how long it took.
     seconds = run.seconds_before() + time.monotonic() - run.started
     write_json(_cost_file(run.out), {"fingerprint": run.fingerprint, "seconds": round(seconds, 1)})
-    shutil.rmtree(run.work)
+    # On NFS a file that some process has open yet stays under another name, and its folder with it: `clear_work`
+    # removes them at the next call.
+    shutil.rmtree(run.work, ignore_errors=True)
     return read_manifest(run.out)
 
 

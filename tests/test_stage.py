@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -164,6 +165,22 @@ def test_what_a_kill_left_of_a_published_run_is_removed(tmp_path, chain):
     next((tmp_path / "ar").glob("complete-*")).unlink()
     clear_work(again)
     assert run.work.exists()
+
+
+def test_work_that_cannot_be_removed_yet_does_not_fail_a_published_run(tmp_path, chain, monkeypatch):
+    """As on NFS, where a file that is still open keeps its folder."""
+    make, params = chain
+
+    def refused(*_, **__):
+        raise OSError(errno.ENOTEMPTY, "not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refused)
+        run = make("train_ar", ("tokens",))
+        assert read_manifest(run.out).stage == "train_ar"
+        assert run.work.exists()
+    clear_work(open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar"))
+    assert not run.work.exists()
 
 
 def test_working_state_of_other_params_is_not_resumed(tmp_path, chain):

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from crt.data.packed import PackedImages
-from crt.data.pool import WORKER_KILLED, heed_only_parent
+from crt.data.pool import WORKER_KILLED, available_cpus, heed_only_parent
 from crt.data.sampler import batch_rows, rank_slice
 from crt.data.transforms import center_crop, crop_at
 from crt.errors import UserError
@@ -231,7 +231,7 @@ def _explained(error: Exception) -> Exception:
 
 def num_workers(world_size: int) -> int:
     """Decoding workers of this process: its share of the CPUs that it may use, less one for itself; at least one."""
-    cpus = len(os.sched_getaffinity(0))
+    cpus = available_cpus()
     # srun usually binds each task to CPUs of its own; processes of one machine share all that the node gives.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if "SLURM_CPUS_PER_TASK" in os.environ else str(world_size)))
     return min(max(cpus // local - 1, 1), MAX_WORKERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TypeVar
 
 from crt import interrupt
 from crt.errors import UserError
 
+_NO_QUOTA = 2**16
 WORKER_KILLED = (
     "a worker process was killed, most likely for want of memory: free some and run the same command again; "
     "finished work is kept"
@@ -58,8 +62,27 @@ def ordered_map(
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, which on a shared node are fewer than there are."""
-    return len(os.sched_getaffinity(0))
+    """CPUs that this process may use, which on a shared node or in a container are fewer than there are."""
+    return max(1, min(len(os.sched_getaffinity(0)), _cpu_quota()))
+
+
+def _cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """CPUs whose time the control groups of this process may use, rounded up; a container is limited so."""
+    try:
+        # The line of version 2 of control groups: 0::/path. In a container the path is mostly /.
+        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return _NO_QUOTA
+    group = root / path.lstrip("/")
+    quotas = [_NO_QUOTA]
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):
+            most, period = (folder / "cpu.max").read_text().split()
+            if most != "max":
+                quotas.append(math.ceil(int(most) / int(period)))
+        if folder == root:
+            break
+    return min(quotas)
 
 
 def heed_only_parent() -> None:

@@ -188,6 +188,7 @@ def test_what_pytorch_says_of_a_killed_worker_is_explained_and_nothing_else(erro
 def test_workers_share_the_cpus_of_a_node(monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("crt.data.pool._cpu_quota", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert num_workers(1) == 16 and num_workers(8) == 7
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from crt.data.pool import available_cpus, ordered_map
+from crt.data.pool import _cpu_quota, available_cpus, ordered_map
 from crt.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -110,4 +110,24 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_cpus_are_those_that_may_be_used():
-    assert available_cpus() == len(os.sched_getaffinity(0)) >= 1
+    assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("own", "quotas", "expected"),
+    [
+        ("0::/\n", {"": "250000 100000"}, 3),  # a container sees its own group as the root
+        ("1:cpu:/\n0::/a/b\n", {"a": "400000 100000", "a/b": "max 100000"}, 4),  # the tightest of all above counts
+        ("0::/a\n", {"a": "20000 100000"}, 1),
+        ("0::/a\n", {}, 2**16),
+        ("1:cpu:/\n", {"": "100000 100000"}, 2**16),  # version 1 has no such file
+        (None, {}, 2**16),
+    ],
+)
+def test_a_containers_quota_of_time_counts_as_so_many_cpus(tmp_path, own, quotas, expected):
+    for folder, quota in quotas.items():
+        (tmp_path / "cgroup" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / folder / "cpu.max").write_text(f"{quota}\n")
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert _cpu_quota(tmp_path / "cgroup", tmp_path / "own") == expected
