@@ -39,6 +39,7 @@ WAVES: list[dict[str, str]] = [
         "--compile",
         "sampling_XL_256": "sampling.py --llamagen {llamagen} --gpu --sizes XL --batches 256",
     },
+    {"stage1_preset": "stage1.py --preset --batch 128 --turns 8 --precision bf16 --compile"},
     {"sampling_3B_256": "sampling.py --llamagen {llamagen} --gpu --sizes 3B --batches 256"},
     {"stage2_3B": "stage2.py --side ours --model 3B --batch 16 --precision bf16 --compile"},
     {

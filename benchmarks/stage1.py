@@ -7,8 +7,9 @@ first step, no LPIPS. Ours is the real stage with its data loading and logging, 
 lambda 0; LlamaGen's step is run inside its progress report, so the two alternate in one process. Ratios are medians
 over the turns: ours is so many times faster. With `--images` (any folder with pictures below it), weights imported from
 LlamaGen's format are held against its own code on them, in float32: codes that differ, and the largest difference of
-a decoded pixel. The last line of the output is one JSON object; on a GPU it also tells
-images/s, peak memory, share of the bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
+a decoded pixel. `--preset` measures ours alone as the preset has it, with regularizer and LPIPS (random weights serve
+for speed). The last line of the output is one JSON object; on a GPU it also tells images/s, peak memory, share of the
+bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
+from torchvision.models import vgg16
 from turn import await_turn
 
 from crt.__main__ import main as crt_main
@@ -49,7 +51,8 @@ COMPARED_IMAGES = {"VQ-16": 32, "VQ-8": 8}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--llamagen", type=Path, required=True, help="clone of LlamaGen's repository")
+    parser.add_argument("--llamagen", type=Path, help="clone of LlamaGen's repository")
+    parser.add_argument("--preset", action="store_true", help="our step as the ImageNet preset has it, alone")
     parser.add_argument("--images", type=Path, help="pictures on which imported weights are compared")
     parser.add_argument("--batch", type=int, default=2, help="images per step and per call")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
@@ -57,7 +60,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks for training")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, for the share of it that is used")
     args = parser.parse_args()
-    sys.path.insert(0, str(args.llamagen.resolve()))
+    if args.preset == (args.llamagen is not None):
+        parser.error("give --llamagen or --preset")
+    if args.llamagen:
+        sys.path.insert(0, str(args.llamagen.resolve()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -70,12 +76,14 @@ def main() -> None:
     for precision in args.precision:
         with tempfile.TemporaryDirectory() as name:
             found = measure_training(Path(name), args, precision, device)
-            found |= measure_inference(Path(name), args, precision, device)
+            if not args.preset:
+                found |= measure_inference(Path(name), args, precision, device)
         print(precision, json.dumps(found), flush=True)
         figures[precision] = found
     # The first precision's ratios stand at the top too.
     for key in ("train_ratio", "encode_ratio", "decode_ratio"):
-        figures[key] = figures[args.precision[0]][key]
+        if not args.preset:
+            figures[key] = figures[args.precision[0]][key]
     print(json.dumps(figures))
 
 
@@ -127,7 +135,7 @@ def measure_training(
 ) -> dict[str, float | list[float]]:
     """Seconds per step of both sides, in turns."""
     params_file = write_inputs(folder, args, precision)
-    theirs = llamagen_step(args, precision, device)
+    theirs = (lambda: None) if args.preset else llamagen_step(args, precision, device)
     ours_seconds: list[float] = []
     their_seconds: list[float] = []
 
@@ -156,17 +164,20 @@ def measure_training(
     ours_seconds, their_seconds = ours_seconds[WARMUP:], their_seconds[WARMUP:]
     step = statistics.median(ours_seconds)
     figures: dict[str, float | list[float]] = {
-        "train_ratio": statistics.median(their_seconds) / step,
         "train_seconds": ours_seconds,
-        "train_seconds_llamagen": their_seconds,
         "images_per_second": args.batch / step,
         "days_of_400k_steps": PAPER_STEPS * PAPER_BATCH * step / args.batch / 86400,
     }
+    if not args.preset:
+        figures |= {
+            "train_ratio": statistics.median(their_seconds) / step,
+            "train_seconds_llamagen": their_seconds,
+        }
     if device.type == "cuda":
         # Of both sides' networks together.
         figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if args.peak_tflops:
-        flops = tokenizer_flops_per_image(load_params(params_file).train_tokenizer, with_regularizer=False)
+        flops = tokenizer_flops_per_image(load_params(params_file).train_tokenizer, with_regularizer=args.preset)
         figures["share_of_peak"] = flops * args.batch / step / (args.peak_tflops * 1e12)
     return figures
 
@@ -181,7 +192,12 @@ def write_inputs(folder: Path, args: argparse.Namespace, precision: str) -> Path
         picture.save(folder / "images" / "ab"[number % 2] / f"{number}.png")
     yaml = YAML()
     values = yaml.load((ROOT / "presets/imagenet256.yaml").read_text(encoding="utf-8"))
-    values["lambda"] = 0.0
+    loss = values["train_tokenizer"]["loss"]
+    if args.preset:
+        loss["lpips_weights"] = str(folder / "vgg16.pth")
+        torch.save(vgg16(weights=None).state_dict(), loss["lpips_weights"])
+    else:
+        values["lambda"] = loss["lpips_weight"] = 0.0
     values["prepare_data"] |= {
         "source": "imagefolder", "path": str(folder / "images"), "storage": "pixels", "image_size": SIZE,
         "val_fraction": 0.1,
@@ -191,7 +207,6 @@ def write_inputs(folder: Path, args: argparse.Namespace, precision: str) -> Path
         "steps": WARMUP + args.turns, "batch_size": args.batch, "min_crop": 1.0, "precision": precision,
         "compile": args.compile, "validate_every": 10**6, "checkpoint_every": 10**6,
     }  # fmt: skip
-    values["train_tokenizer"]["loss"]["lpips_weight"] = 0.0
     values["train_tokenizer"]["discriminator"]["start_step"] = 0
     with open(folder / "params.yaml", "w", encoding="utf-8") as file:
         yaml.dump(values, file)
