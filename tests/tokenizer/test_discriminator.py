@@ -52,6 +52,7 @@ def test_stylegan_halves_with_a_filter_that_keeps_constants():
 
 @pytest.mark.parametrize(("kind", "layers"), [("patchgan", 3), ("stylegan", 5)])
 def test_more_halvings_than_the_image_has_are_refused(tmp_path, kind, layers):
-    changes = {"train_tokenizer.discriminator.kind": kind, "train_tokenizer.discriminator.layers": layers}
+    discriminator = {"kind": kind, "layers": layers, "start_step": 0}
+    changes = {f"train_tokenizer.discriminator.{key}": value for key, value in discriminator.items()}
     with pytest.raises(UserError, match=r"discriminator\.layers"):
         load_params(write_params(tmp_path / "params.yaml", changes, base=ROOT / "params.yaml"))

@@ -55,17 +55,21 @@ def same_files(a, b) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
 
 
+class Died(BaseException):
+    """What no one catches."""
+
+
 def end_in_the_middle(monkeypatch, runs, name, at, **changes):
     """A run that dies without any clearing up after some step."""
 
     class Dying(Progress):
         def update(self, done, **figures):
             if done == at:
-                raise KeyboardInterrupt
+                raise Died
 
     with monkeypatch.context() as patch:
         patch.setattr(train_tokenizer, "Progress", Dying)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Died):
             runs.train(name, **changes)
     assert not runs.out(name).exists()
 
@@ -200,9 +204,9 @@ def reached_after(runs, steps, changes):
     class Ending(Progress):
         def update(self, done, **figures):
             if done == steps + 1:
-                raise KeyboardInterrupt
+                raise Died
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
         patch.setattr(train_tokenizer, "Progress", Ending)
         runs.train("whole", **changes | {"checkpoint_every": steps})
     (checkpoint,) = runs.folder.glob("whole/.work/*/checkpoint.pt")
