@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from crt import interrupt, slurm
-from crt.errors import UserError
+from crt.errors import LocalError, UserError
 from crt.launch import environment_rank, keep_freed_memory
 
 _COLLECTIVE_MINUTES = 30
@@ -98,10 +98,13 @@ def main_alone(world: World) -> Iterator[None]:
 
 @contextmanager
 def reported_once(world: World) -> Iterator[None]:
-    """Let rank 0 alone report a mistake that every process meets: the others end with the same status, silently."""
+    """Let rank 0 alone report a mistake that every process meets: the others end with the same status, silently.
+
+    A `LocalError` is reported by whoever meets it.
+    """
     try:
         yield
-    except UserError:
-        if world.is_main:
+    except UserError as error:
+        if world.is_main or isinstance(error, LocalError):
             raise
         raise SystemExit(2) from None

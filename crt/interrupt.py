@@ -26,6 +26,7 @@ def listen() -> None:
     """
     for signum in SIGNALS:
         signal.signal(signum, _receive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `crt.processes` blocks them until here
 
 
 def stop_requested() -> int | None:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 from crt import interrupt
@@ -24,6 +24,7 @@ _GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 # Of Linux's sys/prctl.h.
 _PR_SET_PDEATHSIG = 1
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 def run_together(processes: int, arguments: Sequence[str]) -> int:
@@ -55,15 +56,15 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
     for rank in range(processes):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "crt", *arguments]
-        first = _followed_to_death()  # this process has one thread, so the child may do it before it becomes Python
-        children.append(subprocess.Popen(command, env=own, preexec_fn=first))  # noqa: PLW1509
+        # This process has one thread, so the child may do it before it becomes Python.
+        children.append(subprocess.Popen(command, env=own, preexec_fn=_first))  # noqa: PLW1509
         if asked:
             _ask(children[-1], asked[0])
-    return _wait(children, asked)
+    return _wait(children)
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:
-    """The status of `run_together`; `asked` holds the signal that was passed on, from when it was."""
+def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The status of `run_together`."""
     stops = {128 + signum for signum in interrupt.SIGNALS}
     status, deadline = 0, float("inf")
     running = dict(enumerate(children))
@@ -73,13 +74,12 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], asked: Sequence[int]) -> 
             if code is None:
                 continue
             del running[rank]
-            # One that was asked before it listened is ended by the signal itself.
-            stopped = code in stops or bool(asked and -code in interrupt.SIGNALS)
             if code and not status:
                 status = code if code > 0 else 128 - code
-                if code < 0 and not stopped:
+                if code < 0:
                     _say(rank, len(children), signal.Signals(-code))
-            if code and not stopped:
+            # Those that stop on request wait for the first one, which saves; nobody has to wait once that is gone.
+            if rank == 0 or (code and code not in stops):
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         if running and time.monotonic() > deadline:
             for child in running.values():
@@ -102,13 +102,15 @@ def _ask(child: subprocess.Popen[bytes], signum: int) -> None:
     child.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)
 
 
-def _followed_to_death() -> Callable[[], None] | None:
-    """What a child does first: ask to be stopped when its parent is gone; None where the system has no such thing."""
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
-        return None
-    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+def _first() -> None:
+    """What a child does before all else.
+
+    It puts off signals until it listens: died of one before, the others would wait for it to join them. And it asks to
+    be stopped when its parent is gone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _free_port() -> int:

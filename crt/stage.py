@@ -31,6 +31,8 @@ from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _SECONDS = "seconds.json"
+# What may lie in a folder that is empty to a person; NFS keeps files that are still open as .nfs*.
+_CLUTTER = (".gitignore", ".gitkeep", ".DS_Store")
 _STAMP = re.compile(r"complete-[0-9a-f]{16}")
 # How every manifest begins, also one that was cut short.
 _MANIFEST_START = '{\n  "schema"'
@@ -239,7 +241,9 @@ def check_out(out: Path, read: Mapping[str, str | Path]) -> None:
 def _check_replaceable(out: Path) -> None:
     """Raises UserError where `out` is neither missing, nor empty, nor a stage's output."""
     if out.is_dir():
-        if os.listdir(out) and not _is_result(out):
+        if not _is_result(out) and any(
+            name not in _CLUTTER and not name.startswith(".nfs") for name in os.listdir(out)
+        ):
             raise UserError(f"{out}: exists and is no stage's output: choose another folder, or empty it")
     elif out.exists():
         raise UserError(f"{out}: exists and is a file: choose another folder")

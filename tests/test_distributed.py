@@ -7,9 +7,22 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from crt.distributed import World, reported_once
+from crt.errors import LocalError, UserError
 from crt.processes import _free_port
 from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_alone_meets_it_reports_itself(rank):
+    world = World(rank, 2, rank, torch.device("cpu"))
+    with pytest.raises(LocalError), reported_once(world):
+        raise LocalError("a damaged image")
+    with pytest.raises(SystemExit if rank else UserError), reported_once(world):
+        raise UserError("a wrong value")
+
 
 SCRIPT = """
 import sys, time

@@ -67,6 +67,22 @@ def test_a_mistake_is_one_line_and_status_2(runs):  # noqa: F811
     assert said.count("error: ") == 1 and "Traceback" not in said
 
 
+def test_a_signal_before_all_of_them_listen_stops_all_soon_after(runs, tmp_path, monkeypatch):  # noqa: F811
+    """One that died of it would leave the others waiting for it to join them."""
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late/sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(6)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'late'}:{ROOT}")
+    parent = start(runs.arguments("run", **LONG))
+    wait_for(lambda: len(children_of(parent.pid)) == 2)
+    time.sleep(3)
+    parent.send_signal(signal.SIGTERM)
+    said = parent.communicate(timeout=120)[1]
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert "run the same command to continue" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_of_them_is_one_request_to_save_and_stop(training, signum):
     """As a scheduler sends it to every process of a job step, and a terminal to every one in the foreground."""

@@ -277,8 +277,9 @@ def test_what_no_stage_made_is_never_replaced(tmp_path, chain, make, message):
         lambda out: next(out.glob("complete-*")).unlink(),
         lambda out: [next(out.glob("complete-*")).unlink(), os.truncate(out / MANIFEST, 100)],
         lambda out: [shutil.rmtree(out), out.mkdir()],
+        lambda out: [shutil.rmtree(out), out.mkdir(), (out / ".gitignore").touch(), (out / ".nfs0001").touch()],
     ],
-    ids=["no manifest", "damaged manifest", "no stamp", "no stamp and a manifest cut short", "empty"],
+    ids=["no manifest", "damaged manifest", "no stamp", "no stamp and a manifest cut short", "empty", "hidden"],
 )
 def test_a_damaged_result_or_an_empty_folder_is_replaced(tmp_path, chain, damage):
     make, _params = chain

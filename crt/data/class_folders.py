@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from crt.data.decode import Undecodable
 from crt.data.listing import Listing, printable, read_entry, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names
@@ -26,6 +27,8 @@ EXTENSIONS = (
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
 _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
+# Names that mean a split also where other folders stand beside it, or none.
+_PLAIN_VAL = ("val", "valid", "validation", "test")
 # The class of images that lie in no class folder.
 _ONE_CLASS = "images"
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
@@ -55,7 +58,8 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     roots = _split_roots(tree, notes)
     found: dict[str, dict[str, list[int]]] = {}
     for split, root in roots.items():
-        if split == "val" and f"{root}{_ANNOTATIONS}" in tree.files:
+        sorted_already = split == "val" and not _folders_in(tree, root).isdisjoint(found["train"])
+        if split == "val" and not sorted_already and f"{root}{_ANNOTATIONS}" in tree.files:
             found[split] = _annotated_images(tree, root)
         else:
             # Validation images without classes belong to training images without classes.
@@ -132,10 +136,15 @@ def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:
         UserError: a line without a class, or an image without a line.
     """
     name = f"{root}{_ANNOTATIONS}"
-    data = read_entry([tree.container], name, tree.places[tree.files.index(name)])
+    try:
+        data = read_entry([tree.container], name, tree.places[tree.files.index(name)])
+    except Undecodable as error:
+        raise UserError(f"{tree.name}: {name} cannot be read ({error}): get the data set again") from None
     assert isinstance(data, bytes)
     classes: dict[str, str] = {}
     for number, line in enumerate(data.decode("utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
         image, _, rest = line.partition("\t")
         classes[image] = rest.partition("\t")[0].strip()
         if not classes[image]:
@@ -216,7 +225,7 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     while True:
         top = _folders_in(tree, root)
         train, val = _named(top, _TRAIN_FOLDERS), _named(top, _VAL_FOLDERS)
-        if len(train) == 1 and top == {*train, *val}:
+        if len(train) == 1 and top == {*train, *val} and (val or train == ["train"]):
             if not val:
                 notes.append(f"{tree.name}: has {train[0]}/ only: validation images are set aside from it")
                 return {"all": f"{root}{train[0]}/"}
@@ -225,13 +234,14 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
                 f"{tree.name}: training images are those of {train[0]}/, validation images those of {val[0]}/{unused}"
             )
             return {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
-        if train and val:
+        plain = "train" in top and not top.isdisjoint(_PLAIN_VAL)
+        if plain or (train and val and top == {*train, *val}):
             strange = min(top - {train[0], *val})
             raise UserError(
                 f"{tree.name}: folder {root}{strange} beside {train[0]}/ and {val[0]}/: "
                 "neither split nor class: move it"
             )
-        if val and top == set(val):
+        if top and top <= set(_PLAIN_VAL):
             raise UserError(
                 f"{tree.name}: holds {root}{val[0]}/ but no train/: add it, or give the class folders alone"
             )

@@ -23,7 +23,7 @@ from crt.data.packed import PackedImages
 from crt.data.pool import WORKER_KILLED, available_cpus, heed_only_parent
 from crt.data.sampler import batch_rows, rank_slice
 from crt.data.transforms import center_crop, crop_at
-from crt.errors import UserError
+from crt.errors import LocalError, UserError
 from crt.randomness import numpy_generator
 
 MAX_WORKERS = 16
@@ -222,11 +222,11 @@ def _explained(error: Exception) -> Exception:
     if not is_killed:
         return error
     if "Bus error" in text:
-        return UserError(
+        return LocalError(
             "a worker process found no room in shared memory (/dev/shm): enlarge that and run the same command again; "
             "finished work is kept"
         )
-    return UserError(WORKER_KILLED)
+    return LocalError(WORKER_KILLED)
 
 
 def num_workers(world_size: int) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 
 from crt.data.decode import Undecodable, decode
 from crt.data.listing import printable
-from crt.errors import UserError
+from crt.errors import LocalError, UserError
 
 INDEX = "index.json"
 SCHEMA = 1
@@ -86,7 +86,7 @@ class PackedImages:
             return decode(self.encoded(index))
         except Undecodable as error:
             shard, row = self._locate(index)
-            raise UserError(
+            raise LocalError(
                 f"{self._files[shard]}: image {row} ({printable(self.source_id(index))}) is damaged ({error}): "
                 f"delete {self.folder} and run prepare_data again"
             ) from None

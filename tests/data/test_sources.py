@@ -417,6 +417,20 @@ def test_tiny_imagenets_annotations_must_be_whole(refused, make, tmp_path):
     assert "val_annotations.txt: line 2 gives no class" in refused(path=root)
 
 
+def test_validation_images_that_were_sorted_need_no_annotations(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "tiny" / "train", {"a": 2, "b": 2}).parent
+    make.class_folders(root / "val", {"a": 1, "b": 2}, first_seed=50)
+    make.write(root / "val" / "val_annotations.txt", b"val_0.JPEG\ta\t0\t0\t1\t1\n")
+    status, out = prepare(path=root)
+    assert status == 0 and PackedImages(out, "val").labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("names", [["exam", "test", "training"], ["testing", "validation"], ["Train", "bus"]])
+def test_folders_named_like_splits_are_classes_beside_others(prepare, make, tmp_path, names):
+    status, out = prepare(path=make.class_folders(tmp_path / "images", dict.fromkeys(names, 3)))
+    assert status == 0 and PackedImages(out, "train").class_names == sorted(names)
+
+
 def test_validation_images_outside_the_classes_of_training_are_refused(refused, make, tmp_path):
     root = make.class_folders(tmp_path / "pets" / "train", {"cat": 2, "dog": 2}).parent
     make.class_folders(root, {"test": 2}, first_seed=50)
