@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _received: list[int] = []
+_received_at: list[float] = []
+_ONE_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -21,8 +24,8 @@ class Stopped(Exception):
 def listen() -> None:
     """Record the signals instead of dying; a second SIGINT ends the process at once.
 
-    Other signals come twice without being meant so: from a scheduler that reaches every process of a job, and from the
-    parent that passes on its own.
+    It must come a moment later: a terminal and a scheduler reach every process, and a parent passes its own on, so one
+    request arrives twice. Other signals are never sent again to hurry.
     """
     for signum in SIGNALS:
         signal.signal(signum, _receive)
@@ -45,7 +48,9 @@ def raise_if_stopped() -> None:
 
 
 def _receive(signum: int, frame: FrameType | None) -> None:
-    if signum == signal.SIGINT and signum in _received:
+    if signum == signal.SIGINT and signum in _received and time.monotonic() - _received_at[0] > _ONE_REQUEST_SECONDS:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
+    if not _received:
+        _received_at[:] = [time.monotonic()]
     _received.append(signum)

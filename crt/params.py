@@ -27,6 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+MAX_CODEBOOK = 2**31
 # LPIPS halves the image four times, and needs a pixel after that.
 LPIPS_MIN_SIDE = 16
 GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -120,7 +121,7 @@ class Architecture(Section):
 class Quantizer(Section):
     """Codebook and how it learns."""
 
-    codebook_size: Annotated[int, Field(ge=2, le=2**31)]
+    codebook_size: Annotated[int, Field(ge=2, le=MAX_CODEBOOK)]
     codebook_dim: PositiveInt
     l2_normalize: bool
     update: Literal["gradient", "ema"]

@@ -47,11 +47,11 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
         if not asked:
             asked.append(signum)
             for child in children:
-                _ask(child, signum)
+                child.send_signal(signum)
 
     for signum in interrupt.SIGNALS:
         signal.signal(signum, pass_on)
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     for rank in range(processes):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -59,7 +59,7 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
         # This process has one thread, so the child may do it before it becomes Python.
         children.append(subprocess.Popen(command, env=own, preexec_fn=_first))  # noqa: PLW1509
         if asked:
-            _ask(children[-1], asked[0])
+            children[-1].send_signal(asked[0])
     return _wait(children)
 
 
@@ -69,10 +69,9 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     status, deadline = 0, float("inf")
     running = dict(enumerate(children))
     while running:
-        for rank, child in list(running.items()):
-            code = child.poll()
-            if code is None:
-                continue
+        ended = {rank: code for rank, child in running.items() if (code := child.poll()) is not None}
+        # A killed one comes first: it is why others, seen to end at the same time, failed.
+        for rank, code in sorted(ended.items(), key=lambda entry: entry[1]):
             del running[rank]
             if code and not status:
                 status = code if code > 0 else 128 - code
@@ -97,11 +96,6 @@ def _say(rank: int, processes: int, signum: signal.Signals) -> None:
     )
 
 
-def _ask(child: subprocess.Popen[bytes], signum: int) -> None:
-    # A terminal's Ctrl-C reaches every process by itself, and a second SIGINT means "at once".
-    child.send_signal(signal.SIGTERM if signum == signal.SIGINT else signum)
-
-
 def _first() -> None:
     """What a child does before all else.
 
@@ -113,7 +107,8 @@ def _first() -> None:
         _prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing uses at the moment."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -11,7 +11,7 @@ import torch
 
 from crt.distributed import World, reported_once
 from crt.errors import LocalError, UserError
-from crt.processes import _free_port
+from crt.processes import free_port
 from tests.conftest import ROOT
 
 
@@ -43,7 +43,7 @@ with d.join_world() as world:
 
 @pytest.mark.parametrize("how, together", [("alone", True), ("in a collective", False)])
 def test_the_others_wait_for_the_first_one_longer_than_in_a_collective(how, together):
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, how],

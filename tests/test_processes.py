@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_a_signal_to_all_of_them_is_one_request_to_save_and_stop(training, signu
     assert parent.returncode == 128 + signum
     assert "run the same command to continue" in said and "Traceback" not in said and "error" not in said
     assert list(out.parent.glob(".work/*/checkpoint.pt"))
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once_and_an_echo_of_the_first_does_not():
+    code = (
+        "import os, signal, sys, time; from crt import interrupt\n"
+        "interrupt.listen()\n"
+        "for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+        "print(interrupt.stop_requested(), flush=True); time.sleep(1.1)\n"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(5); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "2\n")
 
 
 def test_if_one_is_killed_the_others_end_and_it_is_said(training):

@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from crt import cpu
 from crt.errors import UserError
 from crt.stage import write_json
-from crt.tokens.layout import UNKNOWN
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -124,7 +123,7 @@ def config_from_params(model: Any, codes: Any) -> ARConfig:
         grid=tuple(codes.grid),
         num_classes=codes.num_classes,
         class_names=tuple(codes.class_names),
-        tokenizer_content=None if codes.tokenizer_content == UNKNOWN else codes.tokenizer_content,
+        tokenizer_content=codes.known_tokenizer,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from crt.data.packed import PackedImages
 from crt.errors import UserError
+from crt.params import MAX_CODEBOOK
 from crt.pipeline import recipe_fingerprint, stage_version
 from crt.progress import Progress, start_logging
 from crt.stage import StageRun, check_out, exclusive, publish
@@ -24,8 +25,6 @@ from crt.tokens.views import view_names
 
 # Of ten crops, the one that validation uses: the centre.
 _CENTRE_CROP = 4
-# As crt/params.py allows.
-_MAX_CODEBOOK = 2**31
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,9 +137,9 @@ def _codebook(args: argparse.Namespace, num_tokens: int) -> tuple[int, tuple[int
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise UserError(f"{args.folders[0]}: {num_tokens} tokens form no square: state --tokenizer")
-    if not 2 <= args.codebook_size <= _MAX_CODEBOOK:
+    if not 2 <= args.codebook_size <= MAX_CODEBOOK:
         raise UserError(
-            f"--codebook-size {args.codebook_size}: give the number of codes, 2 to {_MAX_CODEBOOK}, such as 16384"
+            f"--codebook-size {args.codebook_size}: give the number of codes, 2 to {MAX_CODEBOOK}, such as 16384"
         )
     return args.codebook_size, (side, side), UNKNOWN
 

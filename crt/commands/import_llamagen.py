@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint, such as vq_ds16_c2i.pt or c2i_B_256.pt")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the result goes; must not exist yet")
-    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images that a transformer writes, which its weights do not tell; default: 384 where the file's name has this number, else 256")  # fmt: skip  # noqa: E501
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the images that a transformer writes, which its weights do not tell; "
+        f"default: {_LARGE} where the file's name has this number, else {_USUAL}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -135,8 +135,7 @@ def _draw(caches: list[TokenCache], data: Path, tokenizer_folder: Path, out: Pat
 
 def _check_tokenizer(cache: TokenCache, tokenizer: Tokenizer, folder: Path) -> None:
     content = content_of(folder)
-    known = cache.tokenizer_content != UNKNOWN
-    if (known and content != cache.tokenizer_content) or tokenizer.codebook_size != cache.codebook_size:
+    if cache.known_tokenizer not in (None, content) or tokenizer.codebook_size != cache.codebook_size:
         raise UserError(
             f"{folder}: is not the tokenizer that made the codes in {cache.folder / cache.header.index_name} "
             f"(content {content[:16]}, not {cache.tokenizer_content[:16]}): name that one"

@@ -195,7 +195,7 @@ def protocol(params: Evaluate, networks: Networks, sources: Sources, reference: 
     return {
         "features": networks.features.name,
         "features_sha256": networks.features.checksum,
-        "features_image_size": params.image_size or sources.samples.image_size,
+        "features_image_size": networks.features.image_size or sources.samples.image_size,
         "features_resize": networks.features.resize,
         "features_precision": "float32, statistics float64",
         "reconstruction_reference": sources.val.name,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -128,26 +129,30 @@ def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatu
     path = folder / CLASSIFIER_FILE
     with main_alone(world):
         if world.is_main and not path.exists():
-            train = SplitSource(run.inputs["data"], "train", image_size, content)
             try:
                 with exclusively(folder):
                     if not path.exists():
-                        folder.mkdir(exist_ok=True)
-                        train_classifier(
-                            train.read_rows,
-                            labels=train.labels,
-                            classes=train.images.num_classes,
-                            image_size=image_size,
-                            params=params,
-                            seed=seed,
-                            path=path,
-                            device=world.device,
-                        )
+                        _train_classifier(run, world, image_size, path)
             except Stopped:
                 if world.size == 1:
                     raise
     raise_if_any_stopped(world)
     return ClassifierFeatures(path, world.device)
+
+
+def _train_classifier(run: StageRun, world: World, image_size: int, path: Path) -> None:
+    train = SplitSource(run.inputs["data"], "train", image_size, run.manifests["prepare_data"].content)
+    path.parent.mkdir(exist_ok=True)
+    train_classifier(
+        train.read_rows,
+        labels=train.labels,
+        classes=train.images.num_classes,
+        image_size=image_size,
+        params=run.params.evaluate.classifier,
+        seed=run.params.seed,
+        path=path,
+        device=world.device,
+    )
 
 
 def _write_results(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from crt.errors import UserError
-from crt.tokens.layout import CacheHeader, ShardRecord, check_size, read_index, read_shard
+from crt.tokens.layout import UNKNOWN, CacheHeader, ShardRecord, check_size, read_index, read_shard
 from crt.tokens.mapping import announce, map_end_to_end
 
 SPLITS = ("train", "val")
@@ -95,6 +95,11 @@ class TokenCache:
     def tokenizer_content(self) -> str:
         """Content digest of the tokenizer that made the codes."""
         return self.header.tokenizer_content
+
+    @property
+    def known_tokenizer(self) -> str | None:
+        """`tokenizer_content`, or None where an import could not tell."""
+        return None if self.tokenizer_content == UNKNOWN else self.tokenizer_content
 
     @property
     def data_content(self) -> str:
