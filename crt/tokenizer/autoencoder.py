@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crt.tokenizer.attention import attend
+from crt.tokenizer.convolution import Convolution
 from crt.tokenizer.norm import GroupNorm
 
 NORM_EPS = 1e-6
@@ -28,10 +29,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = GroupNorm(norm_groups, in_channels, NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Convolution(in_channels, out_channels)
         self.norm2 = GroupNorm(norm_groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Convolution(out_channels, out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

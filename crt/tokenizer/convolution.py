@@ -1,0 +1,135 @@
+"""3x3 convolutions at the speed that encoding and decoding large images in float32 on a CPU asks for.
+
+There, and where the network is wide, they go by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016, arXiv
+1509.09308): a tile of 4x4 outputs takes 36 products per pair of channels instead of 144. Tiles are transformed by
+kernels that Numba compiles (`winograd_kernels.py`); the products between are torch's batched matrix product.
+
+With the usual points of evaluation (0, 1, -1, 2, -2) rounding is four times that of the direct convolution. With 0,
++-sqrt(1/2) and +-sqrt(2) it is less than twice that, and what the encoder gives is as exact as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
+_WIDTHS = range(64, 257, 16)
+_LEAST_PIXELS = 32 * 32  # of one image, so that what it becomes does not depend on those beside it
+_POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
+
+
+class Convolution(nn.Conv2d):
+    """3x3 convolution of stride 1 with zeros around the image."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self._factors: tuple[Tensor, int, Tensor] | None = None  # weight (alive, so its address is its own), version
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+        if not self._by_tiles(x):
+            if self._factors is not None:
+                self._factors = None  # not beside training, nor on another device
+            return super().forward(x)
+        assert self.bias is not None
+        return convolve_by_tiles(x, self._current_factors(), self.bias)
+
+    def _current_factors(self) -> Tensor:
+        weight = self.weight.detach()
+        version = -1 if weight.is_inference() else weight._version
+        if self._factors is None or self._factors[0].data_ptr() != weight.data_ptr() or self._factors[1] != version:
+            self._factors = weight, version, transform_weights(weight)
+        return self._factors[2]
+
+    def _by_tiles(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return False
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+            return False
+        height, width = x.shape[2:]
+        return (
+            self.in_channels in _WIDTHS
+            and self.out_channels in _WIDTHS
+            and height % 4 == width % 4 == 0
+            and height * width >= _LEAST_PIXELS
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
+
+
+def transform_weights(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) weights to the (36, C, O) factors that `convolve_by_tiles` takes, float32."""
+    denominators = [math.prod(p - q for q in _POINTS if q != p) for p in _POINTS]
+    rows = [[p**power / over for power in range(3)] for p, over in zip(_POINTS, denominators, strict=True)]
+    transform = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)  # the last point is infinity
+    wide = torch.einsum("ai,ocij,bj->abco", transform, weight.double(), transform)
+    return wide.flatten(0, 1).float().contiguous()
+
+
+def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
+    """3x3 convolution of stride 1 with zeros around the image; the same bits with any number of threads.
+
+    Args:
+        x: (B, C, H, W) float32 on the CPU, channels last; H and W multiples of 4.
+        factors: (36, C, O), by `transform_weights`.
+        bias: (O,).
+
+    Returns:
+        (B, O, H, W), channels last.
+    """
+    from crt.tokenizer.winograd_kernels import TILES_AT_ONCE, input_kernel, output_kernel
+
+    batch, channels, height, width = x.shape
+    outputs = factors.shape[2]
+    y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
+    source, target = (_flat(t.detach().permute(0, 2, 3, 1)) for t in (x, y))
+    biases = _flat(bias.detach().repeat(4))
+    tiles = batch * (height // 4) * (width // 4)
+    size = np.uintp(height), np.uintp(width)
+    scatter, gather = input_kernel(channels), output_kernel(outputs)
+
+    def work(first: int, last: int) -> None:
+        inputs = torch.empty((36, TILES_AT_ONCE, channels))
+        products = torch.empty((36, TILES_AT_ONCE, outputs))
+        scratch = np.empty(72 * max(channels, outputs), np.float32)
+        for start in range(first, last, TILES_AT_ONCE):
+            count = min(TILES_AT_ONCE, last - start)
+            place = np.uintp(start), np.uintp(count), *size
+            scatter(source, _flat(inputs), scratch, *place)
+            torch.bmm(inputs[:, :count], factors, out=products[:, :count])
+            gather(_flat(products), biases, target, scratch, *place)
+
+    threads = torch.get_num_threads()
+    if threads == 1:
+        work(0, tiles)
+    else:
+        share = -(-tiles // (threads * TILES_AT_ONCE)) * TILES_AT_ONCE
+        cuts = [*range(0, tiles, share), tiles]
+        for _ in _pool(os.getpid(), threads).map(work, cuts, cuts[1:]):
+            pass
+    return y
+
+
+def _flat(t: Tensor) -> NDArray[np.float32]:
+    return t.numpy().reshape(-1)  # a view: all are contiguous
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that multiply matrices alone. `process`: a fork has none of its parent's threads."""
+    del process
+    pool = ThreadPoolExecutor(threads, "convolution", initializer=torch.set_num_threads, initargs=(1,))
+    # The setting is the thread's own and the default of threads to come: put that back once all of these are there.
+    together = threading.Barrier(threads)
+    list(pool.map(lambda _: together.wait(), range(threads)))
+    torch.set_num_threads(threads)
+    return pool

@@ -1,0 +1,158 @@
+"""The transforms of Winograd's F(4x4, 3x3) for channels-last images on CPUs, compiled by Numba at first use.
+
+Vectors run along the channels. LLVM vectorises only if it knows that arrays do not overlap and no index is negative,
+hence kernels per width, whose distances are constants, flat arrays, and unsigned integers throughout. The coefficients
+are those of the points 0, +-sqrt(1/2), +-sqrt(2) and infinity (`convolution.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+TILE, PATCH = 4, 6
+"""Outputs and inputs of a tile along each side."""
+TILES_AT_ONCE = 128
+"""Tiles in one array of factors: with its products it stays in a core's second-level cache, or nearly."""
+
+_compile = numba.njit(
+    nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz", "reassoc", "arcp"}
+)
+_ZERO, _ONE, _TILE, _PATCH = np.uintp(0), np.uintp(1), np.uintp(TILE), np.uintp(PATCH)
+_LOW, _HIGH = np.float32(math.sqrt(0.5)), np.float32(math.sqrt(2))
+_HALF, _TWO, _FIVE_HALVES = np.float32(0.5), np.float32(2), np.float32(2.5)
+
+
+@_compile
+def _factors(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
+    """The six factors of six inputs in a line."""
+    even, odd = a4 - _TWO * a2, _LOW * a3 - _HIGH * a1
+    even2, odd2 = a4 - _HALF * a2, _HIGH * a3 - _LOW * a1
+    first, last = a0 - _FIVE_HALVES * a2 + a4, a1 - _FIVE_HALVES * a3 + a5
+    return first, even + odd, even - odd, even2 + odd2, even2 - odd2, last
+
+
+@_compile
+def _outputs(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
+    """The four outputs of six products in a line."""
+    even, odd, even2, odd2 = a1 + a2, _LOW * (a1 - a2), a3 + a4, _HIGH * (a3 - a4)
+    return a0 + even + even2, odd + odd2, _HALF * even + _TWO * even2, _HALF * odd + _TWO * odd2 + a5
+
+
+@_compile
+def _place(tile: Any, rows: Any, columns: Any) -> Any:
+    """Image, row and column of a tile."""
+    row = tile // columns
+    return row // rows, row % rows, tile % columns
+
+
+@functools.cache
+def input_kernel(channels: int) -> Callable[..., None]:
+    """Writes the factors of tiles: (images, factors, scratch, first tile, tiles, height, width), all arrays flat.
+
+    Images are (B, H, W, C), factors (36, TILES_AT_ONCE, C), the scratch holds 72 C numbers.
+    """
+    c, c2, c3, c4, c5 = (np.uintp(channels * n) for n in (1, 2, 3, 4, 5))
+    row, row2, row3, row4, row5, half = (np.uintp(PATCH * channels * n) for n in (1, 2, 3, 4, 5, 6))  # of a patch
+    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+
+    @_compile
+    def along_columns(source: Any, at: Any, stride: Any, scratch: Any) -> None:
+        """Of a patch of the source into the second half of the scratch."""
+        three = stride + stride + stride
+        for k in range(row):
+            i, j, o = at + k, at + three + k, half + k
+            t0, t1, t2, t3, t4, t5 = _factors(
+                source[i], source[i + stride], source[i + stride + stride],
+                source[j], source[j + stride], source[j + stride + stride],
+            )  # fmt: skip
+            scratch[o], scratch[o + row], scratch[o + row2] = t0, t1, t2
+            scratch[o + row3], scratch[o + row4], scratch[o + row5] = t3, t4, t5
+
+    @_compile
+    def along_rows(scratch: Any, factors: Any, at: Any) -> None:
+        for line in range(_PATCH):
+            start, end = half + line * row, at + line * f6
+            for k in range(c):
+                i, o = start + k, end + k
+                t0, t1, t2, t3, t4, t5 = _factors(
+                    scratch[i], scratch[i + c], scratch[i + c2], scratch[i + c3], scratch[i + c4], scratch[i + c5]
+                )
+                factors[o], factors[o + f], factors[o + f2] = t0, t1, t2
+                factors[o + f3], factors[o + f4], factors[o + f5] = t3, t4, t5
+
+    @_compile
+    def scatter(images: Any, factors: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any) -> None:
+        rows, columns, stride = height // _TILE, width // _TILE, width * c
+        for tile in range(count):
+            image, r, q = _place(first + tile, rows, columns)
+            start = image * height * stride
+            top, left = r * _TILE, q * _TILE  # of the outputs; the patch starts one above and one to the left
+            if r > _ZERO and q > _ZERO and r + _ONE < rows and q + _ONE < columns:
+                along_columns(images, start + (top - _ONE) * stride + (left - _ONE) * c, stride, scratch)
+            else:
+                for i in range(_PATCH):
+                    for j in range(_PATCH):
+                        o, y, x = i * row + j * c, top + i, left + j  # y and x are one more than the image's
+                        if _ZERO < y <= height and _ZERO < x <= width:
+                            s = start + (y - _ONE) * stride + (x - _ONE) * c
+                            for k in range(c):
+                                scratch[o + k] = images[s + k]
+                        else:
+                            for k in range(c):
+                                scratch[o + k] = np.float32(0)
+                along_columns(scratch, _ZERO, row, scratch)
+            along_rows(scratch, factors, tile * c)
+
+    return scatter
+
+
+@functools.cache
+def output_kernel(channels: int) -> Callable[..., None]:
+    """Writes the outputs of tiles: (products, biases, images, scratch, first tile, tiles, height, width), arrays flat.
+
+    Products are (36, TILES_AT_ONCE, C), biases the layer's four times over, images (B, H, W, C).
+    """
+    c, c2, c3 = (np.uintp(channels * n) for n in (1, 2, 3))
+    row, row2, row3, row4, row5 = (np.uintp(TILE * channels * n) for n in (1, 2, 3, 4, 5))
+    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+
+    @_compile
+    def along_rows(products: Any, at: Any, scratch: Any) -> None:
+        for line in range(_PATCH):
+            start, end = at + line * f6, line * row
+            for k in range(c):
+                i, o = start + k, end + k
+                scratch[o], scratch[o + c], scratch[o + c2], scratch[o + c3] = _outputs(
+                    products[i], products[i + f], products[i + f2], products[i + f3], products[i + f4],
+                    products[i + f5],
+                )  # fmt: skip
+
+    @_compile
+    def along_columns(scratch: Any, biases: Any, images: Any, at: Any, stride: Any) -> None:
+        for k in range(row):
+            bias, o = biases[k], at + k
+            t0, t1, t2, t3 = _outputs(
+                scratch[k], scratch[row + k], scratch[row2 + k], scratch[row3 + k], scratch[row4 + k],
+                scratch[row5 + k],
+            )  # fmt: skip
+            images[o], images[o + stride] = t0 + bias, t1 + bias
+            o += stride + stride
+            images[o], images[o + stride] = t2 + bias, t3 + bias
+
+    @_compile
+    def gather(
+        products: Any, biases: Any, images: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any
+    ) -> None:
+        rows, columns, stride = height // _TILE, width // _TILE, width * c
+        for tile in range(count):
+            image, r, q = _place(first + tile, rows, columns)
+            along_rows(products, tile * c, scratch)
+            along_columns(scratch, biases, images, (image * height + r * _TILE) * stride + q * _TILE * c, stride)
+
+    return gather

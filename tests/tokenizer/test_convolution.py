@@ -1,0 +1,132 @@
+"""Convolutions by tiles against torch's own, and that they are used where they may be only."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crt.tokenizer import convolution
+from crt.tokenizer.convolution import Convolution, convolve_by_tiles, transform_weights
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, back to what it was afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=CHANNELS_LAST)
+
+
+def exact(layer: Convolution, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+
+
+def plain(layer: Convolution, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "outputs", "height", "length"),
+    [(1, 64, 64, 32, 32), (3, 64, 128, 36, 40), (2, 128, 64, 64, 32), (1, 16, 32, 4, 4), (5, 16, 16, 8, 20)],
+)
+def test_rounds_less_than_twice_as_much_as_the_direct_convolution(batch, width, outputs, height, length):
+    layer, x = Convolution(width, outputs), 1 + images(batch, width, height, length)
+    y = convolve_by_tiles(x, transform_weights(layer.weight), layer.bias)
+    assert y.shape == (batch, outputs, height, length) and y.is_contiguous(memory_format=CHANNELS_LAST)
+    error, direct = ((t - exact(layer, x)).square().mean().sqrt() for t in (y, plain(layer, x)))
+    scale = float(exact(layer, x).std())
+    assert error < 2 * direct + 1e-7 * scale  # of few channels the direct one's rounding is hardly any
+    assert (y - exact(layer, x)).abs().max() < 3e-5 * scale
+
+
+def test_each_border_and_corner_sees_zeros_around():
+    layer, x = Convolution(64, 64), torch.zeros(1, 64, 32, 32).contiguous(memory_format=CHANNELS_LAST)
+    for y in (0, 3, 4, 31):
+        for column in (0, 3, 4, 31):
+            x[0, :, y, column] = 1 + y + column
+    torch.testing.assert_close(layer(x), exact(layer, x).float(), rtol=0, atol=1e-4)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads_nor_on_the_batch(threads):
+    layer, x = Convolution(64, 64), images(3, 64, 64, 64)
+    threads(1)
+    expected = layer(x)
+    assert not torch.equal(expected, plain(layer, x))  # by tiles indeed
+    for count in (2, 3):
+        threads(count)
+        assert torch.equal(layer(x), expected)
+        assert torch.get_num_threads() == count
+    assert torch.equal(layer(x[1:2]), expected[1:2])
+
+
+def test_changed_weights_are_seen():
+    layer, x = Convolution(64, 64), images(1, 64, 32, 32)
+    layer(x)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), plain(layer, x))
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()}, assign=True)
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
+    with torch.inference_mode():
+        layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}, assign=True)
+        torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
+
+
+def test_training_autocast_and_other_layouts_keep_torchs_convolution():
+    layer, x = Convolution(64, 64), images(1, 64, 32, 32)
+    assert torch.equal(layer(x.contiguous()), plain(layer, x.contiguous()))
+    assert torch.equal(layer(x[..., :30].contiguous(memory_format=CHANNELS_LAST)), plain(layer, x[..., :30]))
+    with torch.enable_grad():
+        y = layer(x)
+        assert y.requires_grad and torch.equal(y, plain(layer, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    double = Convolution(64, 64).double()
+    assert torch.equal(double(x.double()), plain(double, x.double()))
+
+
+def test_works_in_a_forked_process_after_the_parent_used_its_threads(threads):
+    threads(2)
+    layer, x = Convolution(64, 64), images(1, 64, 64, 64)
+    expected = layer(x).numpy().tobytes()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    process = context.Process(target=lambda: results.put(layer(x).numpy().tobytes() == expected))
+    process.start()
+    assert results.get(timeout=60)
+    process.join()
+
+
+def test_codes_and_pixels_are_those_of_the_direct_convolution(monkeypatch):
+    torch.manual_seed(0)
+    config = TokenizerConfig(
+        image_size=64, encoder_channels=128, decoder_channels=128, channel_multipliers=(1, 1, 2), encoder_blocks=1,
+        decoder_blocks=1, attention=False, norm_groups=32, z_channels=64, dropout=0.0, codebook_size=512,
+        codebook_dim=8, l2_normalize=True,
+    )  # fmt: skip
+    model = Tokenizer(config).eval().to(memory_format=CHANNELS_LAST)
+    x = F.interpolate(images(4, 3, 16, 16), scale_factor=4, mode="bicubic").contiguous(memory_format=CHANNELS_LAST)
+    codes = model.encode(x)
+    pixels = model.decode(codes)
+    monkeypatch.setattr(convolution, "_LEAST_PIXELS", 10**9)
+    assert len(codes.unique()) > 50
+    assert torch.equal(codes, model.encode(x))
+    direct = model.decode(codes)
+    assert not torch.equal(pixels, direct)
+    torch.testing.assert_close(pixels, direct, rtol=0, atol=2e-5)
