@@ -1,13 +1,15 @@
-"""ImageNet (ILSVRC2012), as downloaded or extracted.
+"""ImageNet (ILSVRC2012), as downloaded or extracted, from its own site, from Kaggle or from the Hugging Face Hub.
 
 The folder holds, for training, `ILSVRC2012_img_train.tar` (a tar of one tar per class) or `train/CLASS/*.JPEG`;
-for validation `ILSVRC2012_img_val.tar`, or `val/` with class folders, or flat. Flat validation images are
-labelled by the development kit, `ILSVRC2012_devkit_t12.tar.gz` or its extracted folder. Classes are
+for validation `ILSVRC2012_img_val.tar`, or `val/` with class folders, or flat. Flat images are labelled by the
+WordNet id in their names, which the Hub's have; else, for validation, by the development kit,
+`ILSVRC2012_devkit_t12.tar.gz` or its extracted folder, or by Kaggle's `LOC_val_solution.csv`. Classes are
 numbered by sorted WordNet id, as in published models; the kit's own numbers differ.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import os
 import re
@@ -40,6 +42,8 @@ VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
+KAGGLE_LABELS = "LOC_val_solution.csv"
+_KAGGLE_TREE = Path("ILSVRC/Data/CLS-LOC")  # below the folder of those labels
 
 
 def open_imagenet(folder: Path) -> Source:
@@ -51,6 +55,8 @@ def open_imagenet(folder: Path) -> Source:
     if not folder.is_dir():
         state = "is no folder" if folder.exists() else "not found"
         raise UserError(f"{folder}: {state}: set prepare_data.path to the folder that holds {TRAIN_ARCHIVE} or train/")
+    if not any((folder / name).exists() for name in (TRAIN_ARCHIVE, "train")) and (folder / _KAGGLE_TREE).is_dir():
+        folder /= _KAGGLE_TREE
     notes: list[str] = []
     classes, train, train_container = _open_train(folder, notes)
     val, val_container = _open_val(folder, classes, notes)
@@ -70,7 +76,7 @@ def _open_train(folder: Path, notes: list[str]) -> tuple[list[str], Listing, Con
     if not (folder / "train").is_dir():
         raise UserError(f"{folder}: holds neither {TRAIN_ARCHIVE} nor train/: put one of them there")
     tree = _below(folder, "train")
-    by_class = images_by_class(tree, "train/", notes)
+    by_class = _images_by_name(tree) if tree.folders == {"train"} else images_by_class(tree, "train/", notes)
     classes = sorted(by_class)
     check_classes(f"{folder}/train", classes, list(imagenet_names()))
     return classes, listing_by_class(tree, by_class, classes), tree.container
@@ -95,29 +101,52 @@ def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listi
     return listing_by_class(tree, by_class, classes), tree.container
 
 
-def _flat_val(folder: Path, tree: Tree, classes: list[str], notes: list[str]) -> Listing:
-    """Validation images without class folders, labelled by the development kit."""
-    truth = _validation_classes(folder)
-    index = {name: label for label, name in enumerate(classes)}
-    rows, labels, seen = [], [], set()
+def _images_by_name(tree: Tree) -> dict[str, list[int]]:
+    """Rows of training images that lie in no class folder, by the WordNet id in their names."""
+    found: dict[str, list[int]] = {}
     for row, name in enumerate(tree.files):
-        if not is_image(name):
-            continue
-        number = re.search(r"_(\d{8})\.\w+$", name)
-        if number is None or not 1 <= int(number[1]) <= len(truth):
-            raise UserError(
-                f"{tree.name}: {name} is no validation image that {GROUND_TRUTH} labels "
-                f"(ILSVRC2012_val_00000001.JPEG to {len(truth):08d}): remove it"
-            )
-        seen.add(truth[int(number[1]) - 1])
-        rows.append(row)
-        labels.append(index.get(truth[int(number[1]) - 1], -1))
+        if is_image(name):
+            wnid = _class_in_name(name)
+            if wnid is None:
+                raise UserError(
+                    f"{tree.name}: {name} lies in no class folder, and its name has no WordNet id: put training images "
+                    "into a folder for each class (n01440764, ...)"
+                )
+            found.setdefault(wnid, []).append(row)
+    if not found:
+        raise UserError(f"{tree.name}/train: holds no images: put training images there, or {TRAIN_ARCHIVE} beside it")
+    return found
+
+
+def _class_in_name(name: str) -> str | None:
+    """n01440764 of n01440764_10026_n01440764.JPEG and of ILSVRC2012_val_00000293_n01440764.JPEG."""
+    found = re.search(r"(?:^|_)(n\d{8})[_.]", Path(name).name)
+    return found[1] if found else None
+
+
+def _flat_val(folder: Path, tree: Tree, classes: list[str], notes: list[str]) -> Listing:
+    """Validation images without class folders, labelled by their names, or by what came with them."""
+    index = {name: label for label, name in enumerate(classes)}
+    rows = [row for row, name in enumerate(tree.files) if is_image(name)]
     if not rows:
         raise UserError(f"{tree.name}: holds no validation images: fetch it again")
-    check_val_classes(str(folder), classes, sorted(seen), notes)
-    if len(rows) < len(truth):
-        notes.append(f"{tree.name}: has {len(rows)} of the {len(truth)} validation images")
-    return listing_of(tree, rows, labels)
+    names = [tree.files[row] for row in rows]
+    wnids = [_class_in_name(name) for name in names]
+    if None in wnids:
+        labels_file, truth = _validation_classes(folder)
+        for place, name in enumerate(names):
+            number = re.search(r"_(\d{8})\.\w+$", name)
+            wnids[place] = wnids[place] or truth.get(int(number[1]) if number else 0)
+            if wnids[place] is None:
+                raise UserError(
+                    f"{tree.name}: {name} is no validation image that {labels_file} labels "
+                    f"(ILSVRC2012_val_00000001.JPEG to {len(truth):08d}): remove it"
+                )
+        if len(rows) < len(truth):
+            notes.append(f"{tree.name}: has {len(rows)} of the {len(truth)} validation images")
+    seen = [wnid for wnid in wnids if wnid is not None]
+    check_val_classes(str(folder), classes, sorted(set(seen)), notes)
+    return listing_of(tree, rows, [index.get(wnid, -1) for wnid in seen])
 
 
 def _require_tar(archive: Path) -> None:
@@ -160,14 +189,39 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     return ids, folders, np.array(entries, PLACE)
 
 
-def _validation_classes(folder: Path) -> list[str]:
-    """WordNet id of each validation image, in the order of their numbers."""
+def _validation_classes(folder: Path) -> tuple[str, dict[int, str]]:
+    """The file that labels the validation images, and the WordNet id of each by its number."""
+    kaggle = _kaggle_labels(folder)
+    if kaggle is not None:
+        return str(kaggle), _read_kaggle_labels(kaggle)
     truth, meta = (_read_devkit(folder, name) for name in (GROUND_TRUTH, META))
     wnids = _wnid_by_number(meta, folder)
     try:
-        return [wnids[int(line)] for line in truth.decode("ascii").split()]
+        classes = [wnids[int(line)] for line in truth.decode("ascii").split()]
     except (ValueError, KeyError):
         raise UserError(f"{folder}: {GROUND_TRUTH} names a class that {META} lacks: fetch the devkit again") from None
+    return GROUND_TRUTH, dict(enumerate(classes, start=1))
+
+
+def _kaggle_labels(folder: Path) -> Path | None:
+    """Kaggle's labels, in the folder or where its download has them, or None."""
+    places = [folder]
+    if folder.resolve().parts[-3:] == _KAGGLE_TREE.parts:
+        places.append(folder.resolve().parents[2])
+    return next((place / KAGGLE_LABELS for place in places if (place / KAGGLE_LABELS).is_file()), None)
+
+
+def _read_kaggle_labels(path: Path) -> dict[int, str]:
+    """WordNet id by the number of the validation image: lines of a name and, after a comma, an id with its boxes."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = csv.DictReader(file)
+            found = {int(line["ImageId"].rpartition("_")[2]): line["PredictionString"].split()[0] for line in lines}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error):
+        raise UserError(f"{path}: damaged: fetch it again") from None
+    if not found or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in found.values()):
+        raise UserError(f"{path}: does not label images by WordNet ids: fetch it again")
+    return found
 
 
 def _read_devkit(folder: Path, name: str) -> bytes:
@@ -178,7 +232,10 @@ def _read_devkit(folder: Path, name: str) -> bytes:
             return (base / name).read_bytes()
     if not archive.is_file():
         where = f"{extracted}/{name}" if extracted.is_dir() else archive
-        raise UserError(f"{where}: not found: the validation images are labelled by it: put it there")
+        raise UserError(
+            f"{where}: not found: the validation images are labelled by it, or by Kaggle's {KAGGLE_LABELS}: "
+            "put one of them there"
+        )
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:

@@ -1,4 +1,4 @@
-"""3x3 convolutions at the speed that encoding and decoding large images in float32 on a CPU asks for.
+"""3x3 convolutions at the speed that large images in float32 on a CPU ask for.
 
 There, and where the network is wide, they go by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016, arXiv
 1509.09308): a tile of 4x4 outputs takes 36 products per pair of channels instead of 144. Tiles are transformed by
@@ -15,12 +15,14 @@ import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)
@@ -37,11 +39,14 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        if not self._by_tiles(x):
-            if self._factors is not None:
-                self._factors = None  # not beside training, nor on another device
+        by_tiles, training = self._by_tiles(x), torch.is_grad_enabled()
+        if self._factors is not None and (training or not by_tiles):
+            self._factors = None  # weights that change, or another device
+        if not by_tiles:
             return super().forward(x)
         assert self.bias is not None
+        if training:
+            return _ByTiles.apply(x, self.weight, self.bias)
         return convolve_by_tiles(x, self._current_factors(), self.bias)
 
     def _current_factors(self) -> Tensor:
@@ -52,7 +57,7 @@ class Convolution(nn.Conv2d):
         return self._factors[2]
 
     def _by_tiles(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        if x.device.type != "cpu" or x.dtype != torch.float32:
             return False
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
             return False
@@ -66,12 +71,36 @@ class Convolution(nn.Conv2d):
         )
 
 
+class _ByTiles(torch.autograd.Function):
+    """The same with gradients; that of the weights is torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return convolve_by_tiles(x, transform_weights(weight), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            mirrored = weight.transpose(0, 1).flip(2, 3)
+            x_gradient = convolve_by_tiles(gradient, transform_weights(mirrored), weight.new_zeros(weight.shape[1]))
+        _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            [False, *ctx.needs_input_grad[1:]],
+        )  # fmt: skip
+        return x_gradient, weight_gradient, bias_gradient
+
+
 def transform_weights(weight: Tensor) -> Tensor:
     """(O, C, 3, 3) weights to the (36, C, O) factors that `convolve_by_tiles` takes, float32."""
     denominators = [math.prod(p - q for q in _POINTS if q != p) for p in _POINTS]
     rows = [[p**power / over for power in range(3)] for p, over in zip(_POINTS, denominators, strict=True)]
     transform = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)  # the last point is infinity
-    wide = torch.einsum("ai,ocij,bj->abco", transform, weight.double(), transform)
+    wide = torch.einsum("ai,ocij,bj->abco", transform, weight.detach().double(), transform)
     return wide.flatten(0, 1).float().contiguous()
 
 

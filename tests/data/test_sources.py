@@ -130,6 +130,60 @@ def test_the_devkit_may_be_extracted(prepare, make, tmp_path):
     check_imagenet(out, make)
 
 
+KAGGLE_LINES = [
+    f"ILSVRC2012_val_{number:08d},{DEVKIT_WNIDS[VAL_NUMBERS[number - 1] - 1]} 85 1 499 272 {DEVKIT_WNIDS[0]} 1 2 3 4 "
+    for number in (4, 1, 5, 3, 2)  # not in order
+]
+
+
+def kaggle(root: Path, make, lines: list[str] = KAGGLE_LINES) -> Path:
+    """Kaggle's download in small, extracted."""
+    folder = extracted(root / "ILSVRC" / "Data" / "CLS-LOC", make, flat_val=True)
+    make.write(folder / "test" / "ILSVRC2012_test_00000001.JPEG", val_image(make, 77))
+    (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *lines, ""]))
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "ILSVRC/Data/CLS-LOC"])
+def test_imagenet_from_kaggle(prepare, make, tmp_path, below):
+    status, out = prepare(path=kaggle(tmp_path / "kaggle", make) / below, **IMAGENET)
+    assert status == 0
+    check_imagenet(out, make)
+
+
+def test_kaggles_labels_may_lie_beside_the_images_or_be_damaged(prepare, refused, make, tmp_path):
+    root = kaggle(tmp_path / "kaggle", make)
+    folder = (root / "ILSVRC/Data/CLS-LOC").rename(tmp_path / "imagenet")
+    assert "or by Kaggle's LOC_val_solution.csv" in refused(path=folder, **IMAGENET)
+    labels = (root / "LOC_val_solution.csv").rename(folder / "LOC_val_solution.csv")
+    assert prepare(path=folder, out=tmp_path / "beside", **IMAGENET)[0] == 0
+    text = labels.read_text()
+    for damaged in ("", text[:40], text.replace(" ", ""), text.replace("ImageId", "Id"), text.replace("_0000", "_x")):
+        labels.write_text(damaged)
+        assert "LOC_val_solution.csv" in refused(path=folder, **IMAGENET), damaged
+    labels.write_text(text.replace(KAGGLE_LINES[1] + "\n", ""))
+    message = refused(path=folder, **IMAGENET)
+    assert "val/ILSVRC2012_val_00000001.JPEG is no validation image that" in message and str(labels) in message
+
+
+def test_imagenet_from_the_hub_is_labelled_by_names(prepare, refused, make, tmp_path):
+    folder = tmp_path / "imagenet"
+    for wnid in DEVKIT_WNIDS[:3]:
+        for number in range(4):
+            make.write(folder / "train" / f"{wnid}_{number}_{wnid}.JPEG", train_image(make, wnid, number))
+    for number in range(1, 6):
+        wnid = DEVKIT_WNIDS[VAL_NUMBERS[number - 1] - 1]
+        make.write(folder / "val" / f"ILSVRC2012_val_{number:08d}_{wnid}.JPEG", val_image(make, number))
+    status, out = prepare(path=folder, out=tmp_path / "hub", **IMAGENET)
+    assert status == 0
+    train, val = PackedImages(out, "train"), PackedImages(out, "val")
+    assert [entry["id"] for entry in read_index(out)["classes"]] == CLASSES and len(train) == 12 and len(val) == 5
+    for images in (train, val):
+        assert all(CLASSES[images.labels[row]] in images.source_id(row) for row in range(len(images)))
+    make.write(folder / "train" / "mine.JPEG", val_image(make, 9))
+    assert "train/mine.JPEG lies in no class folder, and its name has no WordNet id" in refused(path=folder, **IMAGENET)
+
+
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"])
 def test_imagenet_says_which_file_is_missing(refused, make, tmp_path, name):
     folder = official(tmp_path / "imagenet", make)

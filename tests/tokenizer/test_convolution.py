@@ -87,13 +87,43 @@ def test_changed_weights_are_seen():
         torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
 
 
-def test_training_autocast_and_other_layouts_keep_torchs_convolution():
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")])
+def test_gradients_are_nearly_as_exact_as_torchs(frozen):
+    layer, x = Convolution(64, 128), 1 + images(2, 64, 32, 40)
+    slopes = torch.randn(2, 128, 32, 40, generator=torch.Generator().manual_seed(1))
+    wanted = [name for name in ("x", "weight", "bias") if name not in frozen]
+
+    def gradients(convolve, dtype):
+        tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
+        tensors = {name: t.detach().to(dtype).clone().requires_grad_(name in wanted) for name, t in tensors.items()}
+        with torch.enable_grad():
+            return torch.autograd.grad(convolve(*tensors.values()), [tensors[n] for n in wanted], slopes.to(dtype))
+
+    truth = gradients(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), torch.float64)
+    ours = gradients(convolution._ByTiles.apply, torch.float32)
+    direct = gradients(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), torch.float32)
+    for true, mine, torchs in zip(truth, ours, direct, strict=True):
+        assert mine.shape == true.shape
+        error, usual = ((t - true).norm() / true.norm() for t in (mine, torchs))
+        assert error < 2 * usual + 1e-7
+
+
+def test_training_uses_tiles_too():
+    layer, x = Convolution(64, 64), images(1, 64, 32, 32)
+    expected = layer(x)
+    with torch.enable_grad():
+        y = layer(x)
+        assert torch.equal(y, expected) and type(y.grad_fn).__name__ == "_ByTilesBackward"
+        y.square().sum().backward()
+        with torch.no_grad():
+            layer.weight -= 0.01 * layer.weight.grad
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_and_other_layouts_keep_torchs_convolution():
     layer, x = Convolution(64, 64), images(1, 64, 32, 32)
     assert torch.equal(layer(x.contiguous()), plain(layer, x.contiguous()))
     assert torch.equal(layer(x[..., :30].contiguous(memory_format=CHANNELS_LAST)), plain(layer, x[..., :30]))
-    with torch.enable_grad():
-        y = layer(x)
-        assert y.requires_grad and torch.equal(y, plain(layer, x))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     double = Convolution(64, 64).double()
