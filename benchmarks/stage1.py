@@ -15,6 +15,7 @@ bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -110,20 +111,24 @@ def compare_imported(folder: Path, images: Path, device: torch.device) -> dict[s
         theirs.quant_conv.weight.mul_(4)
         import_llamagen_tokenizer({"model": theirs.state_dict()}, folder / name)
         ours, theirs = Tokenizer.load(folder / name, device), theirs.to(device)
-        differing, total, largest, used = 0, 0, 0.0, set()
+        differing, unlike_exact, total, largest, used = 0, 0, 0, 0.0, set()
         for file in files[:: max(1, len(files) // count)][:count]:
             with Image.open(file) as picture:
                 pixels = center_crop(np.array(picture.convert("RGB")), SIZE)
             x = to_unit_range(torch.from_numpy(pixels.copy())[None]).to(device)
             quantized, _, (_, _, codes) = theirs.encode(x)
             mine = ours.encode(x)
-            differing, total = differing + int((mine.flatten() != codes).sum()), total + codes.numel()
+            other, total = mine.flatten() != codes, total + codes.numel()
+            differing += int(other.sum())
+            if other.any():  # a tie within somebody's rounding: whose?
+                _, _, (_, _, exact) = copy.deepcopy(theirs).double().encode(x.double())
+                unlike_exact += int((mine.flatten() != exact)[other].sum())
             used |= set(codes.tolist())
             decoded = ours.decode(codes.view(1, -1))
             largest = max(largest, float((decoded - theirs.decode(quantized)).abs().max()))
         figures[f"imported_{name}"] = {
             "images": total // mine.numel(), "codes": total, "distinct_codes": len(used), "codes_differing": differing,
-            "largest_pixel_difference": largest,
+            "differing_where_float64_gives_llamagens": unlike_exact, "largest_pixel_difference": largest,
         }  # fmt: skip
         print(name, figures[f"imported_{name}"], file=sys.stderr, flush=True)
     torch.backends.cudnn.allow_tf32 = True

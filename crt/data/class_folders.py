@@ -29,8 +29,8 @@ _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # Names that mean a split also where other folders stand beside it, or none.
 _PLAIN_VAL = ("val", "valid", "validation", "test")
-# The class of images that lie in no class folder.
-_ONE_CLASS = "images"
+ONE_CLASS = "images"
+"""The class of images that have none."""
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
 # name and its class first.
 _ANNOTATIONS = "val_annotations.txt"
@@ -63,7 +63,7 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
             found[split] = _annotated_images(tree, root)
         else:
             # Validation images without classes belong to training images without classes.
-            may_be_flat = only is None and (split != "val" or list(found["train"]) == [_ONE_CLASS])
+            may_be_flat = only is None and (split != "val" or list(found["train"]) == [ONE_CLASS])
             if split == "val" and not may_be_flat:
                 _refuse_flat_val(tree, root, roots["train"])
             found[split] = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
@@ -113,10 +113,12 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if outside and (not may_be_flat or any(found.values())):
         raise _outside(tree, tree.files[outside[0]])
     if outside:
-        found = {_ONE_CLASS: outside}
+        found = {ONE_CLASS: outside}
         notes.append(f"{where}: holds no class folders: its images are one class")
     if not found:
-        raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class")
+        shards = any(name.endswith(".tar") for name in tree.files)
+        hint = ", or set prepare_data.source to webdataset if the .tar files are shards" if shards else ""
+        raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class{hint}")
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:
         raise UserError(

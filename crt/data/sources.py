@@ -12,6 +12,7 @@ from crt.data.imagenet import open_imagenet
 from crt.data.listing import read_entry, sorted_listing
 from crt.data.source import Source, raw_container
 from crt.data.tree import Tree, open_tree
+from crt.data.webdataset import open_webdataset
 from crt.errors import UserError
 from crt.params import PrepareData
 
@@ -39,6 +40,8 @@ def open_source(params: PrepareData, work: Path) -> Source:
     assert params.path is not None
     if params.source == "imagenet":
         return open_imagenet(Path(params.path))
+    if params.source == "webdataset":
+        return open_webdataset(Path(params.path))
     return open_class_folders(Path(params.path), work)
 
 

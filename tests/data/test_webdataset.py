@@ -1,0 +1,120 @@
+"""Oracle: shards written in WebDataset's layout, whose labels and pixels are known."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from crt.data.packed import PackedImages, read_index
+
+SHARDS = {"source": "webdataset", "storage": "encoded", "image_size": None}
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def image(make, number: int) -> bytes:
+    return make.encode(make.noise(number, 24, 20), "JPEG")
+
+
+def sample(make, number: int, label: object = None, json_label: object = None) -> dict[str, bytes]:
+    members = {f"{number:05d}.jpg": image(make, number)}
+    if label is not None:
+        members[f"{number:05d}.cls"] = f"{label}\n".encode()
+    if json_label is not None:
+        members[f"{number:05d}.json"] = json.dumps({"label": json_label, "filename": "x"}).encode()
+    return members
+
+
+def check(out: Path, make, split: str, expected: dict[int, str]) -> None:
+    """The images of a split, by the number that made each, and their classes' ids."""
+    images = PackedImages(out, split)
+    ids = [entry["id"] for entry in read_index(out)["classes"]]
+    found = {}
+    for row in range(len(images)):
+        number = int(images.source_id(row).rpartition("/")[2][:5])
+        assert images.encoded(row) == image(make, number)
+        found[number] = ids[images.labels[row]]
+    assert found == expected
+
+
+def test_splits_by_the_shards_names_and_numbers_in_their_order(prepare, make, tmp_path):
+    folder = tmp_path / "shards"
+    labels = {number: [10, 2, 0][number % 3] for number in range(9)}
+    for shard in range(3):
+        members = {}
+        for number in range(3 * shard, 3 * shard + 3):
+            # The label before its image, after it, or among other fields.
+            both = sample(make, number, labels[number], json_label=5)
+            members |= dict(reversed(both.items())) if number % 2 else both
+        write_shard(folder / f"imagenet1k-train-{shard:04d}.tar", members)
+    write_shard(folder / "imagenet1k-validation-00.tar", sample(make, 50, json_label=2) | sample(make, 51, 10))
+    write_shard(folder / "imagenet1k-test-00.tar", sample(make, 60, 2))
+    status, out = prepare(path=folder, **SHARDS)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["0", "2", "10"]
+    check(out, make, "train", {number: str(label) for number, label in labels.items()})
+    check(out, make, "val", {50: "2", 51: "10"})
+
+
+def test_shards_of_no_split_or_without_labels(prepare, make, tmp_path):
+    members = {f"a/{name}": data for number in range(8) for name, data in sample(make, number).items()}
+    folder = write_shard(tmp_path / "s" / "000.tar", members | {"a/00009.txt": b"a caption"}).parent
+    status, out = prepare(path=folder, val_fraction=0.25, **SHARDS)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["images"]
+    assert len(PackedImages(out, "train")) == 6 and len(PackedImages(out, "val")) == 2
+    assert PackedImages(out, "train").source_id(0).startswith("000.tar/a/0000")
+
+
+def test_wordnet_ids_are_named(prepare, make, tmp_path):
+    classes = ["n01440764", "n02119789"]
+    members = {}
+    for number in range(8):
+        members |= sample(make, number, classes[number % 2])
+    status, out = prepare(path=write_shard(tmp_path / "s/0.tar", members).parent, val_fraction=0.25, **SHARDS)
+    assert status == 0
+    assert PackedImages(out, "train").class_names == ["tench", "kit fox"]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (lambda make: sample(make, 1, 0) | sample(make, 2), "00002.jpg has no label (.cls or label in .json)"),
+        (lambda make: sample(make, 1, 0) | {"00001.png": b"x"}, "sample 00001 has two images"),
+        (lambda make: sample(make, 1) | {"00001.cls": b" "}, "00001.cls is empty"),
+        (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is no JSON"),
+        (lambda make: {"00001.txt": b"words"}, "hold no images"),
+    ],
+)
+def test_shards_that_are_not_right_are_refused(refused, make, tmp_path, members, message):
+    folder = write_shard(tmp_path / "s" / "000.tar", members(make)).parent
+    assert message in refused(path=folder, **SHARDS)
+
+
+def test_a_damaged_shard_a_strange_one_and_none_are_refused(refused, make, tmp_path):
+    folder = tmp_path / "shards"
+    assert "not found" in refused(path=folder, **SHARDS)
+    folder.mkdir()
+    assert "holds no .tar shards" in refused(path=folder, **SHARDS)
+    write_shard(folder / "train/0.tar", sample(make, 1, 0))
+    write_shard(folder / "val/0.tar", sample(make, 2, 1))
+    assert "class 1 has validation images, but no training images" in refused(path=folder, **SHARDS)
+    odd = write_shard(folder / "0.tar", sample(make, 3, 0))
+    assert "0.tar names no split" in refused(path=folder, **SHARDS)
+    odd.unlink()
+    shard = folder / "train/0.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    assert "train/0.tar: cut short in 00001.jpg" in refused(path=folder, **SHARDS)
+    assert "set prepare_data.source to webdataset" in refused(path=folder, **SHARDS | {"source": "imagefolder"})
