@@ -105,7 +105,8 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
     with open(path, "rb") as file, open(path, "rb") as other:
         for member in tar_members(file, 0, path.stat().st_size, str(path)):
             interrupt.raise_if_stopped()
-            folder, name = posixpath.split(member.name)
+            inside = posixpath.normpath(member.name)
+            folder, name = posixpath.split(inside)
             stem, dot, extension = name.partition(".")
             if not member.isreg() or not stem or not dot:
                 continue
@@ -115,7 +116,7 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
             if extension in EXTENSIONS:
                 if sample.id:
                     raise UserError(f"{path}: sample {key} has two images: keep one of them in the shard")
-                sample.id, (sample.offset, sample.size) = f"{shard}/{member.name}", place
+                sample.id, (sample.offset, sample.size) = f"{shard}/{inside}", place
             elif extension == ".cls":
                 sample.label = _read(other, *place).decode("utf-8", "replace").strip()
                 if not sample.label:

@@ -141,7 +141,7 @@ def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     if threads == 1:
         work(0, tiles)
     else:
-        share = -(-tiles // (threads * TILES_AT_ONCE)) * TILES_AT_ONCE
+        share = max(1, -(-tiles // (threads * TILES_AT_ONCE))) * TILES_AT_ONCE
         cuts = [*range(0, tiles, share), tiles]
         for _ in _pool(os.getpid(), threads).map(work, cuts, cuts[1:]):
             pass

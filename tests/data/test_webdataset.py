@@ -69,7 +69,7 @@ def test_splits_by_the_shards_names_and_numbers_in_their_order(prepare, make, tm
 
 
 def test_shards_of_no_split_or_without_labels(prepare, make, tmp_path):
-    members = {f"a/{name}": data for number in range(8) for name, data in sample(make, number).items()}
+    members = {f"./a/{name}": data for number in range(8) for name, data in sample(make, number).items()}
     folder = write_shard(tmp_path / "s" / "000.tar", members | {"a/00009.txt": b"a caption"}).parent
     status, out = prepare(path=folder, val_fraction=0.25, **SHARDS)
     assert status == 0

@@ -70,6 +70,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads_nor_on_the_batch(thread
         threads(count)
         assert torch.equal(layer(x), expected)
         assert torch.get_num_threads() == count
+        assert layer(x[:0]).shape == (0, 64, 64, 64)
     assert torch.equal(layer(x[1:2]), expected[1:2])
 
 
