@@ -7,8 +7,12 @@ passes over whole tensors, each from memory and back, where the work is less tha
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -163,3 +167,31 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of (..., C), each C its own, cut alike into some rows of (rows, C)."""
     flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
     return zip(*(x.split(_rows(flat[0])) for x in flat), strict=True)
+
+
+def share_among_threads(work: Callable[[int, int], None], size: int, unit: int) -> None:
+    """Call work(first, last) for ranges that make up `size`, cut at multiples of `unit`, in torch's number of threads.
+
+    For what leaves Python's lock, such as Numba's kernels, whose own threads would be a second OpenMP that spins beside
+    torch's. In each of these threads torch works alone.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or size <= unit:
+        work(0, size)
+        return
+    share = -(-size // (threads * unit)) * unit
+    cuts = [*range(0, size, share), size]
+    for _ in _pool(os.getpid(), threads).map(work, cuts, cuts[1:]):
+        pass
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that multiply matrices alone. `process`: a fork has none of its parent's threads."""
+    del process
+    pool = ThreadPoolExecutor(threads, "crt", initializer=torch.set_num_threads, initargs=(1,))
+    # The setting is the thread's own and the default of threads to come: put that back once all of these are there.
+    together = threading.Barrier(threads)
+    list(pool.map(lambda _: together.wait(), range(threads)))
+    torch.set_num_threads(threads)
+    return pool

@@ -3,19 +3,28 @@
 DeepSpeed moves each gradient through a communication buffer into a partition, flattens the partition, converts it,
 scales it, updates the master weights and converts those: nine passes over memory, which on a CPU cost as much as the
 backward pass of a small batch, and on a GPU a fifth of a step of 32 images (`benchmarks/stage2.md`). Here gradients
-stay where they arose, and each piece of the update is done while it is in the cache (CPU), or many tensors in one
-kernel (GPU). Weights and optimizer state are DeepSpeed's own tensors; on a CPU they end with the same bits.
+stay where they arose, and the update is one pass over memory (CPU: of bfloat16 by our own kernel), or few kernels over
+many tensors (GPU). Weights and optimizer state are DeepSpeed's own tensors; in float32 on a CPU they end with the same
+bits, else to rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from crt.cpu import share_among_threads
 
 # Elements updated at once on a CPU: gradient, weight and both moments in float32 take 16 bytes each.
 _PIECE = 2**20
+# Elements whose squares are summed in float32.
+_SUM = 2**12
 # Elements whose gradients are held in float32 at once on a GPU.
 GPU_PIECE = 2**26
 
@@ -55,35 +64,92 @@ def skip_partitioning(optimizer: Any, on_gpu: bool | None = None) -> None:
     optimizer.step = step
 
 
+class _Tensors(NamedTuple):
+    """One parameter's, or some elements of it, flat."""
+
+    gradient: Tensor
+    master: Tensor
+    mean: Tensor
+    square: Tensor
+    weights: Tensor
+
+
 @torch.no_grad()
 def _update(optimizer: Any) -> None:
     """Clip, AdamW, and the weights in the model's precision, piece by piece."""
     groups = [optimizer.averaged_gradients[index] for index in range(len(optimizer.optimizer.param_groups))]
-    pieces = (some for gradients in groups for gradient in gradients for some in gradient.reshape(-1).split(_PIECE))
-    norm = torch.stack([torch.linalg.vector_norm(some.float()) for some in pieces]).norm()
+    gradients = [gradient.reshape(-1) for group in groups for gradient in group]
+    halves = all(gradient.dtype == torch.bfloat16 for gradient in gradients)
+    norm = _norm_of_halves(gradients) if halves else _norm(gradients)
     optimizer._global_grad_norm = norm
     scale = 1.0 / torch.clamp((norm + 1e-6) / optimizer.clip_grad, min=1.0)
     for index, settings in enumerate(optimizer.optimizer.param_groups):
         master: Tensor = optimizer.single_partition_of_fp32_groups[index]
         weights: Tensor = optimizer.parallel_partitioned_bit16_groups[index][0]
         state = _adamw_state(optimizer, master)
+        update = _update_from_halves if halves else _update_piecewise
         start = 0
         for gradient in groups[index]:
-            for some in gradient.reshape(-1).split(_PIECE):
-                piece = slice(start, start + some.numel())
-                torch._fused_adamw_(
-                    [master.data[piece]],
-                    [some.float().mul_(scale)],
-                    [state["exp_avg"][piece]],
-                    [state["exp_avg_sq"][piece]],
-                    [],
-                    [state["step"]],
-                    **_adamw_options(settings),
-                )
-                weights[piece].copy_(master.data[piece])
-                start += some.numel()
+            part = slice(start, start + gradient.numel())
+            moments = state["exp_avg"][part], state["exp_avg_sq"][part]
+            tensors = _Tensors(gradient.reshape(-1), master.data[part], *moments, weights[part])
+            update(tensors, scale, state["step"], settings)
+            start = part.stop
         optimizer.averaged_gradients[index] = None
         optimizer.all_grad_tensors[index] = None
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    pieces = (some for gradient in gradients for some in gradient.split(_PIECE))
+    return torch.stack([torch.linalg.vector_norm(some.float()) for some in pieces]).norm()
+
+
+def _update_piecewise(t: _Tensors, scale: Tensor, step: Tensor, settings: dict[str, Any]) -> None:
+    for start in range(0, len(t.gradient), _PIECE):
+        gradient, master, mean, square, weights = (tensor[start : start + _PIECE] for tensor in t)
+        full = gradient.float().mul_(scale)
+        torch._fused_adamw_([master], [full], [mean], [square], [], [step], **_adamw_options(settings))
+        weights.copy_(master)
+
+
+def _norm_of_halves(gradients: Sequence[Tensor]) -> Tensor:
+    """`_norm` of bfloat16 gradients in one pass; the same bits with any number of threads."""
+    from crt.ar.update_kernels import sum_of_squares
+
+    sums = []
+    for gradient in gradients:
+        bits = _bits(gradient)
+        part = np.zeros(-(-len(bits) // _SUM), np.float64)
+
+        def work(first: int, last: int, bits: NDArray[Any] = bits, part: NDArray[Any] = part) -> None:
+            for start in range(first, last, _SUM):
+                part[start // _SUM] = sum_of_squares(bits[start : min(start + _SUM, last)])
+
+        share_among_threads(work, len(bits), _SUM)
+        sums.append(part.sum())
+    return torch.tensor(sum(sums)).sqrt().float()
+
+
+def _update_from_halves(t: _Tensors, scale: Tensor, step: Tensor, settings: dict[str, Any]) -> None:
+    """`_update_piecewise` for bfloat16 in one pass, to rounding."""
+    from crt.ar.update_kernels import adamw
+
+    (beta1, beta2), count, rate = settings["betas"], step.item(), settings["lr"]
+    numbers = (
+        scale.item(), 1 - rate * settings["weight_decay"], beta1, beta2,
+        rate / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), settings["eps"],
+    )  # fmt: skip
+    arrays = t.master.numpy(), _bits(t.gradient), t.mean.numpy(), t.square.numpy(), _bits(t.weights)
+    singles = tuple(map(np.float32, numbers))
+
+    def work(first: int, last: int) -> None:
+        adamw(*(array[first:last] for array in arrays), *singles)
+
+    share_among_threads(work, len(t.gradient), _PIECE)
+
+
+def _bits(halves: Tensor) -> NDArray[Any]:
+    return halves.view(torch.uint16).numpy()
 
 
 def _adamw_state(optimizer: Any, master: Tensor) -> dict[str, Tensor]:

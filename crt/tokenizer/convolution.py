@@ -10,11 +10,7 @@ With the usual points of evaluation (0, 1, -1, 2, -2) rounding is four times tha
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+
+from crt.cpu import share_among_threads
 
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)
@@ -137,28 +135,9 @@ def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
             torch.bmm(inputs[:, :count], factors, out=products[:, :count])
             gather(_flat(products), biases, target, scratch, *place)
 
-    threads = torch.get_num_threads()
-    if threads == 1:
-        work(0, tiles)
-    else:
-        share = max(1, -(-tiles // (threads * TILES_AT_ONCE))) * TILES_AT_ONCE
-        cuts = [*range(0, tiles, share), tiles]
-        for _ in _pool(os.getpid(), threads).map(work, cuts, cuts[1:]):
-            pass
+    share_among_threads(work, tiles, TILES_AT_ONCE)
     return y
 
 
 def _flat(t: Tensor) -> NDArray[np.float32]:
     return t.numpy().reshape(-1)  # a view: all are contiguous
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that multiply matrices alone. `process`: a fork has none of its parent's threads."""
-    del process
-    pool = ThreadPoolExecutor(threads, "convolution", initializer=torch.set_num_threads, initargs=(1,))
-    # The setting is the thread's own and the default of threads to come: put that back once all of these are there.
-    together = threading.Barrier(threads)
-    list(pool.map(lambda _: together.wait(), range(threads)))
-    torch.set_num_threads(threads)
-    return pool

@@ -57,10 +57,36 @@ def test_one_process_updates_as_zero_does(
     calls: list[Any] = []
     monkeypatch.setattr(engine, "skip_partitioning", calls.append)
     expected, expected_norms = train()
-    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    exact = precision == "float32" or on_gpu or micro_batch == 3
+    assert norms == pytest.approx(expected_norms, rel=1e-5 if exact else 1e-4)
     assert min(norms) < 0.7 < max(norms)
     for name, weight in weights.items():
-        # Clipping divides by a norm that is summed in another order.
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+        # Clipping divides by a norm that is summed in another order. A weight between two bfloat16 may fall to the
+        # other side, and the next gradients with it.
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5 if exact else 1e-3)
     # Float32 sums of bfloat16 gradients are left to DeepSpeed.
     assert len(calls) == (0 if precision == "bf16" and micro_batch == 3 else 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [3, 5000, 2**21 + 77])
+def test_one_pass_over_bfloat16_is_the_update_piece_by_piece(size: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    master, gradient = (torch.randn(size, generator=generator) for _ in range(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05}
+    results = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for update in (one_process._update_piecewise, one_process._update_from_halves):
+        weights = master.clone(), torch.zeros(size), torch.zeros(size), master.bfloat16()
+        for step in range(1, 4):
+            tensors = one_process._Tensors((gradient * step).bfloat16(), *weights)
+            update(tensors, torch.tensor(0.3), torch.tensor(float(step)), settings)
+        assert torch.equal(weights[3], weights[0].bfloat16())
+        results.append(weights[:3])
+    gradients = [gradient.bfloat16(), gradient[:2].bfloat16()]
+    norm = one_process._norm_of_halves(gradients)
+    torch.set_num_threads(before)
+    torch.testing.assert_close(norm.double(), torch.cat(gradients).double().norm(), rtol=1e-6, atol=0)
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
