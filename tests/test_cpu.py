@@ -84,3 +84,18 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: t
             assert both == pytest.approx(probability**2, abs=0.003)
     torch.manual_seed(0)
     assert torch.equal(cpu.dropout(x, probability), y)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [0, 3, 4, 21, 400])
+def test_ranges_for_threads_cover_everything_once(threads: int, size: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    ranges: list[tuple[int, int]] = []
+    cpu.share_among_threads(lambda first, last: ranges.append((first, last)), size, 4)
+    assert torch.get_num_threads() == threads
+    with pytest.raises(ZeroDivisionError):
+        cpu.share_among_threads(lambda first, last: 1 // 0, size, 4)
+    torch.set_num_threads(before)
+    assert [place for first, last in sorted(ranges) for place in range(first, last)] == list(range(size))
+    assert all(first % 4 == 0 for first, _ in ranges) and len(ranges) <= max(threads, 1)
