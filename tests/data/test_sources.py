@@ -36,6 +36,10 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
+def extract_all(tar: tarfile.TarFile, folder: Path) -> None:
+    tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # from Python 3.11.4
+
+
 def meta_mat() -> bytes:
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height"]
     synsets = np.zeros((4, 1), [(name, "O") for name in [*fields, "num_train_images"]])
@@ -123,7 +127,7 @@ def test_imagenet_extracted_is_packed_to_the_same_images(prepare, make, tmp_path
 def test_the_devkit_may_be_extracted(prepare, make, tmp_path):
     folder = official(tmp_path / "imagenet", make)
     with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz") as tar:
-        tar.extractall(folder, filter="data")
+        extract_all(tar, folder)
     (folder / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     status, out = prepare(path=folder, **IMAGENET)
     assert status == 0
@@ -247,7 +251,7 @@ def test_cifar10_in_its_binary_version(prepare, tmp_path, as_folder, storage):
     batches = cifar_binary(path)
     if as_folder:
         with tarfile.open(path) as tar:
-            tar.extractall(tmp_path / "folder", filter="data")
+            extract_all(tar, tmp_path / "folder")
         path = tmp_path / "folder"
     status, out = prepare(source="cifar10", path=path, storage=storage, image_size=32)
     assert status == 0
@@ -267,7 +271,7 @@ def test_cifar10_refuses_pickles_and_torn_batches(refused, make, tmp_path):
     assert "pickles" in refused(source="cifar10", path=tmp_path / "python", image_size=32)
     cifar_binary(tmp_path / "x.tar.gz")
     with tarfile.open(tmp_path / "x.tar.gz") as tar:
-        tar.extractall(tmp_path / "binary", filter="data")
+        extract_all(tar, tmp_path / "binary")
     batch = tmp_path / "binary" / "cifar-10-batches-bin" / "data_batch_4.bin"
     batch.write_bytes(batch.read_bytes()[:-5])
     assert "no whole number of records" in refused(source="cifar10", path=tmp_path / "binary", image_size=32)
