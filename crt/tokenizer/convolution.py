@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from crt.cpu import share_among_threads
 
@@ -33,7 +34,7 @@ class Convolution(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self._factors: tuple[Tensor, int, Tensor] | None = None  # weight (alive, so its address is its own), version
+        self._factors: tuple[NDArray[np.float32], Tensor] | None = None  # copy of the weights, what they became
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
@@ -48,16 +49,19 @@ class Convolution(nn.Conv2d):
         return convolve_by_tiles(x, self._current_factors(), self.bias)
 
     def _current_factors(self) -> Tensor:
-        weight = self.weight.detach()
-        version = -1 if weight.is_inference() else weight._version
-        if self._factors is None or self._factors[0].data_ptr() != weight.data_ptr() or self._factors[1] != version:
-            self._factors = weight, version, transform_weights(weight)
-        return self._factors[2]
+        # The values are compared: versions miss what fused optimizers, `.data` and inference mode change. By NumPy,
+        # since torch's threads hang in a fork of a process that used them.
+        weight, factors = self.weight.detach(), self._factors  # other threads may forget or renew those
+        if factors is None or not np.array_equal(factors[0], weight.numpy()):
+            factors = self._factors = weight.numpy().copy("K"), transform_weights(weight)
+        return factors[1]
 
     def _by_tiles(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return False
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+            return False
+        if torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # recorders see nothing of what Numba's kernels do
             return False
         height, width = x.shape[2:]
         return (

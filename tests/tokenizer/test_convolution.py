@@ -1,10 +1,12 @@
 """Convolutions by tiles against torch's own, and that they are used where they may be only."""
 
+import io
 import multiprocessing
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from crt.tokenizer import convolution
 from crt.tokenizer.convolution import Convolution, convolve_by_tiles, transform_weights
@@ -88,6 +90,32 @@ def test_changed_weights_are_seen():
         torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
 
 
+def test_changed_weights_are_seen_where_torch_counts_no_version():
+    layer, x = Convolution(64, 64), images(1, 64, 32, 32)
+
+    def check(layer):
+        torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
+
+    layer(x)
+    layer.weight.data.mul_(2)
+    check(layer)
+    layer.weight.mul_(2)
+    file = io.BytesIO()
+    torch.save(layer, file)  # with factors of the weights before
+    file.seek(0)
+    check(torch.load(file, weights_only=False))
+    with torch.enable_grad():
+        layer(x).square().mean().backward()
+    check(layer)
+    torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+    check(layer)
+    with torch.inference_mode():
+        made_here = Convolution(64, 64)
+        made_here(x)
+        made_here.weight.mul_(2)
+        check(made_here)
+
+
 @pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias")])
 def test_gradients_are_nearly_as_exact_as_torchs(frozen):
     layer, x = Convolution(64, 128), 1 + images(2, 64, 32, 40)
@@ -129,6 +157,18 @@ def test_autocast_and_other_layouts_keep_torchs_convolution():
         assert layer(x).dtype == torch.bfloat16
     double = Convolution(64, 64).double()
     assert torch.equal(double(x.double()), plain(double, x.double()))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_traces_and_counts_see_the_convolution(gradients):
+    layer, x = torch.nn.Sequential(Convolution(64, 64)), images(1, 64, 32, 32)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        assert torch.equal(traced(x + 1), plain(layer[0], x + 1))
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+    assert counter.get_total_flops() == 2 * 9 * 64 * 64 * 32 * 32
 
 
 def test_works_in_a_forked_process_after_the_parent_used_its_threads(threads):
