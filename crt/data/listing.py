@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
         if container.layout == "folder":
             with open(path, "rb") as file:
                 return file.read()
-        data = _read_at(_opened(path), int(place["offset"]), int(place["size"]), container.layout == "zip")
+        container_file = _opened(path)  # named, or another thread may have it closed
+        data = _read_at(container_file.descriptor, int(place["offset"]), int(place["size"]), container.layout == "zip")
     except (FileNotFoundError, NotADirectoryError):
         raise Undecodable("file not found (a broken link?)") from None
     except OSError as error:
@@ -92,10 +94,18 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-@lru_cache(maxsize=16)
-def _opened(path: str) -> int:
-    """File descriptor of a container, kept open for the life of the process."""
-    return os.open(path, os.O_RDONLY)
+class _Opened:
+    """A container's file, open as long as this object is in use."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str) -> _Opened:
+    """A container's file; those that were used last stay open."""
+    return _Opened(path)
 
 
 def _read_at(file: int, offset: int, size: int, zip_member: bool) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import tarfile
 from pathlib import Path
 
@@ -118,3 +120,17 @@ def test_a_damaged_shard_a_strange_one_and_none_are_refused(refused, make, tmp_p
     shard.write_bytes(shard.read_bytes()[:700])
     assert "train/0.tar: cut short in 00001.jpg" in refused(path=folder, **SHARDS)
     assert "set prepare_data.source to webdataset" in refused(path=folder, **SHARDS | {"source": "imagefolder"})
+
+
+def test_more_shards_than_files_that_may_be_open(prepare, make, tmp_path):
+    folder = tmp_path / "shards"
+    for shard in range(80):  # whose images alternate in the order of classes
+        write_shard(folder / f"{shard:03d}.tar", sample(make, 2 * shard, 0) | sample(make, 2 * shard + 1, 1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 75, limits[1]))
+    try:
+        status, _ = prepare(path=folder, val_fraction=0.25, **SHARDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert status == 0
