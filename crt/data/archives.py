@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from crt import interrupt
+from crt.data.listing import printable
 from crt.errors import UserError
 from crt.progress import Progress
 
@@ -102,8 +103,8 @@ def tar_members(file: IO[bytes], start: int, end: int, name: str) -> Iterator[ta
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None and member.offset < end:
-                if member.offset_data + member.size > end:
-                    raise UserError(f"{name}: cut short in {member.name}: fetch it again")
+                if member.offset_data + member.size > end and not member.issparse():  # whose size is that without holes
+                    raise UserError(f"{name}: cut short in {printable(member.name)}: fetch it again")
                 yield member
                 tar.members.clear()  # type: ignore[attr-defined]
             # tarfile takes a damaged header for the end; the real end is a block of zeros, or the file's.

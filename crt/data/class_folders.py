@@ -208,7 +208,8 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
     """Refuse validation classes without training images; note classes without validation images."""
     strange = sorted(set(val_classes) - set(classes))
     if strange:
-        raise UserError(f"{name}: class {strange[0]} has validation images, but no training images: add some")
+        shown = printable(strange[0])
+        raise UserError(f"{name}: class {shown} has validation images, but no training images: add some")
     missing = sorted(set(classes) - set(val_classes))
     if missing:
         notes.append(f"{name}: {len(missing)} classes have no validation images: {', '.join(missing[:3])}")

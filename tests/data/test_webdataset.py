@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -97,7 +98,10 @@ def test_wordnet_ids_are_named(prepare, make, tmp_path):
         (lambda make: sample(make, 1, 0) | {"00001.png": b"x"}, "sample 00001 has two images"),
         (lambda make: sample(make, 1) | {"00001.cls": b" "}, "00001.cls is empty"),
         (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is no JSON"),
-        (lambda make: {"00001.txt": b"words"}, "hold no images"),
+        (lambda make: {"00001.txt": b"words"}, "the shards hold no images"),
+        (lambda make: sample(make, 1) | {"00001.json": b"[" * 100_000}, "00001.json is no JSON"),
+        (lambda make: {"a\nb.jpg": b"x", "a\nb.cls": b""}, "a\\nb.cls is empty"),
+        (lambda make: {"a\nb.jpg": b"x", "a\nb.png": b"x"}, "sample a\\nb has two images"),
     ],
 )
 def test_shards_that_are_not_right_are_refused(refused, make, tmp_path, members, message):
@@ -134,3 +138,67 @@ def test_more_shards_than_files_that_may_be_open(prepare, make, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert status == 0
+
+
+def test_labels_are_numbers_by_their_size_whatever_that_is(prepare, make, tmp_path):
+    labels = ["-1", "10", "2", "-20"]
+    members = {}
+    for number in range(8):
+        members |= sample(make, number, labels[number % 4])
+    status, out = prepare(path=write_shard(tmp_path / "s/0.tar", members).parent, val_fraction=0.25, **SHARDS)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["-20", "-1", "2", "10"]
+    long = sample(make, 1, "9" * 5000) | sample(make, 2, 1) | sample(make, 3, json_label=" 1\n")
+    status, out = prepare(path=write_shard(tmp_path / "t/0.tar", long).parent, out=tmp_path / "long", **SHARDS)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["1", "9" * 5000]
+
+
+def test_the_split_named_last_in_a_path_counts(prepare, make, tmp_path, capfd):
+    folder = tmp_path / "shards"
+    write_shard(folder / "train_val/train-0.tar", sample(make, 1, 0) | sample(make, 2, 0))
+    write_shard(folder / "train_val/training_val_0.tar", sample(make, 3, 0))
+    status, out = prepare(path=folder, **SHARDS)
+    assert status == 0
+    check(out, make, "train", {1: "0", 2: "0"})
+    check(out, make, "val", {3: "0"})
+    (folder / "train_val/train-0.tar").rename(folder / "train_val/val-1.tar")
+    capfd.readouterr()
+    assert prepare(path=folder, out=tmp_path / "other", **SHARDS)[0] == 0
+    assert "shards of val only: validation images are set aside" in capfd.readouterr().err
+
+
+def test_links_in_shards_are_followed_and_sparse_files_refused(prepare, refused, make, tmp_path):
+    shard = write_shard(tmp_path / "s/0.tar", sample(make, 1, 0) | {"00002.jpg": image(make, 2)})
+    with tarfile.open(shard, "a") as tar:
+        for name, kind, target in [
+            ("00002.cls", tarfile.LNKTYPE, "00001.cls"),
+            ("x/00003.jpg", tarfile.SYMTYPE, "../00001.jpg"),
+            ("x/00003.cls", tarfile.SYMTYPE, "../00002.cls"),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    status, out = prepare(path=shard.parent, val_fraction=0, **SHARDS)
+    assert status == 0
+    images = PackedImages(out, "train")
+    names = {images.source_id(row): images.encoded(row) for row in range(len(images))}
+    expected = {"00001.jpg": 1, "00002.jpg": 2, "x/00003.jpg": 1}
+    assert names == {f"0.tar/{name}": image(make, number) for name, number in expected.items()}
+    shutil.rmtree(out)
+    with tarfile.open(shard, "a") as tar:
+        link = tarfile.TarInfo("4.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/elsewhere/4.jpg"
+        tar.addfile(link)
+    assert "4.jpg is a link to no file before it" in refused(path=shard.parent, **SHARDS)
+    with tarfile.open(shard, "w") as tar:
+        sparse = tarfile.TarInfo("5.jpg")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
+    assert "5.jpg is stored as a sparse file" in refused(path=shard.parent, **SHARDS)
+
+
+def test_a_shard_that_leads_nowhere_is_refused(refused, make, tmp_path):
+    shard = write_shard(tmp_path / "s/0.tar", sample(make, 1, 0))
+    (shard.parent / "1.tar").symlink_to("nowhere.tar")
+    assert "1.tar: cannot be read (No such file or directory)" in refused(path=shard.parent, **SHARDS)
