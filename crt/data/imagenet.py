@@ -30,7 +30,7 @@ from crt.data.class_folders import (
     listing_by_class,
     listing_of,
 )
-from crt.data.listing import PLACE, Container, Listing, sorted_listing
+from crt.data.listing import PLACE, Container, Listing, printable, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names, imagenet_names
 from crt.data.tree import Tree, folder_tree
@@ -109,8 +109,8 @@ def _images_by_name(tree: Tree) -> dict[str, list[int]]:
             wnid = _class_in_name(name)
             if wnid is None:
                 raise UserError(
-                    f"{tree.name}: {name} lies in no class folder, and its name has no WordNet id: put training images "
-                    "into a folder for each class (n01440764, ...)"
+                    f"{tree.name}: {printable(name)} lies in no class folder, and its name has no WordNet id: put "
+                    "training images into a folder for each class (n01440764, ...)"
                 )
             found.setdefault(wnid, []).append(row)
     if not found:
@@ -139,7 +139,7 @@ def _flat_val(folder: Path, tree: Tree, classes: list[str], notes: list[str]) ->
             wnids[place] = wnids[place] or truth.get(int(number[1]) if number else 0)
             if wnids[place] is None:
                 raise UserError(
-                    f"{tree.name}: {name} is no validation image that {labels_file} labels "
+                    f"{tree.name}: {printable(name)} is no validation image that {labels_file} labels "
                     f"(ILSVRC2012_val_00000001.JPEG to {len(truth):08d}): remove it"
                 )
         if len(rows) < len(truth):
@@ -214,7 +214,7 @@ def _kaggle_labels(folder: Path) -> Path | None:
 def _read_kaggle_labels(path: Path) -> dict[int, str]:
     """WordNet id by the number of the validation image: lines of a name and, after a comma, an id with its boxes."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
             found = {int(line["ImageId"].rpartition("_")[2]): line["PredictionString"].split()[0] for line in lines}
     except (OSError, ValueError, LookupError, AttributeError, TypeError, csv.Error):

@@ -513,3 +513,11 @@ def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, 
 def test_a_class_may_be_called_train(prepare, make, tmp_path):
     status, out = prepare(path=make.class_folders(tmp_path / "images", {"bus": 3, "train": 3}))
     assert status == 0 and PackedImages(out, "train").class_names == ["bus", "train"]
+
+
+def test_an_image_of_strange_name_is_told_of_in_one_line(refused, make, tmp_path):
+    lines = ["\ufeffImageId,PredictionString", *KAGGLE_LINES, ""]
+    folder = kaggle(tmp_path / "kaggle", make)
+    (folder / "LOC_val_solution.csv").write_text("\n".join(lines), encoding="utf-8")  # as a spreadsheet saves it
+    make.write(folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "a\nb.JPEG", val_image(make, 90))
+    assert "val/a\\nb.JPEG is no validation image that" in refused(path=folder, **IMAGENET)
