@@ -26,7 +26,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from crt import slurm
 from crt.errors import UserError
 from crt.params import load_params
-from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
+from crt.pipeline import canonical_json, load_stages, path_variables, recipe_fingerprint, stage_version, stamp_name
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -194,6 +194,7 @@ def open_run(
         read["prepare_data.path"] = params.prepare_data.path
     check_out(Path(out), read)
     manifests = {key: read_current(path, values, params_file) for key, path in inputs.items()}
+    _check_makers(manifests, inputs)
     _check_one_lineage(manifests, {key: Path(path) for key, path in inputs.items()})
     version, own_values = stage_version(name), {key: values[key] for key in keys}
     input_fingerprints = {manifest.stage: manifest.fingerprint for manifest in manifests.values()}
@@ -210,6 +211,16 @@ def open_run(
         metrics=Path(metrics) if metrics else None,
         shared_folder=Path(shared) if shared else None,
     )
+
+
+def _check_makers(manifests: Mapping[str, Manifest], inputs: Mapping[str, str | Path]) -> None:
+    """Raises UserError where an option names the output of another stage than dvc.yaml gives it."""
+    places, maker = path_variables(), {spec.output: spec.name for spec in load_stages().values()}
+    for option, manifest in manifests.items():
+        if manifest.stage != (wanted := maker[places[option]]):
+            raise UserError(
+                f"{inputs[option]}: made by {manifest.stage}: give --{option} the output folder of {wanted}"
+            )
 
 
 def check_out(out: Path, read: Mapping[str, str | Path]) -> None:

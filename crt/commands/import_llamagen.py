@@ -96,9 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found: download LlamaGen's checkpoint first") from None
-    except Exception as error:  # bytes that are no checkpoint fail in the unpickler in every possible way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: no readable checkpoint ({reason}): download it again") from None
+    except Exception:  # bytes that are no checkpoint fail in the unpickler in every possible way
+        # torch's own words advise to run what is in the file.
+        raise UserError(f"{path}: no readable checkpoint: name one of LlamaGen's files, or download it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(state).__name__}, not a checkpoint: name one of LlamaGen's files")
     return state
