@@ -54,6 +54,22 @@ def test_a_stage_is_handed_exactly_its_keys(tmp_path, chain):
         run.params.seed  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"data": "tokens", "tokenizer": "tokenizer"}, "tokens: made by tokenize: give --data what prepare_data made"),
+        (
+            {"data": "data", "tokenizer": "data"},
+            "data: made by prepare_data: give --tokenizer what train_tokenizer made",
+        ),
+    ],
+)
+def test_results_of_other_stages_than_the_options_name_are_refused(tmp_path, chain, inputs, message):
+    with pytest.raises(UserError) as refused:
+        open_run("tokenize", chain[1], {key: tmp_path / name for key, name in inputs.items()}, tmp_path / "out")
+    assert message in str(refused.value)
+
+
 def test_a_current_result_is_recognised_and_a_changed_one_is_not(tmp_path, chain):
     _make, params = chain
 
