@@ -57,10 +57,13 @@ def test_a_stage_is_handed_exactly_its_keys(tmp_path, chain):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"data": "tokens", "tokenizer": "tokenizer"}, "tokens: made by tokenize: give --data what prepare_data made"),
+        (
+            {"data": "tokens", "tokenizer": "tokenizer"},
+            "tokens: made by tokenize: give --data the output folder of prepare_data",
+        ),
         (
             {"data": "data", "tokenizer": "data"},
-            "data: made by prepare_data: give --tokenizer what train_tokenizer made",
+            "data: made by prepare_data: give --tokenizer the output folder of train_tokenizer",
         ),
     ],
 )
