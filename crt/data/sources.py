@@ -10,6 +10,7 @@ import numpy as np
 from crt.data.class_folders import open_class_folders
 from crt.data.imagenet import open_imagenet
 from crt.data.listing import read_entry, sorted_listing
+from crt.data.parquet import open_parquet
 from crt.data.source import Source, raw_container
 from crt.data.tree import Tree, open_tree
 from crt.data.webdataset import open_webdataset
@@ -42,6 +43,8 @@ def open_source(params: PrepareData, work: Path) -> Source:
         return open_imagenet(Path(params.path))
     if params.source == "webdataset":
         return open_webdataset(Path(params.path))
+    if params.source == "parquet":
+        return open_parquet(Path(params.path), work)
     return open_class_folders(Path(params.path), work)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +19,13 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.archives import tar_members
-from crt.data.class_folders import EXTENSIONS, ONE_CLASS, check_val_classes
+from crt.data.class_folders import EXTENSIONS, ONE_CLASS
 from crt.data.listing import PLACE, Container, printable, sorted_listing
+from crt.data.shards import classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
-from crt.data.tree import folder_tree
 from crt.errors import UserError
 from crt.progress import Progress
-
-_SPLITS = {
-    "train": re.compile(r"(?<![a-z])(train|training)(?![a-z])"),
-    "val": re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])"),
-    "test": re.compile(r"(?<![a-z])(test|testing)(?![a-z])"),
-}
 
 
 @dataclass(slots=True)  # a data set has millions
@@ -50,14 +43,9 @@ def open_webdataset(folder: Path) -> Source:
     Raises:
         UserError: there is none, one is damaged, or only some samples have labels.
     """
-    if not folder.is_dir():
-        state = "is no folder" if folder.exists() else "not found"
-        raise UserError(f"{folder}: {state}: set prepare_data.path to the folder of the .tar shards")
-    shards = [name for name in folder_tree(folder).files if name.endswith(".tar")]
-    if not shards:
-        raise UserError(f"{folder}: holds no .tar shards (compressed ones are not read): give the folder that does")
+    shards = list_shards(folder, ".tar", " (compressed ones are not read)")
     notes: list[str] = []
-    split_of = _splits(folder, shards, notes)
+    split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     samples: dict[str, list[tuple[int, _Sample]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
     progress = Progress("reading shards", len(used), "shards")
@@ -70,7 +58,8 @@ def open_webdataset(folder: Path) -> Source:
         progress.update(number + 1)
     if without_image:
         notes.append(f"{folder}: {without_image} samples have no image: left out")
-    classes = _classes(folder, samples, notes)
+    labels_of = {split: [(sample.id, sample.label) for _, sample in found] for split, found in samples.items()}
+    classes = classes_of_labels(folder, labels_of, ".cls or label in .json", notes)
     index = {name: label for label, name in enumerate(classes)}
     listings = {}
     for split, found in samples.items():
@@ -79,38 +68,11 @@ def open_webdataset(folder: Path) -> Source:
             raise UserError(
                 f"{folder}: the {which} hold no images (KEY.jpg, KEY.png, ..., no dot in KEY): give other shards"
             )
-        labels = np.array([index[_class_of(sample)] for _, sample in found], np.int64)
+        labels = np.array([index[sample.label or ONE_CLASS] for _, sample in found], np.int64)
         places = np.array([(number, sample.offset, sample.size, -1, 0) for number, sample in found], PLACE)
         listings[split] = sorted_listing([sample.id for _, sample in found], labels, places)
     containers = [Container(str(folder / shard), "tar") for shard in used]
     return Source(classes, class_names(classes), containers, listings, notes)
-
-
-def _splits(folder: Path, shards: list[str], notes: list[str]) -> dict[str, str]:
-    """The split of each shard: "train" and "val", or "all", or "" for those that are not used."""
-    named = {shard: _split_in(shard) for shard in shards}
-    present = set(named.values())
-    held_out = next((split for split in ("val", "test") if split in present), None)
-    if "train" not in present or held_out is None:
-        if present != {""}:
-            names = ", ".join(sorted(split or "no split" for split in present))
-            notes.append(f"{folder}: shards of {names} only: validation images are set aside from all of them")
-        return dict.fromkeys(shards, "all")
-    strange = next((shard for shard, split in named.items() if not split), None)
-    if strange is not None:
-        raise UserError(
-            f"{folder}: {printable(strange)} names no split, other shards do: name it after train or val, or move it"
-        )
-    if held_out == "val" and "test" in present:
-        notes.append(f"{folder}: the shards of test are not used, validation images are those of val")
-    roles = {"train": "train", held_out: "val"}
-    return {shard: roles.get(split, "") for shard, split in named.items()}
-
-
-def _split_in(shard: str) -> str:
-    """The split that a path names last, which says it most closely, or ""."""
-    ends = {split: [found.end() for found in name.finditer(shard.lower())] for split, name in _SPLITS.items()}
-    return max((split for split in ends if ends[split]), key=lambda split: ends[split][-1], default="")
 
 
 def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
@@ -179,27 +141,3 @@ def _label_in(content: bytes, name: str) -> str | None:
         raise UserError(f"{name} is no JSON: fetch the shard again") from None
     label = values.get("label") if isinstance(values, dict) else None
     return (str(label).strip() or None) if isinstance(label, int | str) else None
-
-
-def _class_of(sample: _Sample) -> str:
-    return ONE_CLASS if sample.label is None else sample.label
-
-
-def _classes(folder: Path, samples: dict[str, list[tuple[int, _Sample]]], notes: list[str]) -> list[str]:
-    """Class ids in the order of their indices: integers by size, names by the alphabet."""
-    found = {split: {sample.label for _, sample in some} for split, some in samples.items()}
-    everywhere = set().union(*found.values())
-    if None in everywhere and len(everywhere) > 1:
-        name = next(s.id for some in samples.values() for _, s in some if s.label is None)
-        raise UserError(
-            f"{folder}: {printable(name)} has no label (.cls or label in .json), others do: add it, or remove the image"
-        )
-    if None in everywhere:
-        notes.append(f"{folder}: samples have no labels: the images are one class")
-        return [ONE_CLASS]
-    labels = [label for label in found.get("train", everywhere) if label is not None]
-    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
-    classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
-    if "val" in found:
-        check_val_classes(str(folder), classes, sorted(label for label in found["val"] if label is not None), notes)
-    return classes

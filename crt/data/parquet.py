@@ -1,0 +1,273 @@
+"""Parquet files of images, as the Hugging Face Hub serves its data sets.
+
+A folder holds the files, below folders or not; a file belongs to the split that its path names
+(`data/train-00000-of-00294.parquet`). Images are a column of encoded files, which the Hub's metadata or its type
+tells; labels are the column of class labels that the metadata names, else one called "label".
+
+Images inside a Parquet file can only be read in groups of hundreds, but a data set is stored by class. So they are
+first copied behind each other into one plain file per Parquet file, under the stage's working folder, which needs
+as much space as they have; a killed run continues behind the last whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crt import interrupt
+from crt.data.class_folders import ONE_CLASS
+from crt.data.listing import PLACE, Container, printable, sorted_listing
+from crt.data.shards import classes_of_labels, list_shards, splits_of_shards
+from crt.data.source import Source
+from crt.data.synsets import class_names
+from crt.errors import UserError
+from crt.progress import Progress
+
+if TYPE_CHECKING:
+    from pyarrow import DataType, RecordBatch
+    from pyarrow.parquet import ParquetFile
+
+_LABEL_COLUMNS = ("label", "labels", "cls", "class")
+_BATCH_ROWS = 64
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def open_parquet(path: Path, work: Path) -> Source:
+    """The images of a folder of Parquet files, or of one.
+
+    Args:
+        path: the folder or file.
+        work: for the copied images; those of whole files that an earlier run left there are used again.
+
+    Raises:
+        UserError: there is none, one is damaged or has no images, files differ, or only some images have labels.
+    """
+    folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ".parquet"))
+    notes: list[str] = []
+    split_of = splits_of_shards(folder, shards, notes)
+    used = [shard for shard in shards if split_of[shard]]
+    columns = _common_columns(folder, used)
+    if len(columns.label_columns) > 1:
+        notes.append(f"{path}: labels are those of {columns.label} (there are {', '.join(columns.label_columns)})")
+    copies = work / "parquet"
+    copies.mkdir(exist_ok=True)
+    containers = []
+    samples: dict[str, list[tuple[str, str | None]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
+    places: dict[str, list[np.ndarray]] = {split: [] for split in samples}
+    without_image = 0
+    progress = Progress("copying images", len(used), "files")
+    for number, shard in enumerate(used):
+        copy = _copied(folder / shard, copies / f"{number:05d}", columns)
+        containers.append(Container(str(copy.path), "tar"))
+        present = copy.sizes > 0
+        without_image += int((~present).sum())
+        rows = np.flatnonzero(present)
+        samples[split_of[shard]] += [(f"{shard}/{row:06d}", copy.labels[row]) for row in rows]
+        of_shard = np.zeros(len(rows), PLACE)
+        of_shard["container"], of_shard["crc"], of_shard["modified"] = number, -1, copy.modified
+        of_shard["offset"], of_shard["size"] = (np.cumsum(copy.sizes) - copy.sizes)[rows], copy.sizes[rows]
+        places[split_of[shard]].append(of_shard)
+        progress.update(number + 1)
+    if without_image:
+        notes.append(f"{path}: {without_image} rows have no image: left out")
+    for split, found in samples.items():
+        if not found:
+            which = "files" if split == "all" else f"files of {split}"
+            raise UserError(f"{path}: the {which} hold no images: give other files")
+    classes = classes_of_labels(folder, samples, f"column {columns.label}", notes)
+    index = {label: row for row, label in enumerate(classes)}
+    listings = {}
+    for split, found in samples.items():
+        labels = np.array([index[label or ONE_CLASS] for _, label in found], np.int64)
+        listings[split] = sorted_listing([name for name, _ in found], labels, np.concatenate(places[split]))
+    names = [columns.names[int(label)] for label in classes] if columns.names and classes != [ONE_CLASS] else classes
+    return Source(classes, class_names(names), containers, listings, notes)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where a file has its images and labels."""
+
+    image: str
+    is_struct: bool
+    """Whether an image is a struct of its bytes and its path, as the Hub has it, or the bytes alone."""
+    label: str | None
+    label_columns: list[str]
+    """All that could be it."""
+    names: list[str]
+    """By label: what the metadata calls the class; empty if it says nothing."""
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """The images of one file behind each other."""
+
+    path: Path
+    modified: int
+    """When the Parquet file was last changed (ns)."""
+    sizes: np.ndarray
+    """(rows,) int64: bytes of each image, 0 for none."""
+    labels: list[str | None]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ParquetFile]:
+    """A Parquet file; whatever of it cannot be read is a UserError."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    where = printable(str(path))
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(f"{where}: only a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
+        with ParquetFile(path) as parquet:
+            yield parquet
+    except ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: no Parquet file, or damaged ({reason}): fetch it again") from None
+    except OSError as error:
+        if error.errno is None:  # pyarrow says so of pages that end early
+            raise UserError(f"{where}: damaged or cut short: fetch it again") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}): mend that and run again") from None
+
+
+def _common_columns(folder: Path, shards: Sequence[str]) -> _Columns:
+    """The columns of all files.
+
+    Raises:
+        UserError: a file has none with images, several, or others than the first.
+    """
+    first: _Columns | None = None
+    for shard in shards:
+        interrupt.raise_if_stopped()
+        with _opened(folder / shard) as parquet:
+            columns = _columns(parquet, printable(str(folder / shard)))
+        if first is not None and columns != first:
+            raise UserError(
+                f"{folder}: {printable(shard)} has other columns or class names than {printable(shards[0])}: "
+                "set prepare_data.path to the files of one data set"
+            )
+        first = columns
+    assert first is not None
+    return first
+
+
+def _columns(parquet: ParquetFile, where: str) -> _Columns:
+    schema = parquet.schema_arrow
+    features = _hub_features(schema.metadata or {})
+    described = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    holds_bytes = {field.name: _holds_bytes(field.type) for field in schema}
+    images = [name for name in schema.names if described.get(name) == "Image" and holds_bytes[name]]
+    images = images or [name for name in schema.names if holds_bytes[name]]
+    if len(images) != 1:
+        found = f"several columns of images ({', '.join(images)})" if images else "no column of images"
+        raise UserError(f"{where}: has {found}; one is needed, of bytes or of the Hub's type Image: write it with one")
+    labels = [name for name in schema.names if described.get(name) == "ClassLabel"]
+    labels = labels or [name for name in _LABEL_COLUMNS if name in schema.names][:1]
+    label = next((name for name in _LABEL_COLUMNS if name in labels), labels[0] if labels else None)
+    if label is not None and not _is_label(schema.field(label).type):
+        raise UserError(
+            f"{where}: column {label} holds {schema.field(label).type}: labels are integers or text, one per image: "
+            "write it with such a column"
+        )
+    names = features[label].get("names") or [] if label is not None and described.get(label) == "ClassLabel" else []
+    return _Columns(images[0], holds_bytes[images[0]] == "struct", label, labels, [str(name) for name in names])
+
+
+def _hub_features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
+    """Description of the columns that the Hub's library leaves in a file, or nothing."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _holds_bytes(kind: DataType) -> str:
+    """Whether a column may hold image files: "bytes", "struct" of bytes and more, or "" for neither."""
+    from pyarrow import types
+
+    def is_bytes(kind: DataType) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    if types.is_struct(kind):
+        return "struct" if any(field.name == "bytes" and is_bytes(field.type) for field in kind) else ""
+    return "bytes" if is_bytes(kind) else ""
+
+
+def _is_label(kind: DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
+def _copied(source: Path, target: Path, columns: _Columns) -> _Copy:
+    """The images of one file in `target`.images, and what is known of them in `target`.json."""
+    images, record = target.with_suffix(".images"), target.with_suffix(".json")
+    state = source.stat()
+    identity = [str(source), state.st_size, state.st_mtime_ns, columns.image, columns.label]
+    known = _read_record(record)
+    if known is None or known["of"] != identity or not images.exists():
+        record.unlink(missing_ok=True)
+        sizes, labels = _copy(source, images, columns)
+        known = {"of": identity, "sizes": sizes, "labels": labels}
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        os.replace(temporary, record)
+    return _Copy(images, state.st_mtime_ns, np.array(known["sizes"], np.int64), known["labels"])
+
+
+def _copy(source: Path, target: Path, columns: _Columns) -> tuple[list[int], list[str | None]]:
+    """Write the images of a file behind each other; their sizes in bytes (0 for none) and labels."""
+    sizes: list[int] = []
+    labels: list[str | None] = []
+    wanted = [f"{columns.image}.bytes" if columns.is_struct else columns.image]
+    wanted += [columns.label] if columns.label is not None else []
+    with open(target, "wb") as out:
+        for batch in _batches(source, wanted):
+            interrupt.raise_if_stopped()
+            for image in batch.column(columns.image).to_pylist():
+                content = image["bytes"] if columns.is_struct and image is not None else image
+                sizes.append(out.write(content or b""))
+            found = batch.column(columns.label).to_pylist() if columns.label is not None else [None] * len(batch)
+            labels += [_label(value, len(columns.names), source) for value in found]
+        out.flush()
+        os.fsync(out.fileno())
+    return sizes, labels
+
+
+def _batches(source: Path, columns: list[str]) -> Iterator[RecordBatch]:
+    """Rows of a file; a generator of its own, so that errors of whoever writes them are not taken for the file's."""
+    with _opened(source) as parquet:
+        yield from parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+
+
+def _label(value: int | str | None, num_names: int, source: Path) -> str | None:
+    """A label as text; none where it is missing, for which the Hub has -1.
+
+    Raises:
+        UserError: it is beyond the classes that have names.
+    """
+    if num_names and isinstance(value, int):
+        if value >= num_names or value < -1:
+            raise UserError(
+                f"{printable(str(source))}: label {value}, but {num_names} classes have names: fetch it again"
+            )
+        return str(value) if value >= 0 else None
+    return (str(value).strip() or None) if value is not None else None
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and {"of", "sizes", "labels"} <= set(known) else None

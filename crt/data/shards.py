@@ -1,0 +1,96 @@
+"""What sources of sharded files share: the shards of a folder, which split each belongs to, and classes from labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from crt.data.class_folders import ONE_CLASS, check_val_classes
+from crt.data.listing import printable
+from crt.data.tree import folder_tree
+from crt.errors import UserError
+
+_SPLITS = {
+    "train": re.compile(r"(?<![a-z])(train|training)(?![a-z])"),
+    "val": re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])"),
+    "test": re.compile(r"(?<![a-z])(test|testing)(?![a-z])"),
+}
+
+
+def list_shards(folder: Path, ending: str, hint: str = "") -> list[str]:
+    """Paths in a folder of the files with an ending, below folders or not.
+
+    Args:
+        hint: what else to tell if there are none.
+
+    Raises:
+        UserError: there is no such folder, or it holds none.
+    """
+    if not folder.is_dir():
+        state = "is no folder" if folder.exists() else "not found"
+        raise UserError(f"{folder}: {state}: set prepare_data.path to the folder of the {ending} shards")
+    shards = [name for name in folder_tree(folder).files if name.endswith(ending)]
+    if not shards:
+        raise UserError(f"{folder}: holds no {ending} shards{hint}: give the folder that does")
+    return shards
+
+
+def splits_of_shards(folder: Path, shards: list[str], notes: list[str]) -> dict[str, str]:
+    """The split that each shard's path names: "train" and "val", or "all", or "" for those that are not used.
+
+    Raises:
+        UserError: some shards name a split, and others none.
+    """
+    named = {shard: _split_in(shard) for shard in shards}
+    present = set(named.values())
+    held_out = next((split for split in ("val", "test") if split in present), None)
+    if "train" not in present or held_out is None:
+        if present != {""}:
+            names = ", ".join(sorted(split or "no split" for split in present))
+            notes.append(f"{folder}: shards of {names} only: validation images are set aside from all of them")
+        return dict.fromkeys(shards, "all")
+    strange = next((shard for shard, split in named.items() if not split), None)
+    if strange is not None:
+        raise UserError(
+            f"{folder}: {printable(strange)} names no split, other shards do: name it after train or val, or move it"
+        )
+    if held_out == "val" and "test" in present:
+        notes.append(f"{folder}: the shards of test are not used, validation images are those of val")
+    roles = {"train": "train", held_out: "val"}
+    return {shard: roles.get(split, "") for shard, split in named.items()}
+
+
+def _split_in(shard: str) -> str:
+    """The split that a path names last, which says it most closely, or ""."""
+    ends = {split: [found.end() for found in name.finditer(shard.lower())] for split, name in _SPLITS.items()}
+    return max((split for split in ends if ends[split]), key=lambda split: ends[split][-1], default="")
+
+
+def classes_of_labels(
+    folder: Path, samples: Mapping[str, Iterable[tuple[str, str | None]]], where: str, notes: list[str]
+) -> list[str]:
+    """Class ids in the order of their indices: integers by size, names by the alphabet.
+
+    Args:
+        folder: the source, for messages.
+        samples: by split, the (path, label) of each image; a label of None is none.
+        where: what a label is called in this kind of shard, for messages.
+
+    Raises:
+        UserError: only some samples have labels, or validation has a class that training has not.
+    """
+    found = {split: {label for _, label in some} for split, some in samples.items()}
+    everywhere = set().union(*found.values())
+    if None in everywhere and len(everywhere) > 1:
+        name = next(path for some in samples.values() for path, label in some if label is None)
+        raise UserError(f"{folder}: {printable(name)} has no label ({where}), others do: add it, or remove the image")
+    if None in everywhere:
+        notes.append(f"{folder}: samples have no labels: the images are one class")
+        return [ONE_CLASS]
+    labels = [label for label in found.get("train", everywhere) if label is not None]
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
+    classes = sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
+    if "val" in found:
+        check_val_classes(str(folder), classes, sorted(label for label in found["val"] if label is not None), notes)
+    return classes
