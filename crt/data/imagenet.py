@@ -88,7 +88,8 @@ def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listi
         _require_tar(archive)
         members, _ = list_tar(archive, str(archive))
         files = sorted(name for name in members if is_image(name))
-        places = np.array([(0, *members[name], 0) for name in files], PLACE)
+        modified = archive.stat().st_mtime_ns
+        places = np.array([(0, *members[name], modified) for name in files], PLACE)
         tree = Tree(str(archive), Container(str(archive), "tar"), [f"val/{name}" for name in files], places, set())
         return _flat_val(folder, tree, classes, notes), tree.container
     if not (folder / "val").is_dir():
@@ -167,7 +168,8 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     folders: list[str] = []
     entries: list[tuple[int, int, int, int, int]] = []
     with open(path, "rb") as outer, open(path, "rb") as inner:
-        end = os.fstat(outer.fileno()).st_size
+        state = os.fstat(outer.fileno())
+        end = state.st_size
         progress = Progress(f"reading {path.name}", max(end >> 20, 1), "MiB")
         for member in tar_members(outer, 0, end, str(path)):
             name = Path(member.name)
@@ -178,7 +180,7 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
                 if image.isreg() and is_image(image.name):
                     ids.append(f"train/{name.stem}/{Path(image.name).name}")
                     folders.append(name.stem)
-                    entries.append((0, image.offset_data, image.size, -1, 0))
+                    entries.append((0, image.offset_data, image.size, -1, state.st_mtime_ns))
             if len(ids) == before:
                 raise UserError(f"{path}: {member.name} holds no images: fetch the archive again")
             progress.update(min(stop >> 20, progress.total - 1))

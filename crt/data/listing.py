@@ -17,7 +17,7 @@ from crt.data.decode import Undecodable
 from crt.errors import UserError
 
 # Where one image lies: which container, the first byte and the number of bytes, and a zip member's checksum. Of a
-# folder's file, its size and when it was last changed (ns): reading needs neither, but they tell a changed file.
+# folder's file the size, and of files and archives when they were last changed (ns), tell one that has changed.
 PLACE = np.dtype([("container", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8"), ("modified", "<i8")])
 _ZIP_HEADER_BYTES = 30
 _DEFLATED = 8

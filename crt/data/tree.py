@@ -49,12 +49,12 @@ def open_tree(path: Path, key: str, work: Path) -> Tree:
         UserError: missing, unreadable, no archive, damaged, or with a member that points outside.
     """
     try:
-        mode = path.stat().st_mode
+        state = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found: set {key} to a folder or archive that exists") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(state.st_mode):
         return folder_tree(path)
     kind = archive_kind(path)
     if kind == "zip":
@@ -63,7 +63,7 @@ def open_tree(path: Path, key: str, work: Path) -> Tree:
         plain = path if kind == "tar" else unpacked(path, kind, work)
         container, (members, folders) = Container(str(plain), "tar"), list_tar(plain, str(path))
     files = sorted(name for name in members if not _is_clutter(name))
-    places = np.array([(0, *members[name], 0) for name in files], PLACE)
+    places = np.array([(0, *members[name], state.st_mtime_ns) for name in files], PLACE)
     parents = {parent for name in files for parent in _parents(name)}
     return Tree(str(path), container, files, places, parents | {name for name in folders if not _is_clutter(name)})
 

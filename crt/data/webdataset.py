@@ -62,6 +62,7 @@ def open_webdataset(folder: Path) -> Source:
     classes = classes_of_labels(folder, labels_of, ".cls or label in .json", notes)
     index = {name: label for label, name in enumerate(classes)}
     listings = {}
+    modified = [(folder / shard).stat().st_mtime_ns for shard in used]
     for split, found in samples.items():
         if not found:
             which = "shards" if split == "all" else f"shards of {split}"
@@ -69,7 +70,8 @@ def open_webdataset(folder: Path) -> Source:
                 f"{folder}: the {which} hold no images (KEY.jpg, KEY.png, ..., no dot in KEY): give other shards"
             )
         labels = np.array([index[sample.label or ONE_CLASS] for _, sample in found], np.int64)
-        places = np.array([(number, sample.offset, sample.size, -1, 0) for number, sample in found], PLACE)
+        rows = [(number, sample.offset, sample.size, -1, modified[number]) for number, sample in found]
+        places = np.array(rows, PLACE)
         listings[split] = sorted_listing([sample.id for _, sample in found], labels, places)
     containers = [Container(str(folder / shard), "tar") for shard in used]
     return Source(classes, class_names(classes), containers, listings, notes)

@@ -340,7 +340,7 @@ def _num_workers(num_tasks: int) -> int:
 def _chunk_key(chunk: Listing, form: Form) -> str:
     """Names a chunk's result by what it was made from, so that a source that has changed is checked anew.
 
-    A folder's files are told by size and time, an archive's members by where they lie.
+    A folder's files are told by size and time, an archive's members by where they lie and the archive's time.
     """
     digest = hashlib.sha256("\0".join([repr(form), *chunk.ids]).encode("utf-8", "surrogateescape"))
     digest.update(np.ascontiguousarray(chunk.places).tobytes())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image
 import crt.stages.prepare_data as stage
 from crt import interrupt
 from crt.__main__ import main
+from crt.data import listing
 from crt.data.decode import Undecodable, decode
 from crt.data.packed import PackedImages, pixel_digest, read_index
 from crt.data.store import Form, stored_form
@@ -546,6 +549,52 @@ def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
     ]
     expected_pixels = Image.fromarray(make.noise(99)).resize((19, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(PackedImages(out, "train").image(1), np.asarray(expected_pixels)[:, 1:17])
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "webdataset", "imagenet"])
+def test_an_archive_replaced_by_one_of_the_same_layout_is_taken_anew(prepare, make, tmp_path, monkeypatch, kind):
+    source = {"path": tmp_path / "data", "images_per_shard": 4, "val_fraction": 0, "max_rejected_fraction": 0.0}
+
+    def pack(first: int) -> None:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        files = tmp_path / "files" / ("n01440764" if kind == "imagenet" else "a")
+        for number in range(8):
+            make.write(files / f"{number:03d}.png", make.encode(make.noise(first + number), "BMP"))
+        source["source"] = "imagefolder" if kind in ("tar", "zip") else kind
+        if kind == "imagenet":
+            nested = tmp_path / "nested"
+            shutil.make_archive(str(nested / "n01440764"), "tar", files)
+            (tmp_path / "data").mkdir()
+            (tmp_path / "data" / "ILSVRC2012_img_train.tar").write_bytes(tar_of(nested))
+            val = make.class_folders(tmp_path / "data" / "val", {"n01440764": 1}, first_seed=500)
+            assert val.is_dir()
+        else:
+            made = shutil.make_archive(str(tmp_path / "data" / "all"), "zip" if kind == "zip" else "tar", files.parent)
+            source["path"] = tmp_path / "data" if kind == "webdataset" else Path(made)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pack(first=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "_index", interrupted)  # all shards are finished
+        assert prepare(**source)[0] != 0
+    pack(first=100)
+    listing._opened.cache_clear()  # a run of its own opens what lies there
+    status, out = prepare(**source)
+    assert status == 0
+    packed = PackedImages(out, "train")
+    found = {packed.image(row).tobytes() for row in range(len(packed))}
+    new = [Image.fromarray(make.noise(100 + n)).resize((19, 16), Image.Resampling.BICUBIC) for n in range(8)]
+    assert found == {np.asarray(image)[:, 1:17].tobytes() for image in new}
+
+
+def tar_of(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    return buffer.getvalue()
 
 
 def test_only_the_first_process_of_a_job_works(prepare, make, tmp_path, monkeypatch):
