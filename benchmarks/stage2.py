@@ -31,11 +31,10 @@ from turn import await_turn
 from crt.ar.engine import deepspeed_engine, deepspeed_session, set_learning_rate
 from crt.ar.generator import Generator
 from crt.ar.import_llamagen import import_llamagen_ar
-from crt.ar.live import matmul_rate
 from crt.ar.model import ARConfig, count_parameters
 from crt.ar.sizes import resized
 from crt.distributed import join_world
-from crt.flops import ar_flops_per_image
+from crt.flops import ar_flops_per_image, matmul_rate
 from crt.params import TrainAR, load_params
 from crt.plan.work import ar_config
 

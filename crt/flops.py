@@ -1,7 +1,8 @@
-"""Floating-point operations, counted by torch on fake tensors: nothing is computed, nothing is guessed."""
+"""Floating-point operations, counted by torch on fake tensors, and the rate that a device reaches."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -128,3 +129,21 @@ def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False)
         codes = torch.zeros(1, config.num_tokens, dtype=torch.int64)
         labels = torch.zeros(1, dtype=torch.int64)
         return count_flops(lambda: model(codes, labels).mean().backward())
+
+
+def matmul_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
+    """FLOPs per second of a large square matrix product on this device, measured now: what MFU is a share of."""
+    side = 8192 if device.type == "cuda" else 1024
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+    # Random: a GPU that multiplies constants draws less power and runs faster than it ever does at work.
+    draws = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=draws) for _ in range(2))
+    best, end = float("inf"), time.monotonic() + seconds
+    while True:
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+        if time.monotonic() > end:
+            return 2 * side**3 / best

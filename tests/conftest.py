@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,15 @@ def write_params(path: Path, changes: dict[str, Any], base: Path = ROOT / "param
     with open(path, "w", encoding="utf-8") as file:
         yaml.dump(values, file)
     return path
+
+
+def dvclive_curve(folder: Path, name: str) -> dict[int, float]:
+    """A curve that DVCLive keeps in a folder of `crt.live`, by step."""
+    with open(folder / "dvclive/plots/metrics" / f"{name}.tsv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    curve = {int(row["step"]): float(row[name.rpartition("/")[2]]) for row in rows}
+    assert len(curve) == len(rows)  # no step twice
+    return curve
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from crt.ar.model import ARConfig, ARTransformer
-from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image, tokenizer_training_flops
+from crt.flops import ar_flops_per_image, count_flops, matmul_rate, tokenizer_flops_per_image, tokenizer_training_flops
 from crt.params import TrainTokenizer, load_params
 from tests.conftest import ROOT
 
@@ -65,3 +65,9 @@ def test_lpips_is_two_forward_passes_through_vgg_and_one_backward():
     added = tokenizer_training_flops(params, False) - tokenizer_training_flops(changed(), False)
     assert load_params(ROOT / "params.yaml").train_tokenizer.image_size == 16
     assert added == params.steps * params.batch_size * 3 * expected
+
+
+def test_rate_of_matrix_products_is_that_of_this_machine() -> None:
+    """Oracle: a clock around one product; wide bounds, since the machine is shared."""
+    rate = matmul_rate(torch.device("cpu"), "float32", seconds=0.5)
+    assert 1e9 < rate < 1e13

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from crt.ar.checkpoints import Checkpoints
@@ -42,13 +43,14 @@ from crt.ar.engine import (
     gradient_norm,
     set_learning_rate,
 )
-from crt.ar.live import Live, SampleGrid, live_folder, matmul_rate
 from crt.ar.model import config_from_params, count_parameters, save_model
+from crt.ar.sample_grid import SampleGrid
 from crt.distributed import World, join_world, reported_once
 from crt.errors import UserError
-from crt.flops import ar_flops_per_image
+from crt.flops import ar_flops_per_image, matmul_rate
 from crt.history import History, read_history
 from crt.interrupt import Stopped, stop_requested
+from crt.live import Live, live_folder
 from crt.progress import Progress
 from crt.randomness import numpy_generator, seed_torch
 from crt.schedules import learning_rate_factor
@@ -121,7 +123,7 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             if fresh and (last or step % params.validate_every == 0):
                 log.validation(step, validate(engine, val_codes, micro, world))
                 if grid.enabled:
-                    log.picture(step, *grid.draw(engine.module))
+                    log.picture(step, grid.draw(engine.module))
                 engine.train()
 
             if fresh and (last or log.stop_signal or step % params.checkpoint_every == 0):
@@ -223,7 +225,7 @@ class _Log:
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.stop_signal: int | None = None
         self.last_loss = self.last_norm = self.last_rate = math.nan
-        self.steps_since, self.since, self.live_step = 0, time.monotonic(), first_step
+        self.steps_since, self.since = 0, time.monotonic()
         if world.is_main:
             self.train = History(self.folder / "train.csv", ["loss", "grad_norm", "learning_rate"], first_step)
             self.val = History(self.folder / "validation.csv", ["loss"], first_step)
@@ -271,15 +273,14 @@ class _Log:
 
     def live_figures(self, step: int, speed: dict[str, float]) -> None:
         """Add the last step to the curves."""
-        if self.world.is_main and (step % self.live.every == 0 or step - self.live_step >= self.live.every):
-            self.live_step = step
-            figures = {"loss": self.last_loss, "grad_norm": self.last_norm, "learning_rate": self.last_rate}
-            self.live.log(step, figures | speed)
-
-    def picture(self, step: int, rows: list[np.ndarray], labels: list[str]) -> None:
-        """Show samples; rank 0 has them."""
         if self.world.is_main:
-            self.live.picture(step, rows, labels)
+            figures = {"loss": self.last_loss, "grad_norm": self.last_norm, "learning_rate": self.last_rate}
+            self.live.training(step, figures | speed)
+
+    def picture(self, step: int, samples: Image.Image | None) -> None:
+        """Show samples; rank 0 has them."""
+        if samples is not None:
+            self.live.picture(step, "samples", samples)
         self.steps_since, self.since = 0, time.monotonic()
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 Reads the packed data set. Writes the tokenizer (`config.json`, `model.safetensors`, read by `crt.Tokenizer.load`;
 averaged weights where `weight_ema_decay` is set), `train.csv` (loss terms, gradient norms, share of codes in use
 by step), `validation.csv` (reconstruction, code usage and predictability over the whole validation split) and
-`reconstructions.png` (validation images above what the tokenizer makes of them).
+`reconstructions.png` (validation images above what the tokenizer makes of them). To watch: `out/tokenizer.live` has
+curves for TensorBoard and DVCLive, and that picture of each validation.
 
 Raising `lambda` makes the codes easier to predict, at the cost of reconstruction: `regularizer` and
 `code_entropy` fall, `mse` rises. Watch `codebook_usage`: where it collapses, lower lambda or set
@@ -20,9 +21,12 @@ took 3 days on 8 A100 for 400,000 steps of 128 images.
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from crt.data.loader import training_batches
@@ -31,9 +35,11 @@ from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
 from crt.distributed import World, join_world, reported_once, stop_signal
 from crt.errors import UserError
+from crt.evaluation.grids import save_png
 from crt.flops import tokenizer_training_flops
 from crt.history import History, read_history
 from crt.interrupt import Stopped
+from crt.live import Live, live_folder
 from crt.params import TrainTokenizer
 from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
@@ -49,7 +55,7 @@ from crt.tokenizer.losses import (
 )
 from crt.tokenizer.regularizer import annealed_lambda, scale_gradient
 from crt.tokenizer.state import TrainingState
-from crt.tokenizer.validation import save_picture, validate
+from crt.tokenizer.validation import reconstruction_picture, validate
 
 # train.csv keeps about so many rows.
 _HISTORY_ROWS = 10_000
@@ -110,7 +116,7 @@ def _train(run: StageRun, world: World) -> None:
             size = params.batch_size // world.size
             log.validation(step, validate(state.averaged, regularizer, val_images, size, world))
             if world.is_main:
-                save_picture(state.averaged, val_images, world.device, run.staging / "reconstructions.png")
+                log.picture(step, reconstruction_picture(state.averaged, val_images, world.device))
 
         if world.is_main and fresh and (last or signum or step % params.checkpoint_every == 0):
             state.save(run.work / "checkpoint.pt", step)
@@ -198,6 +204,7 @@ def _train(run: StageRun, world: World) -> None:
     if world.is_main:
         state.averaged.save(run.staging)
         run.summary.update(log.summary())
+        log.close()
         run.summary.update(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             grid=list(model.grid),
@@ -214,7 +221,7 @@ def _rate_factor(step: int, params: TrainTokenizer) -> float:
 
 
 class _Log:
-    """The CSV files of rank 0, and the check that all figures are finite.
+    """The CSV files and curves of rank 0, and the check that all figures are finite.
 
     Columns depend on the params alone: a term that is switched off has none. Before the discriminator's start
     step its columns hold 0.
@@ -223,7 +230,8 @@ class _Log:
     def __init__(self, run: StageRun, world: World, first_step: int) -> None:
         self.world = world
         params: TrainTokenizer = run.params.train_tokenizer
-        self.keep_every = math.ceil(params.steps / _HISTORY_ROWS)
+        self.keep_every, self.folder = math.ceil(params.steps / _HISTORY_ROWS), run.staging
+        self.batch_size, self.steps_since, self.since = params.batch_size, 0, time.monotonic()
         self.last: dict[str, float] = {}
         regularized, adversarial = run.params.lambda_ > 0, params.discriminator.kind != "none"
         self.columns = ["loss", "pixel", "codebook", "commitment"]
@@ -239,6 +247,7 @@ class _Log:
             self.train = History(run.staging / "train.csv", [*self.columns, *own], first_step)
             names = ["mse", "psnr", "codebook_usage", "perplexity", "code_entropy", *["regularizer"] * regularized]
             self.validated = History(run.staging / "validation.csv", names, first_step)
+            self.live = Live(live_folder(run), params.steps, first_step)
 
     def training(self, step: int, figures: dict[str, Tensor], settings: dict[str, Any]) -> None:
         """Record the figures of one step, averaged over the processes. A collective call.
@@ -255,14 +264,33 @@ class _Log:
                     f"train_tokenizer: step {step}: {name} is {value}: the run diverged: lower "
                     "train_tokenizer.optimizer.learning_rate, raise its warmup_steps, or set precision to float32"
                 )
-        if self.world.is_main and step % self.keep_every == 0:
-            kept = {name: value for name, value in settings.items() if name in self.train.columns}
-            self.train.append(step, {**self.last, **kept})
+        self.steps_since += 1
+        if self.world.is_main:
+            row = self.last | {name: value for name, value in settings.items() if name in self.train.columns}
+            if step % self.keep_every == 0:
+                self.train.append(step, row)
+            seconds = max(time.monotonic() - self.since, 1e-9)  # since the last validation
+            speed = self.steps_since * self.batch_size / seconds
+            self.live.training(step, row | {"images_per_second": speed})
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Record a validation."""
         if self.world.is_main:
             self.validated.append(step, figures)
+            self.live.log(step, {f"validation/{name}": value for name, value in figures.items()})
+
+    def picture(self, step: int, reconstructions: Image.Image) -> None:
+        """Keep the picture of a validation, the last one in the result too. Rank 0 only."""
+        path: Path = self.folder / "reconstructions.png"
+        temporary = path.with_suffix(".tmp")
+        save_png(reconstructions, temporary)
+        temporary.replace(path)
+        self.live.picture(step, "reconstructions", reconstructions)
+        self.steps_since, self.since = 0, time.monotonic()
+
+    def close(self) -> None:
+        """Finish the curves. Rank 0 only."""
+        self.live.close()
 
     def summary(self) -> dict[str, float]:
         """The last validation's figures, for the manifest. Rank 0 only."""

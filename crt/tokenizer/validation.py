@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from crt.data.loader import eval_batches
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World
-from crt.evaluation.grids import reconstruction_grid, save_png
+from crt.evaluation.grids import reconstruction_grid
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer
@@ -79,12 +78,10 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def save_picture(model: Tokenizer, images: PackedImages, device: torch.device, path: Path) -> None:
-    """Write a PNG of the split's first images above their reconstructions."""
+def reconstruction_picture(model: Tokenizer, images: PackedImages, device: torch.device) -> Image.Image:
+    """The split's first images above their reconstructions."""
     first = range(min(_PICTURE_IMAGES, len(images)))
     originals = np.stack([center_crop(images.image(index), model.image_size) for index in first])
     unit = to_unit_range(torch.from_numpy(originals).to(device))
     reconstructions = torch.cat([model(image[None])[0] for image in unit])
-    temporary = path.with_suffix(".tmp")
-    save_png(reconstruction_grid(originals, to_uint8(reconstructions).cpu().numpy()), temporary)
-    temporary.replace(path)
+    return reconstruction_grid(originals, to_uint8(reconstructions).cpu().numpy())

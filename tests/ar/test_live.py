@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crt.__main__ import main
-from crt.ar.live import matmul_rate
 from crt.history import read_history
 from tests.ar.test_processes import fail_alone
+from tests.conftest import dvclive_curve
 
 Make = Callable[..., list[str]]
-
-
-def dvclive_curve(folder: Path, name: str) -> dict[int, float]:
-    with open(folder / "ar.live/dvclive/plots/metrics" / f"{name}.tsv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    curve = {int(row["step"]): float(row[name.rpartition("/")[2]]) for row in rows}
-    assert len(curve) == len(rows)  # no step twice
-    return curve
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
@@ -45,10 +34,10 @@ def test_curves_and_pictures_of_a_torn_run(
     assert main(command) == 0
     losses = {int(row["step"]): row["loss"] for row in read_history(tmp_path / "ar" / "train.csv")}
     val = {int(row["step"]): row["loss"] for row in read_history(tmp_path / "ar" / "validation.csv")}
-    assert dvclive_curve(tmp_path, "loss") == pytest.approx(losses)
-    assert dvclive_curve(tmp_path, "validation/loss") == pytest.approx(val)
-    assert set(dvclive_curve(tmp_path, "grad_norm")) == set(losses)
-    assert set(dvclive_curve(tmp_path, "mfu")) == {step for step in losses if step > 4}
+    assert dvclive_curve(tmp_path / "ar.live", "loss") == pytest.approx(losses)
+    assert dvclive_curve(tmp_path / "ar.live", "validation/loss") == pytest.approx(val)
+    assert set(dvclive_curve(tmp_path / "ar.live", "grad_norm")) == set(losses)
+    assert set(dvclive_curve(tmp_path / "ar.live", "mfu")) == {step for step in losses if step > 4}
     events = EventAccumulator(str(tmp_path / "ar.live"), {"scalars": 0, "images": 0}).Reload()
     assert {point.step: point.value for point in events.Scalars("loss")} == pytest.approx(losses, rel=1e-5)
     assert [point.step for point in events.Images("samples")][-1] == 10
@@ -69,9 +58,3 @@ def test_no_tokenizer_no_pictures(small_run: Make, tmp_path: Path, capsys: pytes
     assert main(command) == 0
     assert "draws no samples" in capsys.readouterr().err
     assert not (tmp_path / "ar.live/samples").exists()
-
-
-def test_rate_of_matrix_products_is_that_of_this_machine() -> None:
-    """Oracle: a clock around one product; wide bounds, since the machine is shared."""
-    rate: Any = matmul_rate(torch.device("cpu"), "float32", seconds=0.5)
-    assert 1e9 < rate < 1e13

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crt import Tokenizer, interrupt
 from crt.data.packed import PackedImages
@@ -26,7 +27,7 @@ from crt.stage import read_manifest
 from crt.stages import train_tokenizer
 from crt.tokenizer.state import TrainingState
 from crt.tokenizer.validation import code_statistics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, dvclive_curve
 
 FILES = ("config.json", "model.safetensors", "train.csv", "validation.csv", "reconstructions.png")
 # Every part that carries state or draws random numbers.
@@ -143,6 +144,28 @@ def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, moments, ch
     for at in moments:
         end_in_the_middle(monkeypatch, runs, f"died{at}", at, **changes)
         assert same_files(whole, runs.train(f"died{at}", **changes))
+
+
+def test_curves_of_a_run_that_died_have_every_step_once(runs, monkeypatch):
+    """Oracle: train.csv and validation.csv."""
+    end_in_the_middle(monkeypatch, runs, "died", 5, **EVERYTHING)
+    out = runs.train("died", **EVERYTHING)
+    live = out.with_name(out.name + ".live")
+    events = EventAccumulator(str(live), {"scalars": 0, "images": 0}).Reload()
+    for name, prefix in (("train", ""), ("validation", "validation/")):
+        figures = curve(out, name)
+        steps = figures.pop("step").astype(int).tolist()
+        for key, values in figures.items():
+            expected = dict(zip(steps, values, strict=True))
+            assert dvclive_curve(live, prefix + key) == pytest.approx(expected)
+            points = events.Scalars(prefix + key)
+            assert {point.step: point.value for point in points} == pytest.approx(expected, rel=1e-5)
+            assert len(points) == len(steps)
+    assert all(speed > 0 for speed in dvclive_curve(live, "images_per_second").values())
+    assert [point.step for point in events.Images("reconstructions")][-1] == 8
+    last = (live / "reconstructions" / "step_00000008.png").read_bytes()
+    assert last == (out / "reconstructions.png").read_bytes()
+    assert last != (live / "reconstructions" / "step_00000004.png").read_bytes()
 
 
 def test_a_run_that_died_between_its_last_checkpoint_and_its_result(runs, monkeypatch):

@@ -1,0 +1,102 @@
+"""What a person watches while a network trains: curves for TensorBoard and DVCLive, and pictures.
+
+Everything goes to a folder beside the stage's log (`out/tokenizer.live`, `out/ar.live`), never into the result: it
+holds times, which no two runs share. A continued run goes on in the same files, from its checkpoint's step.
+
+    tensorboard --logdir out
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crt.evaluation.grids import save_png
+from crt.stage import StageRun
+
+# Curves keep about so many points.
+_POINTS = 2_000
+
+
+class Live:
+    """The curves, on rank 0.
+
+    Args:
+        folder: theirs alone.
+        steps: of the whole run.
+        first_step: points after it are dropped, since the run makes them again; 0 starts anew.
+    """
+
+    def __init__(self, folder: Path, steps: int, first_step: int) -> None:
+        from dvclive import Live as DVCLive
+        from torch.utils.tensorboard import SummaryWriter
+
+        if first_step == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.folder, self.every, self.last_step = folder, -(-steps // _POINTS), first_step
+        # DVCLive writes its summary in place: a kill may have left half of it, and the run states the step itself.
+        (folder / "dvclive" / "metrics.json").unlink(missing_ok=True)
+        for path in (folder / "dvclive" / "plots").rglob("*.tsv"):
+            _drop_later_rows(path, first_step)
+        # Only the files: no experiment, no dvc.yaml, no report.
+        self.dvclive = DVCLive(
+            str(folder / "dvclive"), resume=first_step > 0, report=None, save_dvc_exp=False, dvcyaml=False
+        )
+        self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def training(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add a point to each curve of training, if it is time for one."""
+        if step % self.every == 0 or step - self.last_step >= self.every:
+            self.last_step = step
+            self.log(step, figures)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add a point to each curve; those of validations have a name with `validation/` in front."""
+        self.dvclive.step = step
+        for name, value in figures.items():
+            self.dvclive.log_metric(name, value)
+            self.tensorboard.add_scalar(name, value, step)
+        self.dvclive.make_summary()
+
+    def positions(self, step: int, losses: np.ndarray) -> None:
+        """Add the loss of each code of the raster, (T,)."""
+        for position, loss in enumerate(losses):
+            self.tensorboard.add_scalar(f"loss_per_position/step_{step:08d}", loss, position)
+        self.tensorboard.flush()
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Write NAME/step_N.png and show it."""
+        path = self.folder / name / f"step_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png(image, path)
+        self.tensorboard.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush the files."""
+        self.tensorboard.close()
+        self.dvclive.end()
+
+
+def _drop_later_rows(path: Path, last_step: int) -> None:
+    text = path.read_text(encoding="utf-8")
+    # A kill while writing leaves an unfinished last line, or nothing at all.
+    lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines(), delimiter="\t"))
+    if not lines:
+        path.unlink()
+        return
+    header, *rows = lines
+    column = header.index("step")
+    kept = [row for row in rows if len(row) == len(header) and int(row[column]) <= last_step]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *kept])
+
+
+def live_folder(run: StageRun) -> Path:
+    """Where the curves of a run go."""
+    return run.out.with_name(run.out.name + ".live")
