@@ -8,15 +8,16 @@ a second, before any stage runs.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import Node
 
 from crt.errors import UserError
@@ -30,6 +31,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 MAX_CODEBOOK = 2**31
 # LPIPS halves the image four times, and needs a pixel after that.
 LPIPS_MIN_SIDE = 16
+# MS-SSIM halves the image four times, and needs a whole window of 11 pixels after that.
+MS_SSIM_MIN_SIDE = 176
 GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 RegularizerContext = Literal["latents", "codes"]
@@ -52,6 +55,15 @@ def _possible_path(text: str) -> str:
     return text
 
 
+# What pydantic calls the types, in the words of who writes the file.
+_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid list": "a list",
+    "a valid dictionary": "a mapping",
+}
 PathText = Annotated[str, AfterValidator(_possible_path)]
 
 
@@ -501,7 +513,7 @@ def validate_params(values: Mapping[str, Any], name: str) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(name, detail) for detail in error.errors()]
+        lines = [explain(name, detail, Params) for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
@@ -520,7 +532,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(text)
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {_yaml_message(error)}") from None
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: lists or mappings are nested too deep: make it flatter") from None
     except (ValueError, OverflowError) as error:  # the parser's own, of an escape such as "\UFFFFFFFF"
@@ -545,6 +557,32 @@ class _Constructor(SafeConstructor):
             message = f"value cannot be read ({reason}): correct it, or put it into quotes if it is text"
             raise ConstructorError(None, None, message, node.start_mark) from None
 
+    def check_mapping_key(self, node: Node, key_node: Node, mapping: Any, key: Any, value: Any) -> bool:
+        if key in mapping:
+            raise ConstructorError(
+                None,
+                None,
+                f"the key {in_yaml(key)} stands here a second time: remove one of the two",
+                key_node.start_mark,
+            )
+        return True
+
+
+def _yaml_message(error: YAMLError) -> str:
+    """What is wrong and where, without the lines that the parser quotes for programmers."""
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return f"not valid YAML: {' '.join(str(error).split())}"
+    text = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+    return f"not valid YAML: line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {text}"
+
+
+def in_yaml(value: Any) -> str:
+    """A value as a YAML file would hold it: null rather than None, true rather than True."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # a list as a key, an alias within what it stands for
+        return repr(value)
+
 
 def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
@@ -557,13 +595,13 @@ def _check_heads(width: int, heads: int, divisor: int) -> None:
         raise ValueError(f"width / heads is {width // heads}, which is no multiple of {divisor}: 2D RoPE needs one")
 
 
-def _explain(name: str, detail: Any) -> str:
-    """Turn one pydantic error into 'FILE: KEY: what is wrong: remedy'."""
+def explain(name: str, detail: Any, model: type[BaseModel]) -> str:
+    """Turn one pydantic error of a file that `model` describes into 'FILE: KEY: what is wrong: remedy'."""
     location = [str(part) for part in detail["loc"] if not _is_union_tag(part)]
     key = ".".join(location)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        siblings = _field_names(location[:-1])
+        siblings = _field_names(model, location[:-1])
         close = difflib.get_close_matches(location[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"
         return f"{name}: {key}: unknown key: {remedy}"
@@ -572,9 +610,20 @@ def _explain(name: str, detail: Any) -> str:
     if kind == "value_error":
         return ": ".join(part for part in (name, key, str(detail["ctx"]["error"])) if part)
     if kind == "model_type":
-        return f"{name}: {key}: must be a mapping with the keys {', '.join(_field_names(location))}"
-    message = detail["msg"][:1].lower() + detail["msg"][1:]
-    return f"{name}: {key}: {message}, got {detail['input']!r}"
+        return f"{name}: {key}: must be a mapping with the keys {', '.join(_field_names(model, location))}"
+    if kind in ("too_short", "too_long"):
+        few, limits = kind == "too_short", detail["ctx"]
+        fault = (
+            f"few entries: give at least {limits['min_length']}"
+            if few
+            else f"many entries: give at most {limits['max_length']}"
+        )
+        remedy = ", or write null" if type(None) in get_args(_annotation(model, location)) else ""
+        return f"{name}: {key}: too {fault}{remedy}, got {in_yaml(detail['input'])}"
+    message = detail["msg"].replace("Input should be", "must be")
+    for pydantic_name, word in _WORDS.items():
+        message = message.replace(pydantic_name, word)
+    return f"{name}: {key}: {message}, got {in_yaml(detail['input'])}"
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -584,11 +633,18 @@ def _is_union_tag(part: Any) -> bool:
     )
 
 
-def _field_names(location: Iterable[str]) -> list[str]:
-    model: type[BaseModel] = Params
+def _field_names(model: type[BaseModel], location: Iterable[str]) -> list[str]:
+    kind = _annotation(model, location)
+    # Of `Contrast | None`, the section.
+    sections = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return [field.alias or name for section in sections[:1] for name, field in section.model_fields.items()]
+
+
+def _annotation(kind: Any, location: Iterable[str]) -> Any:
+    """The type of what stands at a place of a file; None where no type is known."""
     for part in location:
-        field = next((f for n, f in model.model_fields.items() if (f.alias or n) == part), None)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        model = field.annotation
-    return [field.alias or name for name, field in model.model_fields.items()]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = next((f.annotation for n, f in kind.model_fields.items() if (f.alias or n) == part), None)
+        else:  # an entry of a mapping or a list
+            kind = next(reversed(get_args(kind)), None)
+    return kind
