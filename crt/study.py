@@ -9,27 +9,34 @@ what is new.
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 
 from crt.errors import UserError
-from crt.params import Section, read_yaml, validate_params
+from crt.evaluation.names import ALL_FIGURES, figure_names
+from crt.params import Params, Section, explain, in_yaml, read_yaml, validate_params
 from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
 
 STUDY_FOLDER = Path("studies")
 # Raised when the page of a study changes.
-STUDY_VERSION = 6
+STUDY_VERSION = 7
 # Rules of a study's stages are named run_STAGE_FINGERPRINT.
 RUN_RULE = "run"
 RUN_FOLDER = Path("out/runs")
 REPORT_FOLDER = Path("out/studies")
+# What the results of a study have beside the figures of metrics.json: FLOPs of both trainings together.
+TRAINING_FLOPS = "training_flops"
+_NAME = re.compile(r"\w[\w.-]*")
+_AXIS_FORM = "{low: {lambda: 0.1}, high: {lambda: 1.0}}"
 
 Overrides = dict[str, Any]
 
@@ -77,6 +84,26 @@ class Scale(Section):
     figures: list[Figure]
     published: list[Published] = Field(default_factory=list)
 
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _check_form(cls, axes: Any) -> Any:
+        """Say what an axis looks like to who wrote a list, a single value, or a number as a name."""
+        for axis, values in axes.items() if isinstance(axes, dict) else ():
+            if not isinstance(axis, str):
+                raise ValueError(f'the name {in_yaml(axis)} is no text: put it into quotes: "{in_yaml(axis)}"')
+            if not isinstance(values, dict):
+                raise ValueError(f"{axis}: give each value a name and the params that it sets, as in {_AXIS_FORM}")
+            for name, overrides in values.items():
+                if not isinstance(name, str):
+                    raise ValueError(
+                        f'{axis}: the name {in_yaml(name)} is no text: put it into quotes: "{in_yaml(name)}"'
+                    )
+                if not isinstance(overrides, dict):
+                    raise ValueError(
+                        f"{axis}: {name}: give the params that it sets, as in {{lambda: 1.0}}, or {{}} for none"
+                    )
+        return axes
+
 
 class Study(Section):
     """A study file."""
@@ -117,8 +144,13 @@ def load_study(path: str | Path) -> Study:
     try:
         study = Study.model_validate(read_yaml(path))
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        lines = [explain(str(path), detail, Study) for detail in error.errors()]
         raise UserError("\n".join(lines)) from None
+    for name in (Path(path).stem, *study.scales):
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"{path}: {name!r} is to name a folder and a rule: use letters, digits, '_', '-' and '.' alone"
+            )
     for name, scale in study.scales.items():
         _check_axes(path, name, scale, study)
     return study
@@ -128,23 +160,33 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
     """Unroll a study at one scale: every combination of its axes with every seed, in order.
 
     Raises:
-        UserError: a bad study file, a scale that it does not have, an override of a key that params do not have, or
-            params that are refused.
+        UserError: a bad study file, a scale that it does not have, an override of a key that params do not have,
+            params that are refused, a figure that they do not yield, or two runs that are one.
     """
     study = load_study(path)
     if scale not in study.scales:
         raise UserError(f"{path}: has no scale {scale!r}: it has {', '.join(study.scales)}")
     size = study.scales[scale]
     base = read_yaml(size.base)
-    runs = []
+    runs: list[StudyRun] = []
+    made: dict[str, str] = {}
     for cell in itertools.product(*([(axis, name) for name in values] for axis, values in size.axes.items())):
         for seed in size.seeds:
             values = copy.deepcopy(base)
             for overrides in (size.overrides, *(size.axes[axis][name] for axis, name in cell), {"seed": seed}):
                 for key, value in overrides.items():
                     _set(values, key, value, path)
-            validate_params(values, f"{path} at {', '.join(f'{axis} {name}' for axis, name in cell)}")
+            place = ", ".join(f"{axis} {name}" for axis, name in cell)
+            params = validate_params(values, f"{path} at {place}")
+            _check_figures(f"{path}: scales.{scale}", size, params)
             runs.append(_make_run(dict(cell), seed, values))
+            place, fingerprint = f"{place}, seed {seed}", runs[-1].fingerprints["evaluate"]
+            if fingerprint in made:
+                raise UserError(
+                    f"{path}: scale {scale}: {made[fingerprint]} and {place} are one run, of equal params: "
+                    "change one, or take it out"
+                )
+            made[fingerprint] = place
     return runs
 
 
@@ -207,6 +249,21 @@ def _check_axes(path: str | Path, name: str, scale: Scale, study: Study) -> None
             raise UserError(f"{path}: scale {name} has no axis {axis!r}: it has {', '.join(scale.axes)}")
         if value is not None and value not in scale.axes[axis]:
             raise UserError(f"{path}: scale {name}: axis {axis} has no {value!r}: it has {', '.join(scale.axes[axis])}")
+
+
+def _check_figures(place: str, scale: Scale, params: Params) -> None:
+    """Refuse, before anything runs, the name of a figure that an evaluation with these params does not write."""
+    measured = [*figure_names(params), TRAINING_FLOPS]
+    wanted: list[tuple[str, str, Sequence[str]]] = [("metrics", name, measured) for name in scale.metrics]
+    for number, figure in enumerate(scale.figures):
+        wanted += [(f"figures.{number}.x", figure.x, measured), (f"figures.{number}.y", figure.y, measured)]
+    # Published figures may be others than ours, but must be some evaluation's.
+    wanted += [(f"published.{i}.metric", entry.metric, ALL_FIGURES) for i, entry in enumerate(scale.published)]
+    for key, name, names in wanted:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
+            raise UserError(f"{place}.{key}: {name!r} is no figure of an evaluation with these params: {remedy}")
 
 
 def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> StudyRun:

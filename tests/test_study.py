@@ -13,7 +13,14 @@ from crt.params import load_params
 from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
 from tests.conftest import ROOT
 
-SMALL = {"base": "params.yaml", "metrics": ["psnr"], "figures": [], "axes": {"a": {"b": {}}}, "seeds": [0]}
+SMALL = {
+    "base": "params.yaml",
+    "overrides": {},
+    "metrics": ["psnr"],
+    "figures": [],
+    "axes": {"a": {"b": {}}},
+    "seeds": [0],
+}
 STUDY = {
     "question": "?",
     "contrast": None,
@@ -44,6 +51,11 @@ def study_file(tmp_path, monkeypatch):
         return path
 
     return write
+
+
+def scale(**changes):
+    """A study file's `scales`: one, s."""
+    return {"scales": {"s": SMALL | changes}}
 
 
 def stages(runs):
@@ -119,7 +131,7 @@ def test_the_digits_studies_share_their_runs(monkeypatch):
 
 
 def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(study_file, capsys):
-    path = study_file(scales={name: SMALL | {"overrides": {}} for name in ("small", "large")})
+    path = study_file(scales=dict.fromkeys(("small", "large"), SMALL))
     assert main(["study", "--study", str(path), "--scale", "nope"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -130,8 +142,10 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"question": None}, "question: input should be a valid string"),
-        ({"metric": 1}, "metric: extra inputs are not permitted"),
+        ({"question": None}, "question: must be text, got null"),
+        ({"metric": 1}, "metric: unknown key: known keys: question, contrast, scales"),
+        ({"scales": {"s": SMALL | {"sed": 1}}}, "scales.s.sed: unknown key: did you mean 'seeds'?"),
+        ({"contrast": {"axis": "a", "baseline": "b", "axes": "a"}}, "contrast.axes: unknown key: did you mean 'axis'?"),
         ({"contrast": {"axis": "tokenizr", "baseline": "plain"}}, "no axis 'tokenizr': it has generator, tokenizer"),
         ({"contrast": {"axis": "tokenizer", "baseline": "vq"}}, "axis tokenizer has no 'vq': it has crt, plain"),
         (
@@ -142,6 +156,33 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
             {"scales": {"s": SMALL | {"overrides": {"sample.top_p": 9.0}}}},
             "sample.top_p",
         ),
+        (scale(metrics=["psrn"]), "scales.s.metrics: 'psrn' is no figure of an evaluation with these params: did you"),
+        (
+            scale(metrics=["gfid"]),
+            "'gfid' is no figure of an evaluation with these params: there are fd_classifier_rec",
+        ),
+        (scale(figures=[{"x": "flops", "y": "psnr", "lines": "a"}]), "scales.s.figures.0.x: 'flops' is no figure"),
+        (scale(figures=[{"x": "training_flops", "y": "psrn", "lines": "a"}]), "figures.0.y: 'psrn' is no figure"),
+        (
+            scale(published=[{"cell": {"a": "b"}, "metric": "gfdi", "value": 1.0, "source": "?"}]),
+            "scales.s.published.0.metric: 'gfdi' is no figure of an evaluation with these params: did you mean 'gfid'?",
+        ),
+        (scale(axes={"lambda": 0}), "scales.s.axes: lambda: give each value a name and the params that it sets, as in"),
+        (scale(axes={"lambda": [0.1, 0.1]}), "scales.s.axes: lambda: give each value a name and the params"),
+        (scale(axes={"a": {0: {"lambda": 0.0}}}), 'scales.s.axes: a: the name 0 is no text: put it into quotes: "0"'),
+        (scale(axes={"a": {None: {}}}), 'a: the name null is no text: put it into quotes: "null"'),
+        (scale(axes={3: {"b": {}}}), 'scales.s.axes: the name 3 is no text: put it into quotes: "3"'),
+        (
+            scale(axes={"a": {"b": 0.1}}),
+            "scales.s.axes: a: b: give the params that it sets, as in {lambda: 1.0}, or {}",
+        ),
+        (
+            scale(axes={"a": {"x": {"lambda": 1}, "y": {"lambda": 1.0}}}),
+            "scale s: a x, seed 0 and a y, seed 0 are one run, of equal params: change one, or take it out",
+        ),
+        (scale(seeds=[0, 0]), "scale s: a b, seed 0 and a b, seed 0 are one run"),
+        ({"scales": {"my scale": SMALL}}, "'my scale' is to name a folder and a rule: use letters, digits, '_', '-'"),
+        ({"scales": {"../s": SMALL}}, "'../s' is to name a folder and a rule"),
     ],
 )
 def test_mistakes_are_one_line_with_the_file_and_the_key(study_file, changes, expected):
@@ -151,3 +192,18 @@ def test_mistakes_are_one_line_with_the_file_and_the_key(study_file, changes, ex
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_file_whose_name_no_rule_can_have_is_refused(study_file):
+    path = study_file()
+    path = path.rename(path.with_name("my trial.yaml"))
+    with pytest.raises(UserError, match="'my trial' is to name a folder and a rule"):
+        load_study(path)
+
+
+def test_figures_that_only_other_params_yield_may_be_compared_there(study_file):
+    names = ["lpips", "ms_ssim", "gfid", "sfid_of_perfect_images", "kid", "training_flops", "guidance_scale"]
+    overrides = {"evaluate.lpips": True, "evaluate.features": "inception"} | {
+        f"{section}.image_size": 256 for section in ("prepare_data", "train_tokenizer")
+    }
+    study_runs(study_file(**scale(metrics=names, overrides=overrides)), "s")

@@ -13,7 +13,7 @@ from crt.analysis.comparison import Row, mean_text, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.history import read_history
-from crt.study import Contrast, Scale, Study, StudyRun
+from crt.study import TRAINING_FLOPS, Contrast, Scale, Study, StudyRun
 
 
 def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
@@ -29,11 +29,15 @@ def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
         except (OSError, ValueError):
             raise UserError(f"{run.metrics_file}: missing or damaged: run the study through snakemake") from None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        numbers["training_flops"] = sum(numbers.get(f"stage{stage}_training_flops", 0) for stage in (1, 2))
+        numbers[TRAINING_FLOPS] = sum(numbers.get(f"stage{stage}_training_flops", 0) for stage in (1, 2))
         wanted = {*scale.metrics, *(name for figure in scale.figures for name in (figure.x, figure.y))}
         missing = sorted(wanted - set(numbers))
         if missing:
-            raise UserError(f"{run.metrics_file}: has no {missing[0]!r}: it has {', '.join(sorted(numbers))}")
+            # The params alone do not tell that there are too few images for some figures; the evaluation warns.
+            why = metrics.get("warnings") or f"it has {', '.join(sorted(numbers))}"
+            raise UserError(
+                f"{run.metrics_file}: has no {missing[0]!r} ({why}): take it out of the study's metrics and figures"
+            )
         rows.append({**run.choices, "seed": run.seed, **numbers})
     return rows
 

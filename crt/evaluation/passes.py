@@ -22,6 +22,7 @@ from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
 from crt.evaluation.features import FeatureNetwork
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
+from crt.params import MS_SSIM_MIN_SIDE
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer
 
@@ -70,7 +71,7 @@ class Networks:
 
     def similarities(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """What compares uint8 images (B, S, S, 3) with others, by the score's name; each returns float64 (B,)."""
-        large = self.tokenizer.image_size >= reconstruction.MS_SSIM_MIN_SIDE
+        large = self.tokenizer.image_size >= MS_SSIM_MIN_SIDE
         structural = reconstruction.ms_ssim if large else reconstruction.ssim
         scores = {"psnr": reconstruction.psnr, structural.__name__: structural}
         return scores | ({"lpips": self._lpips} if self.lpips else {})

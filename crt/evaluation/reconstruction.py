@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from crt.params import MS_SSIM_MIN_SIDE
+
 WINDOW = 11
 SIGMA = 1.5
 # Wang, Simoncelli and Bovik 2003, section 3.2: weights of the scales, finest first.
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-# So that the coarsest scale still holds one whole window: 176 pixels.
-MS_SSIM_MIN_SIDE = WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1)
 _MAX_PSNR = 100.0
 
 

@@ -33,6 +33,7 @@ from crt.evaluation import chunks
 from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.names import figure_names
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
 from crt.history import History, read_history
 from crt.params import load_params
@@ -102,6 +103,10 @@ class Pipeline:
         return json.loads((self.root / out / "metrics.json").read_text(), parse_constant=refuse)
 
 
+def numbers(metrics: dict) -> set[str]:
+    return {name for name, value in metrics.items() if not isinstance(value, str)}
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Pipeline:
     with pytest.MonkeyPatch.context() as patch:
@@ -154,13 +159,15 @@ def test_figures_are_those_of_the_images_taken_in_one_go(evaluated):
     assert 0 <= metrics["precision"] <= 1
 
 
-def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated):
+def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated, tmp_path):
     metrics = evaluated.metrics("evaluation")
     assert metrics["features"] == "classifier"
     assert metrics["generation_reference"] == metrics["reconstruction_reference"] == "val"
     assert metrics["generation_images"] == 40
     assert metrics["generation_reference_images"] == 120
     assert len(metrics["features_sha256"]) == len(metrics["generation_reference_sha256"]) == 64
+    params = load_params(write_params(tmp_path / "params.yaml", evaluated.changes))
+    assert numbers(metrics) == set(figure_names(params))
     assert set(PROTOCOL_FIELDS) - set(metrics) == {"lpips_sha256"}  # which was not measured
     assert not {"rfid", "gfid", "kid", "inception_score"} & set(metrics)
     assert "warnings" not in metrics
@@ -336,6 +343,7 @@ def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, mon
     for name in ("gfid", "sfid"):
         assert f"{name}: 40 samples and 40 reference images" in metrics["warnings"]
     assert {"kid", "class_agreement", "classifier_accuracy"} <= set(metrics)
+    assert numbers(metrics) == set(figure_names(load_params(evaluated.params)))
     assert not {"fd_classifier_rec", "fd_classifier_gen"} & set(metrics)
 
 
@@ -400,6 +408,7 @@ def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales
     val = PackedImages(tmp_path / "data", "val")
     assert metrics["reconstruction_reference_images"] == len(val)
     assert "ssim" not in metrics
+    assert numbers(metrics) == set(figure_names(load_params(made.params)))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
     scores = []
     for index in range(len(val)):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from crt.evaluation.reconstruction import MS_SSIM_MIN_SIDE, SCALE_WEIGHTS, ms_ssim, psnr, ssim
+from crt.evaluation.reconstruction import SCALE_WEIGHTS, WINDOW, ms_ssim, psnr, ssim
+from crt.params import MS_SSIM_MIN_SIDE
 
 
 def pair(side: int, noise: float, count: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +60,7 @@ def test_ssim_is_the_definition(side, window):
 
 
 def test_ms_ssim_is_the_definition():
+    assert WINDOW * 2 ** (len(SCALE_WEIGHTS) - 1) == MS_SSIM_MIN_SIDE  # the coarsest scale holds one whole window
     a, b = pair(MS_SSIM_MIN_SIDE, 25, count=1)
     products = []
     for channel in range(1):  # one channel by loops is slow enough
