@@ -21,6 +21,7 @@ from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
+from crt.folders import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_passively
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import StageRun, clear_work, exclusive, open_run, publish, publish_metrics
@@ -125,7 +126,10 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     if command is not None:
         os.execvp(command[0], command)
     rank, processes, _ = environment_rank()
-    run.out.parent.mkdir(parents=True, exist_ok=True)
+    # All that is written to, before the work and not after it.
+    for folder in (run.out.parent, run.metrics and run.metrics.parent, run.shared_folder):
+        if folder:
+            make_folder(folder)
     if rank == 0:
         restore_log(log_file, kept_log)
     start_logging(log_file, rank)
@@ -139,7 +143,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         job = f", Slurm job {slurm.job_id()}" if slurm.job_id() else ""
         plural = "" if processes == 1 else "es"
         logger.info("%s: starts, recipe %s, %d process%s%s", name, run.fingerprint[:16], processes, plural, job)
-        run.staging.mkdir(parents=True, exist_ok=True)
+        make_folder(run.staging)
         try:
             importlib.import_module(f"crt.stages.{name}").run(run)
         except BaseException:

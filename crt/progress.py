@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from crt.folders import make_folder
+
 logger = logging.getLogger("crt")
 
 _TERMINAL_SECONDS = 0.2
@@ -27,7 +29,7 @@ def start_logging(log_file: str | Path | None, rank: int = 0) -> None:
     stream.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.addHandler(stream)
     if log_file is not None and rank == 0:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(log_file).parent)
         # File names may hold bytes that are no UTF-8; sys.stderr escapes them already.
         file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -41,7 +43,7 @@ def restore_log(log_file: Path, kept: Path) -> None:
         log_file: the stage's log.
         kept: another name for the same file, that Snakemake does not know.
     """
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(kept.parent)
     # A file system without hard links costs the earlier lines, nothing else.
     with suppress(OSError):
         if kept.exists() and not log_file.exists():

@@ -25,6 +25,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from crt import slurm
 from crt.errors import UserError
+from crt.folders import make_folder
 from crt.params import load_params
 from crt.pipeline import canonical_json, load_stages, path_variables, recipe_fingerprint, stage_version, stamp_name
 
@@ -193,6 +194,8 @@ def open_run(
     if name == "prepare_data" and params.prepare_data.path:
         read["prepare_data.path"] = params.prepare_data.path
     check_out(Path(out), read)
+    if metrics and Path(metrics).is_dir():
+        raise UserError(f"--metrics {metrics}: is a folder: name a file, such as {Path(metrics) / 'metrics.json'}")
     manifests = {key: read_current(path, values, params_file) for key, path in inputs.items()}
     _check_makers(manifests, inputs)
     _check_one_lineage(manifests, {key: Path(path) for key, path in inputs.items()})
@@ -286,7 +289,7 @@ def exclusive(run: StageRun) -> Iterator[None]:
     """
     path = _lock_file(run)
     holder = path.with_suffix(".holder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -367,7 +370,7 @@ def publish_metrics(run: StageRun) -> None:
     if run.metrics is not None:
         source = run.out / "metrics.json"
         if not run.metrics.exists() or run.metrics.read_bytes() != source.read_bytes():
-            run.metrics.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(run.metrics.parent)
             write_json(run.metrics, json.loads(source.read_text()))
 
 

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 
 from crt.errors import UserError
 from crt.evaluation.names import ALL_FIGURES, figure_names
+from crt.folders import make_folder
 from crt.params import Params, Section, explain, in_yaml, read_yaml, validate_params
 from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
 
@@ -191,15 +192,22 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
 
 
 def write_params_files(run: StudyRun) -> None:
-    """Write the params file of each stage of a run, once: stages are shared, so the first run's file serves all."""
+    """Write the params file of each stage of a run, once: stages are shared, so the first run's file serves all.
+
+    Raises:
+        UserError: the disk is full, or does not take it.
+    """
     for stage in run.stages.values():
         path = _params_file(stage.output)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                YAML(typ="safe", pure=True).dump(dict(run.values), file)
-            temporary.rename(path)
+            try:
+                make_folder(path.parent)
+                with open(temporary, "w", encoding="utf-8") as file:
+                    YAML(typ="safe", pure=True).dump(dict(run.values), file)
+                temporary.rename(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}): see to its disk or folder") from None
 
 
 def study_target(path: Path, scale: str, study: Study) -> str:

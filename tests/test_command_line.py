@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
-from crt.stage import exclusive, publish, read_manifest
+from crt.stage import exclusive, open_run, publish, read_manifest
 from tests.conftest import ROOT
 from tests.tokens.caches import make_header, random_codes, write_cache
 
@@ -102,18 +103,48 @@ def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
         ("crt/..", "--out crt/..: is replaced as a whole"),
         ("/", "--out /: is replaced as a whole"),
         ("{tmp}/file/x", "{tmp}/file: is a file, so {tmp}/file/x cannot be made: choose another folder"),
+        ("{tmp}/link/x", "{tmp}/link: is no folder: move it away, or choose another place"),
+        ("/proc/foo", "/proc: no folder can be made in it: choose another place than /proc/"),
+        ("/proc/foo/bar", "/proc: no folder can be made in it: choose another place than /proc/foo"),
         ("{tmp}/images", "{tmp}/images: would be replaced, but is or holds {tmp}/images (prepare_data.path): choose"),
     ],
 )
 def test_an_output_that_cannot_be_one_is_refused_in_one_line(params_file, tmp_path, capsys, out, message):
     (tmp_path / "file").touch()
     (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
     params = params_file(prepare_data__source="imagefolder", prepare_data__path=str(tmp_path / "images"))
     before = sorted(tmp_path.iterdir())
     assert main(["prepare_data", "--params", str(params), "--out", out.format(tmp=tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [".work", "data.log", ".work/data.lock"])
+def test_what_stands_where_a_stage_writes_is_named_in_one_line(params_file, tmp_path, capsys, name):
+    place = tmp_path / "out" / name
+    place.parent.mkdir(parents=True)
+    place.touch() if name == ".work" else place.mkdir()
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "out/data")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {place}: ")
+    assert "move" in line
+
+
+def test_metrics_that_cannot_be_written_are_refused_before_the_work(counted, tmp_path, monkeypatch, capsys):
+    command, runs = counted
+    path = tmp_path / "metrics.json"
+    path.mkdir()
+    for metrics, message in (
+        (path, f"--metrics {path}: is a folder: name a file, such as {path}/metrics.json"),
+        (Path("/proc/foo/metrics.json"), "/proc: no folder can be made in it: choose another place than /proc/foo"),
+    ):
+        asked = partial(open_run, metrics=metrics)
+        monkeypatch.setattr("crt.__main__.open_run", lambda *args, asked=asked, **_: asked(*args[:4]))
+        assert main(command) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert not runs
 
 
 def test_an_error_of_the_program_is_logged_with_its_traceback(params_file, tmp_path, monkeypatch, capsys):

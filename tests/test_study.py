@@ -207,3 +207,11 @@ def test_figures_that_only_other_params_yield_may_be_compared_there(study_file):
         f"{section}.image_size": 256 for section in ("prepare_data", "train_tokenizer")
     }
     study_runs(study_file(**scale(metrics=names, overrides=overrides)), "s")
+
+
+def test_params_files_that_cannot_be_written_are_one_line(study_file, monkeypatch, tmp_path):
+    run = study_runs(study_file(), "small")[0]
+    monkeypatch.chdir(tmp_path)
+    Path("out").touch()
+    with pytest.raises(UserError, match=r"^out/runs/.*yaml: cannot be written [(]Not a directory[)]: see to its disk"):
+        write_params_files(run)

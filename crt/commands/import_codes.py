@@ -14,6 +14,7 @@ import numpy as np
 
 from crt.data.packed import PackedImages
 from crt.errors import UserError
+from crt.folders import make_folder
 from crt.params import MAX_CODEBOOK
 from crt.pipeline import recipe_fingerprint, stage_version
 from crt.progress import Progress, start_logging
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     run = _stage_run(args, folders, labels, tokenizer_content)
     with exclusive(run):
         shutil.rmtree(run.work, ignore_errors=True)
-        run.staging.mkdir(parents=True)
+        make_folder(run.staging)
         for split, (rows, views) in splits.items():
             header = CacheHeader(
                 split=split,

@@ -14,6 +14,7 @@ import torch
 
 from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
 from crt.errors import UserError
+from crt.folders import make_folder
 from crt.tokenizer.import_llamagen import import_llamagen_tokenizer, is_llamagen_tokenizer
 
 # Pixels per code along each side, of the tokenizer that LlamaGen's class-conditional transformers were trained on.
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     state = _read(args.file)
     temporary = args.folder.with_name(args.folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     notes: list[str] = []
     try:
         if is_llamagen_tokenizer(state):

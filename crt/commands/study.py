@@ -19,6 +19,7 @@ from crt.analysis.study_page import (
     write_page,
     write_results,
 )
+from crt.folders import make_folder
 from crt.study import load_study, study_runs, study_stamp
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     folder = stamp.parent
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    make_folder(work)
     write_results(rows, work / "results.csv")
     table = summary_table(rows, axes, scale.metrics)
     sections: dict[str, list[list[str]] | list[str] | Path] = {"Results, mean and standard deviation over seeds": table}

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from crt.folders import make_folder
 from crt.interrupt import raise_if_stopped, stop_requested
 from crt.pipeline import canonical_json
 from crt.progress import logger
@@ -49,7 +50,7 @@ def exclusively(path: Path, alone: bool = True) -> Iterator[None]:
     Raises:
         Stopped: a signal arrived meanwhile, and it is alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = FileLock(path.with_name(path.name + ".lock"))
     waiting = False
     while True:
