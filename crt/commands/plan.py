@@ -22,6 +22,8 @@ _MFU = {"train_ar": 0.35, "train_tokenizer": 0.20}
 _MFU_SAMPLE = 0.05
 # JPEG images of ImageNet's size that one host decodes per second, with some 16 cores.
 _IMAGES_PER_SECOND = 1500.0
+# In seconds.
+_HALF_A_MINUTE = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,16 +127,16 @@ def _print_sizes(params: Params, config: Any, data: Any) -> None:
 def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any) -> None:
     print(f"\n{'stage':16} {'FLOPs':>10} {'MFU':>5} {'':9}{'hours':>10} {'GPU-hours':>10}")
     hours = (data.train + data.val) / args.images_per_second / 3600
-    print(f"{'prepare_data':16} {'-':>10} {'-':>5} {'':9}{hours:10.3g} {'-':>10}  the host decodes {args.images_per_second:g} images/s")  # fmt: skip  # noqa: E501
+    print(f"{'prepare_data':16} {'-':>10} {'-':>5} {'':9}{_time(hours):>10} {'-':>10}  the host decodes {args.images_per_second:g} images/s")  # fmt: skip  # noqa: E501
     total = 0.0
     for work in stages:
         mfu = {"train_ar": args.mfu, "sample": args.mfu_sample}.get(work.stage, args.mfu_tokenizer)
         gpu_hours = work.flops / (cluster.peak_flops[work.precision] * mfu) / 3600
         total += gpu_hours
         print(
-            f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{gpu_hours / cluster.gpus:10.3g} {gpu_hours:10.3g}  {work.text}"  # noqa: E501
+            f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{_time(gpu_hours / cluster.gpus):>10} {_time(gpu_hours):>10}  {work.text}"  # noqa: E501
         )
-    print(f"{'all':16} {'':>10} {'':>5} {'':9}{total / cluster.gpus:10.3g} {total:10.3g}")
+    print(f"{'all':16} {'':>10} {'':>5} {'':9}{_time(total / cluster.gpus):>10} {_time(total):>10}")
     print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...)")
 
 
@@ -181,6 +183,14 @@ def _print_verdict(ways: Any, cluster: Any, compiled: bool) -> int:
         f"micro_batch_size to {best.largest} or less"
     )
     return 1
+
+
+def _time(hours: float) -> str:
+    """Hours in three digits; what takes less than half a minute in seconds, with their unit."""
+    seconds = 3600 * hours
+    if seconds >= _HALF_A_MINUTE:
+        return f"{hours:.3g}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
 
 
 def _size(number: float) -> str:

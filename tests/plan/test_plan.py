@@ -10,6 +10,7 @@ import torch
 from crt.__main__ import main
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import named_sizes, resized
+from crt.commands.plan import _time
 from crt.flops import ar_flops_per_image, count_flops
 from crt.params import load_params
 from crt.plan.cluster import make_cluster
@@ -167,6 +168,27 @@ def test_command_tells_what_does_not_fit_and_what_would(
     assert remedy in printed.splitlines()[-1]
     # Oracle: crt.params, which refuses the two together.
     assert ("ZeRO 3 needs train_ar.compile: false" in printed) == compiled
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (1.47e-07, "under 1 s"),
+        (1 / 3600, "1 s"),
+        (29.4 / 3600, "29 s"),
+        (0.0130, "0.013"),
+        (10.9, "10.9"),
+        (190.2, "190"),
+    ],
+)
+def test_times_are_hours_or_seconds_that_say_so(hours: float, text: str) -> None:
+    assert _time(hours) == text
+
+
+def test_the_plan_of_small_params_has_no_powers_of_ten_among_its_times(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--params", str(ROOT / "params.yaml"), "--gpus", "1"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenize ")]
+    assert line.endswith("20% TF32      under 1 s  under 1 s  1,797 images, 1 views each")
 
 
 def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> None:
