@@ -606,9 +606,8 @@ def explain(name: str, detail: Any, model: type[BaseModel]) -> str:
         remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"
         return f"{name}: {key}: unknown key: {remedy}"
     if kind == "missing":
-        return f"{name}: {key}: missing: add it" + (
-            " (see the presets folder for complete files)" if model is Params else ""
-        )
+        where = " (see the presets folder for complete files)" if model is Params else ""
+        return f"{name}: {key}: missing: add it{where}"
     if kind == "value_error":
         return ": ".join(part for part in (name, key, str(detail["ctx"]["error"])) if part)
     if kind == "model_type":

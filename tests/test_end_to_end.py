@@ -125,6 +125,9 @@ def test_results_and_pictures_are_there(project):
     text = project.run("python", "-m", "crt", "results")
     assert "class_agreement" in text
     assert "out/evaluation/samples.png" in text
+    lines = text.splitlines()
+    # One column, however long a picture's name.
+    assert len({line.index("out/evaluation/") for line in lines if "out/evaluation/" in line}) == 1
     assert project.run("python", "-m", "crt", "status").count(" current ") == len(STAGES)
 
 
@@ -165,7 +168,8 @@ def test_stale_inputs_are_refused_with_the_renewing_command(project):
         assert "Traceback" not in text
         assert "train_tokenizer was run with lambda = 0.5, params.yaml now says 0.3" in text
         assert "`dvc repro train_tokenizer`" in text
-        assert "stale" in project.run("python", "-m", "crt", "status", status=1)
+        lines = project.run("python", "-m", "crt", "status", status=1).splitlines()
+        assert [line.count("stale") for line in lines] == [0, 1, 1, 1, 1, 1]  # all but prepare_data
         project.run("python", "-m", "crt", "results", status=2)
     finally:
         project.params.write_text(before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,23 @@ def run(args: argparse.Namespace) -> int:
     read_current(stage.output, load_params(args.params).model_dump(by_alias=True), args.params)
     folder = Path(stage.output)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    print("\n".join(["", *table(metrics), ""]))
-    width = max(len(name) for name, _ in RESULTS)
-    print(f"  {'all metrics':{width}} {stage.metrics[0]}")
-    print(f"  {'report':{width}} {folder / 'report.html'}")
-    for picture in sorted(folder.glob("*.png")):
-        print(f"  {picture.stem:{width}} {picture}")
+    files = {"all metrics": stage.metrics[0], "report": folder / "report.html"}
+    files |= {picture.stem: picture for picture in sorted(folder.glob("*.png"))}
+    print("\n".join(["", *table(metrics, files), ""]))
+    for name, path in files.items():
+        print(f"  {name:{_width(files)}} {path}")
     print()
     return 0
 
 
-def table(metrics: dict[str, Any]) -> list[str]:
-    """Lines for a person: figures with their meaning, then what they were measured by, then warnings."""
-    width = max(len(name) for name, _ in RESULTS)
+def table(metrics: dict[str, Any], others: Iterable[str] = ()) -> list[str]:
+    """Lines for a person: figures with their meaning, then what they were measured by, then warnings.
+
+    Args:
+        metrics: content of a metrics.json.
+        others: names that are to fit into the first column too.
+    """
+    width = _width(others)
     lines = [
         f"  {name:{width}} {metrics[name]:10.4g}   {meaning(text, metrics)}"
         for name, text in RESULTS
@@ -68,12 +73,17 @@ def table(metrics: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _width(others: Iterable[str] = ()) -> int:
+    """Of the first column."""
+    return max(len(name) for name in (*others, *(name for name, _ in RESULTS)))
+
+
 def _print_results(paths: list[Path]) -> int:
     found = [_read(path) for path in paths]
     if len(found) == 1:
         print("\n".join(["", *table(found[0]), ""]))
         return 0
-    width = max(len(name) for name, _ in RESULTS)
+    width = _width()
     columns = [max(len(str(path)), 12) for path in paths]
     print("\n  " + " " * width + "".join(f"  {path!s:>{c}}" for path, c in zip(paths, columns, strict=True)))
     for name, _ in RESULTS:

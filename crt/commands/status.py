@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
                     f"{stage.output} (recipe {read_current(stage.output, values, args.params).fingerprint[:16]})",
                 )
             except UserError as error:
-                state, text = "stale", str(error)
+                # The column says it already.
+                state, text = "stale", str(error).replace(": stale: ", ": ", 1)
         all_current &= state == "current"
         print(f"{stage.name:16} {state:9} {text}")
     return 0 if all_current else 1
