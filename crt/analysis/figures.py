@@ -10,6 +10,7 @@ import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
+from crt.evaluation.wording import axis_title
 from crt.study import Figure, Published
 
 if TYPE_CHECKING:
@@ -18,9 +19,18 @@ if TYPE_CHECKING:
 _LINEAR_RANGE = 10
 
 
+def value_name(axis: str, value: str) -> str:
+    """A value of an axis for a reader: a number says of what, `lambda = 0.3`; words speak for themselves."""
+    try:
+        float(value)
+    except ValueError:
+        return value
+    return f"{axis} = {value}"
+
+
 def line_name(row: Row, figure: Figure) -> str:
     """Which line of a figure a run belongs to."""
-    return ", ".join(row[axis] for axis in figure.axes)
+    return ", ".join(value_name(axis, row[axis]) for axis in figure.axes)
 
 
 def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequence[Published] = ()) -> None:
@@ -65,15 +75,17 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
             axes.annotate("published", (np.mean(places), value.value), xytext=(6, 4), textcoords="offset points")
     if _spans_decades([mean[2] for mean in means]):
         axes.set_yscale("log")
-    axes.set_xlabel(figure.x)
-    axes.set_ylabel(figure.y)
+    axes.set_xlabel(axis_title(figure.x))
+    axes.set_ylabel(axis_title(figure.y))
     axes.grid(alpha=0.3, which="both")
-    _legend_beside(canvas)
+    _legend_beside(canvas, ", ".join(figure.axes))
     canvas.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(canvas)
 
 
-def draw_position_losses(losses: Mapping[tuple[str, ...], Sequence[Sequence[float]]], axis: int, path: Path) -> None:
+def draw_position_losses(
+    losses: Mapping[tuple[str, ...], Sequence[Sequence[float]]], axes: Sequence[str], axis: str, path: Path
+) -> None:
     """Draw validation loss over position in the sequence, a line for each value of one axis.
 
     A line is the mean over seeds and all other axes, so that runs with another number of tokens are left out: those
@@ -81,7 +93,8 @@ def draw_position_losses(losses: Mapping[tuple[str, ...], Sequence[Sequence[floa
 
     Args:
         losses: nats at each position of each run, by the run's choices.
-        axis: index in the choices of the axis whose values are told apart.
+        axes: names of the axes, in the order of the choices.
+        axis: the one whose values are told apart.
         path: PNG file to write.
     """
     import matplotlib
@@ -89,24 +102,30 @@ def draw_position_losses(losses: Mapping[tuple[str, ...], Sequence[Sequence[floa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    position = axes.index(axis)
     lengths = [len(run) for runs in losses.values() for run in runs]
     length = max(set(lengths), key=lengths.count)
-    canvas, axes = plt.subplots(figsize=(7.2, 3.6), constrained_layout=True)
-    for name in dict.fromkeys(choices[axis] for choices in losses):
-        chosen = [run for key, runs in losses.items() if key[axis] == name for run in runs if len(run) == length]
+    canvas, plot = plt.subplots(figsize=(7.2, 3.6), constrained_layout=True)
+    for name in dict.fromkeys(choices[position] for choices in losses):
+        chosen = [run for key, runs in losses.items() if key[position] == name for run in runs if len(run) == length]
         if chosen:
-            axes.plot(range(1, length + 1), np.mean(chosen, axis=0), marker=".", label=name)
-    axes.set_xlabel("position in raster order")
-    axes.set_ylabel("stage-2 validation loss (nats)")
-    axes.grid(alpha=0.3)
-    _legend_beside(canvas)
+            plot.plot(range(1, length + 1), np.mean(chosen, axis=0), marker=".", label=value_name(axis, name))
+    plot.set_xlabel("position in raster order")
+    plot.set_ylabel(axis_title("stage2_val_loss"))
+    plot.grid(alpha=0.3)
+    _legend_beside(canvas, axis)
     canvas.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(canvas)
 
 
-def _legend_beside(canvas: MplFigure) -> None:
-    """Put the legend to the right of the axes, on a canvas enlarged by as much, so that it covers no point."""
-    legend = canvas.legend(loc="outside right upper", fontsize="small").get_window_extent()
+def _legend_beside(canvas: MplFigure, title: str) -> None:
+    """Put the legend to the right of the axes, on a canvas enlarged by as much, so that it covers no point.
+
+    `title` says what its lines tell apart.
+    """
+    legend = canvas.legend(
+        loc="outside right upper", fontsize="small", title=title, title_fontsize="small"
+    ).get_window_extent()
     margin = 0.1  # inches
     width = canvas.get_figwidth() + legend.width / canvas.dpi + margin
     canvas.set_size_inches(width, max(canvas.get_figheight(), legend.height / canvas.dpi + 2 * margin))

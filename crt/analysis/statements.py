@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
-from crt.analysis.figures import line_name
+from crt.analysis.figures import line_name, value_name
 from crt.analysis.scaling import Undetermined, compute_saved, fit_scaling_law, pareto_frontier
+from crt.evaluation.wording import axis_title
 from crt.study import Figure
 
 
@@ -29,16 +30,17 @@ def scaling_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
 
 
 def savings_lines(rows: Sequence[Row], figure: Figure, baseline: str) -> list[str]:
-    """How many times less compute each other line needs for what the baseline reaches."""
+    """How many times less compute each other line needs for what the baseline, a value of its one axis, reaches."""
     curves = {name: _means(rows, figure, name) for name in _lines(rows, figure)}
     lines = []
+    baseline = ", ".join(value_name(axis, baseline) for axis in figure.axes)
     for name in (name for name in curves if name != baseline):
         try:
             levels, factors = compute_saved(curves[baseline], curves[name])
         except Undetermined as error:
             lines.append(f"{name}: {error}")
             continue
-        ranges = f"{figure.y} {levels.min():.4g} to {levels.max():.4g}"
+        ranges = f"{axis_title(figure.y)} {levels.min():.4g} to {levels.max():.4g}"
         lines.append(
             f"{name}: {factors.min():.2f} to {factors.max():.2f} times less compute than {baseline}, "
             f"median {np.median(factors):.2f}, where both reach the same {ranges}"
@@ -55,7 +57,7 @@ def winner_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
     for index in pareto_frontier(x, y):
         name = points[index][2]
         if name != before:
-            lines.append(f"from {x[index]:.3g} FLOPs on: {name} ({figure.y} {y[index]:.4g})")
+            lines.append(f"from {x[index]:.3g} FLOPs on: {name} ({axis_title(figure.y)} {y[index]:.4g})")
         before = name
     return lines
 

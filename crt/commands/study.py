@@ -19,6 +19,7 @@ from crt.analysis.study_page import (
     write_page,
     write_results,
 )
+from crt.evaluation.wording import axis_title
 from crt.folders import make_folder
 from crt.study import load_study, study_runs, study_stamp
 
@@ -57,15 +58,16 @@ def run(args: argparse.Namespace) -> int:
     for number, figure in enumerate(scale.figures):
         picture = work / f"figure_{number}.png"
         draw_figure(rows, figure, picture, scale.published)
-        sections[f"{figure.y} over {figure.x}"] = picture
+        y = axis_title(figure.y)
+        sections[f"{y} over {axis_title(figure.x)}"] = picture
         if "flops" in figure.x:
-            sections[f"Best {figure.y} at each compute"] = winner_lines(rows, figure)
+            sections[f"Best {y} at each compute"] = winner_lines(rows, figure)
             if study.contrast is not None and figure.axes == [study.contrast.axis]:
-                sections[f"Compute saved, by {figure.y}"] = savings_lines(rows, figure, study.contrast.baseline)
-            sections[f"Scaling law of {figure.y}: L(C) = L_min + C^alpha e^lambda_0"] = scaling_lines(rows, figure)
+                sections[f"Compute saved, by {y}"] = savings_lines(rows, figure, study.contrast.baseline)
+            sections[f"Scaling law of {y}: L(C) = L_min + C^alpha e^lambda_0"] = scaling_lines(rows, figure)
     axis = study.contrast.axis if study.contrast is not None else axes[0]
     picture = work / "loss_per_position.png"
-    draw_position_losses(read_position_losses(runs), axes.index(axis), picture)
+    draw_position_losses(read_position_losses(runs), axes, axis, picture)
     sections["Loss per token position"] = picture
     write_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
     (work / stamp.name).touch()

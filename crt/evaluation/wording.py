@@ -61,6 +61,22 @@ TITLES = {
     "bits_per_image": "bits per image",
     "stage2_val_loss": "stage 2 loss",
 }
+# What an axis of a figure needs besides: of which images, in which unit.
+_AXIS_TITLES = {
+    "fd_classifier_rec": "classifier distance of reconstructions",
+    "fd_classifier_gen": "classifier distance of samples",
+    "kd_classifier_gen": "kernel distance of samples",
+    "class_agreement": "share of samples recognised as their class",
+    "psnr": "PSNR of reconstructions (dB)",
+    "codebook_usage": "share of codes in use",
+    "bits_per_image": "bits per image, as stored",
+    "bits_per_image_entropy": "bits per image, by the codes' frequencies",
+    "bits_per_image_stage2": "bits per image, by the transformer's predictions",
+    "stage2_val_loss": "validation loss of stage 2 (nats per code)",
+    "stage1_training_flops": "training FLOPs of stage 1",
+    "stage2_training_flops": "training FLOPs of stage 2",
+    "training_flops": "training FLOPs of both stages",
+}
 # What samples are to be recognised as, by what the classifier learned.
 _AIMS = {CLASSES: "the class asked for", QUARTER_TURNS: "upright (there is one class)"}
 LOWER_IS_BETTER = {"gfid", "sfid", "fd_classifier_gen", "kid", "kd_classifier_gen"}
@@ -75,6 +91,11 @@ _PROTOCOL = (
 def meaning(text: str, metrics: Mapping[str, Any], **others: float) -> str:
     """A text with the figures that it mentions in braces: of metrics.json, or given besides."""
     return text.format(**metrics, aim=_AIMS[metrics.get("classifier_task", CLASSES)], **others)
+
+
+def axis_title(name: str) -> str:
+    """A figure of metrics.json as a picture names it."""
+    return _AXIS_TITLES.get(name) or TITLES.get(name) or name.replace("_", " ")
 
 
 def protocol_text(metrics: Mapping[str, Any]) -> str:

@@ -11,11 +11,13 @@ from matplotlib.figure import Figure as MplFigure
 from PIL import Image
 
 from crt.analysis.comparison import cells
-from crt.analysis.figures import draw_figure, draw_position_losses
+from crt.analysis.figures import draw_figure, draw_position_losses, line_name
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_page
 from crt.errors import UserError
-from crt.study import Contrast, Figure, Published, Scale, Study
+from crt.evaluation.names import ALL_FIGURES
+from crt.evaluation.wording import axis_title
+from crt.study import TRAINING_FLOPS, Contrast, Figure, Published, Scale, Study
 
 FIGURE = Figure(x="stage2_training_flops", y="loss", lines="tokenizer")
 AXES = ["tokenizer", "generator"]
@@ -57,8 +59,8 @@ def test_the_winner_changes_where_the_curves_cross():
     ]
     figure = Figure(x="training_flops", y="loss", lines=["tokens", "codes"])
     assert winner_lines(rows, figure) == [
-        "from 1 FLOPs on: 16, 256 (loss 5)",
-        "from 200 FLOPs on: 64, 256 (loss 2)",
+        "from 1 FLOPs on: tokens = 16, codes = 256 (loss 5)",
+        "from 200 FLOPs on: tokens = 64, codes = 256 (loss 2)",
     ]
 
 
@@ -129,7 +131,8 @@ def test_legends_lie_beside_the_axes_and_within_the_picture(tmp_path, drawn, lin
     """Oracle: matplotlib's own boxes, once the picture is laid out."""
     rows = [row | {"tokenizer": f"a tokenizer of a long name, {n}"} for n in range(lines) for row in make_rows()[:12:3]]
     draw_figure(rows, FIGURE, tmp_path / "figure.png")
-    draw_position_losses({(row["tokenizer"],): [[3.0, 2.0]] for row in rows}, 0, tmp_path / "positions.png")
+    losses = {(row["tokenizer"],): [[3.0, 2.0]] for row in rows}
+    draw_position_losses(losses, ["tokenizer"], "tokenizer", tmp_path / "positions.png")
     for canvas in drawn:
         (legend,), (axes,) = canvas.legends, canvas.axes
         beside, inside, whole = legend.get_window_extent(), axes.get_window_extent(), canvas.bbox
@@ -140,10 +143,39 @@ def test_legends_lie_beside_the_axes_and_within_the_picture(tmp_path, drawn, lin
     assert len(drawn) == 2
 
 
+def test_pictures_name_axes_and_lines_for_people(tmp_path, drawn):
+    names = {"plain": "0", "crt": "0.3"}
+    rows = [
+        {"lambda": names[row["tokenizer"]], "generator": f"width {row['generator']}", "seed": row["seed"],
+         "stage2_training_flops": row["stage2_training_flops"], "stage2_val_loss": row["loss"]}
+        for row in make_rows(factor=2.0)
+    ]  # fmt: skip
+    figure = Figure(x="stage2_training_flops", y="stage2_val_loss", lines="lambda")
+    draw_figure(rows, figure, tmp_path / "figure.png")
+    draw_position_losses({("w", "0"): [[3.0]], ("w", "0.3"): [[2.0]]}, ["g", "lambda"], "lambda", tmp_path / "p.png")
+    for canvas, more in zip(drawn, (["compute-optimal"], []), strict=True):
+        (legend,) = canvas.legends
+        assert legend.get_title().get_text() == "lambda"
+        shown = [text.get_text() for text in legend.get_texts()]
+        assert sorted(shown) == sorted(["lambda = 0", "lambda = 0.3", *more])
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "training FLOPs of stage 2"
+    assert axes.get_ylabel() == drawn[1].axes[0].get_ylabel() == "validation loss of stage 2 (nats per code)"
+    # Words speak for themselves.
+    assert line_name(rows[0], Figure(x="x", y="y", lines=["lambda", "generator"])) == "lambda = 0, width 1000"
+    (saved,) = savings_lines(rows, figure, "0")
+    assert saved.startswith("lambda = 0.3: ") and " less compute than lambda = 0, median 2.0" in saved
+
+
+def test_every_figure_has_a_name_without_underscores():
+    assert all("_" not in axis_title(name) for name in (*ALL_FIGURES, TRAINING_FLOPS))
+
+
 def test_losses_per_position_leave_out_sequences_of_another_length(tmp_path):
     losses = {("plain", "a"): [[3.0, 2.0], [3.2, 2.2]], ("crt", "a"): [[2.5, 1.5]]}
-    draw_position_losses(losses, 0, tmp_path / "two.png")
-    draw_position_losses(losses | {("crt", "b"): [[9.0, 9.0, 9.0]]}, 0, tmp_path / "with_another.png")
+    draw_position_losses(losses, AXES, "tokenizer", tmp_path / "two.png")
+    longer = losses | {("crt", "b"): [[9.0, 9.0, 9.0]]}
+    draw_position_losses(longer, AXES, "tokenizer", tmp_path / "with_another.png")
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "with_another.png").read_bytes()
 
 
