@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def scale(**changes):
     return {"scales": {"s": SMALL | changes}}
 
 
+def in_a_folder_of_its_own(monkeypatch, folder):
+    """Work where the pipeline's files stand and no results."""
+    for name in ("dvc.yaml", "crt/stage_versions.yaml", "params.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text((ROOT / name).read_text())
+    monkeypatch.chdir(folder)
+
+
 def stages(runs):
     return {(name, run.fingerprints[name]) for run in runs for name in run.stages}
 
@@ -92,16 +101,41 @@ def test_a_value_added_to_an_axis_adds_one_branch(study_file):
 
 def test_params_files_are_valid_and_written_once(study_file, monkeypatch, tmp_path):
     run = study_runs(study_file(), "small")[0]
-    for name in ("dvc.yaml", "crt/stage_versions.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    monkeypatch.chdir(tmp_path)
+    in_a_folder_of_its_own(monkeypatch, tmp_path)
     write_params_files(run)
     path = Path(run.stages["train_ar"].command.split("--params ")[1].split()[0])
     assert load_params(path).model_dump(by_alias=True) == run.values
     written = path.stat().st_mtime_ns
     write_params_files(run)
     assert path.stat().st_mtime_ns == written
+
+
+def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_file, monkeypatch, tmp_path):
+    figure = {"x": "stage2_training_flops", "y": "stage2_val_loss", "lines": "lambda"}
+    axes = {
+        "lambda": {"0": {"lambda": 0.0}, "0.5": {"lambda": 0.5}},
+        "budget": {f"{steps} steps": {"train_ar.steps": steps} for steps in (10, 20, 40, 80)},
+    }
+    changes = scale(axes=axes, figures=[figure], metrics=["stage2_val_loss"])
+    path = study_file(contrast={"axis": "lambda", "baseline": "0"}, **changes)
+    in_a_folder_of_its_own(monkeypatch, tmp_path)
+    for run in study_runs(path, "s"):
+        compute = run.values["train_ar"]["steps"] * (1 + run.values["lambda"])
+        metrics = {"stage2_training_flops": compute, "stage2_val_loss": 1 + compute**-0.5, "features": "classifier"}
+        run.metrics_file.parent.mkdir(parents=True)
+        run.metrics_file.write_text(json.dumps(metrics))
+        losses = Path(run.stages["train_ar"].output) / "loss_per_position.csv"
+        losses.parent.mkdir(parents=True)
+        losses.write_text("position,loss\n1,2.0\n2,1.5\n")
+    assert main(["study", "--study", str(path), "--scale", "s"]) == 0
+    page = Path("out/studies/trial-s/index.html").read_text()
+    for text in (
+        "<h2>validation loss of stage 2 (nats per code) over training FLOPs of stage 2</h2>",
+        "<h2>Compute saved, by validation loss of stage 2 (nats per code)</h2><ul><li>lambda = 0.5: ",
+        " less compute than lambda = 0, ",
+        "<li>lambda = 0: alpha ",
+    ):
+        assert text in page
 
 
 def test_shipped_studies_unroll_at_every_scale(monkeypatch):
