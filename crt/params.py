@@ -624,7 +624,9 @@ def explain(name: str, detail: Any, model: type[BaseModel]) -> str:
     message = detail["msg"].replace("Input should be", "must be")
     for pydantic_name, word in _WORDS.items():
         message = message.replace(pydantic_name, word)
-    return f"{name}: {key}: {message}, got {in_yaml(detail['input'])}"
+    # A number, as YAML reads it, was meant as a name or a path.
+    quotes = ": put it into quotes" if kind == "string_type" and isinstance(detail["input"], (int, float)) else ""
+    return f"{name}: {key}: {message}, got {in_yaml(detail['input'])}{quotes}"
 
 
 def _is_union_tag(part: Any) -> bool:

@@ -177,6 +177,7 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
     ("changes", "expected"),
     [
         ({"question": None}, "question: must be text, got null"),
+        ({"contrast": {"axis": "a", "baseline": 0}}, "contrast.baseline: must be text, got 0: put it into quotes"),
         ({"metric": 1}, "metric: unknown key: known keys: question, contrast, scales"),
         ({"scales": {"s": SMALL | {"sed": 1}}}, "scales.s.sed: unknown key: did you mean 'seeds'?"),
         ({"contrast": {"axis": "a", "baseline": "b", "axes": "a"}}, "contrast.axes: unknown key: did you mean 'axis'?"),
