@@ -56,6 +56,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).unflatten(0, shape)
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that says so where it shall be differentiated again: what it saved is no function of its inputs.
+
+    torch's own `once_differentiable` is silent where no gradient that comes in requires gradients.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, gradient: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the CPU forms of stage 2 have first derivatives only: use model.double(), "
+                "where torch's own serve"
+            )
+        return backward(ctx, gradient)
+
+    return checked
+
+
 def dropout(x: Tensor, probability: float) -> Tensor:
     """Elements set to zero with `probability` (to a multiple of 2^-15), the others scaled up. Same shape."""
     return _Dropout.apply(x, probability) if probability > 0 else x
@@ -76,6 +94,7 @@ class _Dropout(torch.autograd.Function):
         return _kept(x, keep).mul_(ctx.scale)
 
     @staticmethod
+    @_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
         return _kept(gradient, keep).mul_(ctx.scale), None
@@ -109,6 +128,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.cat([F.cross_entropy(some.float(), targets, reduction="none") for some, targets in pairs])
 
     @staticmethod
+    @_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, codes = ctx.saved_tensors
         result = torch.empty_like(logits)
@@ -143,6 +163,7 @@ class _RMSNorm(torch.autograd.Function):
         return result
 
     @staticmethod
+    @_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         # Where the square overflowed, the gradient is no number, as torch's: zeros would hide that a run diverged.

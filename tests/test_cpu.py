@@ -99,3 +99,10 @@ def test_ranges_for_threads_cover_everything_once(threads: int, size: int) -> No
     torch.set_num_threads(before)
     assert [place for first, last in sorted(ranges) for place in range(first, last)] == list(range(size))
     assert all(first % 4 == 0 for first, _ in ranges) and len(ranges) <= max(threads, 1)
+
+
+def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    for y in (cpu.rms_norm(x, weight, 1e-5), cpu.dropout(x, 0.5), cpu.cross_entropy(x, torch.arange(6))):
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)

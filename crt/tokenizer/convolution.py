@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from crt.cpu import share_among_threads
@@ -82,18 +81,17 @@ class _ByTiles(torch.autograd.Function):
         return convolve_by_tiles(x, transform_weights(weight), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
+        by_tiles = ctx.needs_input_grad[0] and not torch.is_grad_enabled()  # not where it is to be differentiated again
+        x_gradient, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            [ctx.needs_input_grad[0] and not by_tiles, *ctx.needs_input_grad[1:]],
+        )  # fmt: skip
+        if by_tiles:
             mirrored = weight.transpose(0, 1).flip(2, 3)
             x_gradient = convolve_by_tiles(gradient, transform_weights(mirrored), weight.new_zeros(weight.shape[1]))
-        _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            [False, *ctx.needs_input_grad[1:]],
-        )  # fmt: skip
         return x_gradient, weight_gradient, bias_gradient
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from crt.launch import has_gpu
 
@@ -65,12 +64,14 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         else:
             y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, channels, height * width, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: by what torch can differentiate
+            return *_differentiable_gradients(gradient, x, weight, mean.shape[1], ctx.eps), None, None
         batch, channels, height, width = x.shape
         groups, count = mean.shape[1], channels // mean.shape[1] * height * width
         rows, slopes = (t.permute(0, 2, 3, 1) for t in (x, gradient.contiguous(memory_format=torch.channels_last)))
@@ -98,6 +99,26 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         centred = per_group(product_sum) - per_group(slope_sum) * mean[..., None]
         weight_gradient = (centred * rstd[..., None]).sum(0).flatten().to(weight.dtype)
         return x_gradient.permute(0, 3, 1, 2), weight_gradient, slope_sum.sum(0).to(weight.dtype), None, None
+
+
+def _differentiable_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias as functions of all three arguments, by the definition."""
+    wide, slopes = (t.float() if t.itemsize == 2 else t for t in (x, gradient))
+    grouped = wide.unflatten(1, (groups, -1))  # B, G, C / G, H, W
+    variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    normed = (grouped - mean) * rstd
+    inner = (slopes * weight.to(slopes.dtype)[:, None, None]).unflatten(1, (groups, -1))
+    along = (inner * normed).mean((2, 3, 4), keepdim=True)
+    x_gradient = (inner - inner.mean((2, 3, 4), keepdim=True) - normed * along) * rstd
+    weight_gradient = (slopes * normed.flatten(1, 2)).sum((0, 2, 3))
+    return (
+        x_gradient.flatten(1, 2).to(x.dtype),
+        weight_gradient.to(weight.dtype),
+        slopes.sum((0, 2, 3)).to(weight.dtype),
+    )
 
 
 def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

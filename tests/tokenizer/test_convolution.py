@@ -137,6 +137,23 @@ def test_gradients_are_nearly_as_exact_as_torchs(frozen):
         assert error < 2 * usual + 1e-7
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_penalty_has_all_its_parts(frozen):
+    """Oracle: torch's own convolution. The slopes of a sum are constants: nothing of them needs gradients."""
+    layer, x = Convolution(64, 64).requires_grad_(not frozen), images(1, 64, 32, 32).requires_grad_()
+    wanted = (x,) if frozen else (x, layer.weight)
+
+    def penalty(convolve):
+        with torch.enable_grad():
+            y = convolve(x)
+            (slope,) = torch.autograd.grad((y * y.detach().sin() + y.square()).sum(), x, create_graph=True)
+            return slope, *torch.autograd.grad(slope.square().sum(), wanted)
+
+    ours = penalty(layer)
+    for mine, theirs in zip(ours, penalty(lambda x: plain(layer, x)), strict=True):
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
 def test_training_uses_tiles_too():
     layer, x = Convolution(64, 64), images(1, 64, 32, 32)
     expected = layer(x)

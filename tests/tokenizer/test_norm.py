@@ -34,6 +34,35 @@ def test_gradients_pass_gradcheck():
     assert torch.autograd.gradcheck(norm, (x,))
 
 
+def test_second_derivatives_pass_gradgradcheck():
+    norm = GroupNorm(2, 4, 1e-6).double()
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def of_all(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradgradcheck(of_all, (x, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_penalty_has_all_its_parts(dtype):
+    """Oracle: torch's own, in the other layout. The slopes of a sum are constants: nothing of them needs gradients."""
+    norm = GroupNorm(4, 16, 1e-6)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    factors, results = images.sin(), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = images.contiguous(memory_format=layout).requires_grad_()
+        (slope,) = torch.autograd.grad((norm(x) * factors).sum(), x, create_graph=True)
+        results.append((slope, *torch.autograd.grad(slope.float().square().sum(), (x, norm.weight))))
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).float().norm() < tolerance * theirs.float().norm()
+
+
 def test_bf16_gradients_are_as_near_the_truth_as_torchs():
     generator = torch.Generator().manual_seed(0)
     norm = GroupNorm(8, 32, 1e-6)
