@@ -11,6 +11,8 @@ A folder holds config.json (sizes, schema) and model.safetensors (float32 weight
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,6 +38,8 @@ FORMAT = "crt-tokenizer"
 SCHEMA = 1
 # Convolutions of this width and more are faster with channels last, narrower ones are not.
 _CHANNELS_LAST_WIDTH = 128
+# Bicubic resampling leaves [-1, 1], up to 1.9 at most; pixels normalised by ImageNet's deviation reach beyond 2.1.
+_FARTHEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ class Tokenizer(
         return self.config.codebook_size
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.to_latent.weight.device
+
+    @property
     def image_size(self) -> int:
         """Side of the images that it was trained on, in pixels."""
         return self.config.image_size
@@ -137,12 +147,15 @@ class Tokenizer(
             (B, codebook_dim, H / downsampling, W / downsampling) in full precision, also under autocast.
         """
         features = self.encoder(images)
+        weight, bias = self.to_latent.weight, self.to_latent.bias
+        assert bias is not None
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.project(self.to_latent(full_precision(features)))
+            features, weight, bias = (full_precision(tensor) for tensor in (features, weight, bias))
+            return self.quantizer.project(F.conv2d(features, weight, bias))
 
     def reconstruct(self, values: Tensor) -> Tensor:
         """The decoder's (B, 3, H, W) images of (B, codebook_dim, h, w) vectors of codes."""
-        return self.decoder(self.from_latent(values))
+        return self.decoder(self.from_latent(values.to(self.from_latent.weight.dtype)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Reconstructions (B, 3, H, W) of images in [-1, 1], and how they were quantized."""
@@ -154,21 +167,46 @@ class Tokenizer(
         """Codes of images.
 
         Args:
-            images: (B, 3, H, W) float in [-1, 1]; H and W multiples of `downsampling`.
+            images: (B, 3, H, W) floats in [-1, 1], of any precision and on any device; H and W multiples of
+                `downsampling`. What overshoots a little, as resampling does, is taken as it is.
 
         Returns:
-            (B, H * W / downsampling ** 2) int64 in raster order.
+            (B, H * W / downsampling ** 2) int64 in raster order, on the tokenizer's device.
 
         Raises:
-            ValueError: another shape, or integers.
+            ValueError: another type, shape or range, or NaN.
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images of type {type(images).__name__}: expected a tensor: use torch.from_numpy(images)")
         if not images.is_floating_point():
-            raise ValueError(f"images of type {images.dtype}: expected floats in [-1, 1]: scale them to it")
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.downsampling for side in images.shape[2:]):
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: expected (B, 3, H, W) with H and W divisible by "
-                f"{self.downsampling}: resize or crop them"
+                f"images of type {images.dtype}: expected floats in [-1, 1]: use images / 127.5 - 1 for 0 to 255"
             )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected (B, 3, H, W): use images.permute(0, 3, 1, 2) where "
+                "channels come last, images[None] for a single one"
+            )
+        if any(side % self.downsampling or not side for side in images.shape[2:]):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected H and W divisible by {self.downsampling}: "
+                "resize or crop them"
+            )
+        images = images.to(self.device, self.to_latent.weight.dtype)
+        if images.numel():
+            low, high = torch.stack(images.aminmax()).tolist()
+            if math.isnan(low):
+                raise ValueError("images contain NaN: expected floats in [-1, 1]: leave out or mend what is not finite")
+            if max(-low, high) > _FARTHEST:
+                raise ValueError(
+                    f"images reach from {low:.4g} to {high:.4g}: expected floats in [-1, 1]: use "
+                    "images / 127.5 - 1 for 0 to 255, images.clamp(-1, 1) for what overshoots"
+                )
+        return self.nearest_codes(images)
+
+    @torch.no_grad()
+    def nearest_codes(self, images: Tensor) -> Tensor:
+        """`encode` without its checks: what is in the tokenizer's own precision and range, without a wait for a GPU."""
         return self.quantizer.nearest(self.latents(images)).flatten(1)
 
     @torch.no_grad()
@@ -176,23 +214,42 @@ class Tokenizer(
         """Images of codes.
 
         Args:
-            codes: (B, N) int64 in raster order.
+            codes: (B, N) integers in raster order, on any device.
             grid: rows and columns, for images of another size than the tokenizer was trained on; None: `self.grid`.
 
         Returns:
-            (B, 3, H, W), about in [-1, 1]; not clamped.
+            (B, 3, H, W), about in [-1, 1]; not clamped; on the tokenizer's device.
 
         Raises:
-            ValueError: the codes do not fill the grid, or one is none of the codebook's.
+            ValueError: no integers, or the codes do not fill the grid, or one is none of the codebook's.
         """
-        rows, columns = grid or self.grid
-        if codes.ndim != 2 or codes.shape[1] != rows * columns:
+        try:
+            rows, columns = (operator.index(side) for side in (self.grid if grid is None else grid))
+        except (TypeError, ValueError):
+            rows = columns = 0
+        if rows < 1 or columns < 1:
+            raise ValueError(f"grid {grid!r}: expected two integers of 1 or more: pass (rows, columns)")
+        if not isinstance(codes, Tensor):
+            raise ValueError(f"codes of type {type(codes).__name__}: expected a tensor: use torch.as_tensor(codes)")
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes of type {codes.dtype}: expected integers: pass what encode or generate gave")
+        if codes.ndim != 2:
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)}: expected (B, N): use codes.reshape(-1, {rows * columns})"
+            )
+        if codes.shape[1] != rows * columns:
             raise ValueError(
                 f"codes of shape {tuple(codes.shape)}: expected (B, {rows * columns}) for a grid of "
                 f"{rows} x {columns}: pass the grid that they belong to"
             )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise ValueError(f"codes reach outside 0 to {self.codebook_size - 1}: they belong to another tokenizer")
+        codes = codes.to(self.device, torch.int64)
+        if codes.numel():
+            low, high = torch.stack(codes.aminmax()).tolist()
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"codes from {low} to {high} reach outside 0 to {self.codebook_size - 1}: they belong to another "
+                    "tokenizer: decode them with that one"
+                )
         return self.reconstruct(self.quantizer.lookup(codes.unflatten(1, (rows, columns))))
 
     def save(self, folder: str | Path) -> None:

@@ -80,7 +80,8 @@ class VectorQuantizer(nn.Module):
 
     def vectors(self) -> Tensor:
         """(K, D): the codes' vectors, of unit length where normalised."""
-        return F.normalize(self.codebook, dim=1) if self.l2_normalize else self.codebook
+        codebook = full_precision(self.codebook)
+        return F.normalize(codebook, dim=1) if self.l2_normalize else codebook
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, codes: Tensor) -> Tensor:
         """(B, h, w) codes to their (B, D, h, w) vectors; the codebook receives gradients."""
-        vectors = F.embedding(codes, self.codebook)
+        vectors = full_precision(F.embedding(codes, self.codebook))
         if self.l2_normalize:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.movedim(-1, 1)

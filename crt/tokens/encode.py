@@ -141,7 +141,7 @@ class Encoder:
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         # Both modes hold per thread.
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.tokenizer.encode(to_unit_range(pixels.to(self.device, non_blocking=True)))
+            return self.tokenizer.nearest_codes(to_unit_range(pixels.to(self.device, non_blocking=True)))
 
 
 def _keep_freed_memory() -> None:

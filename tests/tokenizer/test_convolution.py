@@ -209,7 +209,8 @@ def test_codes_and_pixels_are_those_of_the_direct_convolution(monkeypatch):
         codebook_dim=8, l2_normalize=True,
     )  # fmt: skip
     model = Tokenizer(config).eval().to(memory_format=CHANNELS_LAST)
-    x = F.interpolate(images(4, 3, 16, 16), scale_factor=4, mode="bicubic").contiguous(memory_format=CHANNELS_LAST)
+    x = F.interpolate(images(4, 3, 16, 16), scale_factor=4, mode="bicubic").clamp(-1, 1)
+    x = x.contiguous(memory_format=CHANNELS_LAST)
     codes = model.encode(x)
     pixels = model.decode(codes)
     monkeypatch.setattr(convolution, "_LEAST_PIXELS", 10**9)

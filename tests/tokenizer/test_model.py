@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,17 +49,91 @@ def test_codes_are_in_raster_order(tokenizer):
             assert torch.equal(codes[:, row * 4 + column], nearest)
 
 
-def test_other_image_sizes_and_what_is_refused(tokenizer):
+def test_other_image_sizes(tokenizer):
     codes = tokenizer.encode(images(height=24, width=8))
     assert codes.shape == (2, 12)
     assert tokenizer.decode(codes, grid=(6, 2)).shape == (2, 3, 24, 8)
-    for bad in (images(height=18), images()[:, :1], images()[0], (images() * 127).to(torch.uint8)):
-        with pytest.raises(ValueError, match="expected"):
-            tokenizer.encode(bad)
-    with pytest.raises(ValueError, match="grid of 4 x 4"):
-        tokenizer.decode(codes)
-    with pytest.raises(ValueError, match="outside 0 to 63"):
-        tokenizer.decode(torch.full((1, 16), 64))
+    assert tokenizer.encode(images()[:0]).shape == (0, 16)
+    assert tokenizer.decode(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_floats_of_any_type_are_taken(tokenizer, dtype):
+    """Oracle: the same values in float32."""
+    rounded = images().to(dtype)
+    assert torch.equal(tokenizer.encode(rounded), tokenizer.encode(rounded.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_tokenizer_of_any_type_works(tokenizer, dtype):
+    """Oracle: most codes are those in float32, and its pixels are near."""
+    codes, pixels = tokenizer.encode(images()), tokenizer.decode(tokenizer.encode(images()))
+    other = tokenizer.to(dtype)
+    assert (other.encode(images()) == codes).float().mean() > 0.8
+    assert other.decode(codes).dtype == dtype
+    torch.testing.assert_close(other.decode(codes).float(), pixels, rtol=0, atol=0.1)
+    assert other(images().to(dtype))[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16])
+def test_integers_of_any_type_are_codes(tokenizer, dtype):
+    codes = tokenizer.encode(images())
+    assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: (x * 127).to(torch.uint8), r"images of type torch.uint8: .* images / 127.5 - 1"),
+        (lambda x: x + 0j, "images of type torch.complex64"),
+        (lambda x: x.numpy(), r"images of type ndarray: .* torch.from_numpy\(images\)"),
+        (lambda x: [x], "images of type list"),
+        (lambda x: x[:, :1], r"images of shape \(2, 1, 16, 16\): expected \(B, 3, H, W\)"),
+        (lambda x: x[0], r"images of shape \(3, 16, 16\): expected \(B, 3, H, W\)"),
+        (lambda x: x.permute(0, 2, 3, 1), r"images of shape \(2, 16, 16, 3\): .* images.permute\(0, 3, 1, 2\)"),
+        (lambda x: x[..., :14], r"images of shape \(2, 3, 16, 14\): expected H and W divisible by 4"),
+        (lambda x: x[..., :0], r"images of shape \(2, 3, 16, 0\)"),
+        (lambda x: x * 127.5 + 127.5, r"images reach from \S+ to 25\S+: expected floats in \[-1, 1\]"),
+        (lambda x: (x / 2 + 0.5 - 0.485) / 0.229, "images reach from -2.1"),
+        (lambda x: x.masked_fill(x > 0.9, torch.inf), "images reach from .* to inf"),
+        (lambda x: x.double().masked_fill(x > 0.9, torch.nan), "images contain NaN"),
+    ],
+)
+def test_images_that_are_refused(tokenizer, change, message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        tokenizer.encode(change(images()))
+    assert "\n" not in str(caught.value)
+
+
+def test_edges_that_resampling_overshot_are_images(tokenizer):
+    sharp = images(height=8, width=8).sign()
+    large = torch.nn.functional.interpolate(sharp, size=(16, 16), mode="bicubic")
+    assert large.abs().max() > 1.5
+    assert torch.equal(tokenizer.encode(large), tokenizer.nearest_codes(large))
+
+
+@pytest.mark.parametrize(
+    ("codes", "grid", "message"),
+    [
+        (torch.zeros(2, 16), None, "codes of type torch.float32: expected integers"),
+        (torch.zeros(2, 16, dtype=torch.bool), None, "codes of type torch.bool"),
+        (np.zeros((2, 16), np.int64), None, "codes of type ndarray: .* torch.as_tensor"),
+        ([[0] * 16], None, "codes of type list: .* torch.as_tensor"),
+        (torch.zeros(16).long(), None, r"codes of shape \(16,\): expected \(B, N\): use codes.reshape\(-1, 16\)"),
+        (torch.zeros(2, 4, 4).long(), None, r"codes of shape \(2, 4, 4\): expected \(B, N\)"),
+        (torch.zeros(2, 12).long(), None, r"codes of shape \(2, 12\): expected \(B, 16\) for a grid of 4 x 4"),
+        (torch.full((1, 16), 64), None, "codes from 64 to 64 reach outside 0 to 63"),
+        (torch.full((1, 16), -1), None, "codes from -1 to -1 reach outside 0 to 63"),
+        (torch.zeros(2, 16).long(), (4,), r"grid \(4,\): expected two integers"),
+        (torch.zeros(2, 16).long(), 16, "grid 16: expected two integers"),
+        (torch.zeros(2, 16).long(), (-4, -4), r"grid \(-4, -4\): expected two integers"),
+        (torch.zeros(2, 16).long(), (2.0, 8), r"grid \(2.0, 8\): expected two integers"),
+    ],
+)
+def test_codes_that_are_refused(tokenizer, codes, grid, message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        tokenizer.decode(codes, grid)
+    assert "\n" not in str(caught.value)
 
 
 def test_saving_twice_gives_the_same_bytes(tokenizer, tmp_path):
