@@ -17,11 +17,14 @@ batches of one call have one size.
 
 from __future__ import annotations
 
+import math
+import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from crt.ar.graphs import SteppedBatch
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+# Beyond these, logits overflow.
+_MOST_GUIDANCE, _LEAST_TEMPERATURE = 1e6, 1e-6
 # Share of the guidance at a share x of the sequence.
 GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": torch.ones_like,
@@ -75,8 +80,10 @@ class Generator:
             compile: see the class.
 
         Raises:
-            UserError: the folder is missing, damaged, or holds something else.
+            UserError: the folder is missing, damaged, or holds something else; or a precision that there is not.
         """
+        if precision not in list(DTYPES):
+            raise UserError(f"precision {_short(precision)}: use one of {', '.join(DTYPES)}")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(load_model(folder, DTYPES[precision], device), compile)
 
@@ -102,7 +109,7 @@ class Generator:
         """Draw the codes of one image per label.
 
         Args:
-            labels: (B,) class indices.
+            labels: (B,) class indices; none make no images.
             guidance: scale s of classifier-free guidance; 1 turns it off, and with it the unconditional pass.
             seed: of the draws.
             first_index: the images are numbers first_index, first_index + 1, ... of the seed.
@@ -117,14 +124,25 @@ class Generator:
             (B, T) int64 codes in raster order, on the CPU.
 
         Raises:
-            UserError: a label that is no class of the model, or a setting out of range.
+            UserError: a label that is no class of the model, or a setting of another type or out of range.
         """
         wanted = self._check_labels(labels)
-        settings = DrawSettings(guidance, temperature, top_k, top_p, guidance_schedule, guidance_interval)
+        settings = DrawSettings(
+            _number("guidance", guidance),
+            _number("temperature", temperature),
+            _integer("top_k", top_k),
+            _number("top_p", top_p),
+            guidance_schedule,
+            _interval(guidance_interval),
+        )
         settings.check(self.config.codebook_size)
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: must be 1 or more, or None for all images at once")
-        size = batch_size or max(len(wanted), 1)
+        seed, first_index = _integer("seed", seed), _integer("first_index", first_index)
+        for name, value in (("seed", seed), ("first_index", first_index)):
+            if value < 0:
+                raise UserError(f"{name} {value}: must be 0 or more")
+        size = max(len(wanted), 1) if batch_size is None else _integer("batch_size", batch_size)
+        if size < 1:
+            raise UserError(f"batch_size {size}: must be 1 or more, or None for all images at once")
         drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64)
         for start in range(0, len(wanted), size):
             batch = wanted[start : start + size]
@@ -185,11 +203,48 @@ class Generator:
         return self._stepped
 
     def _check_labels(self, labels: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        wanted = torch.as_tensor(labels, dtype=torch.int64).reshape(-1)
+        try:
+            given = labels.detach().cpu() if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+        except (TypeError, ValueError):  # text, objects, rows of several lengths
+            given = None
+        if given is not None and given.shape == (0,):
+            return given.long()
+        if given is None or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise UserError(f"labels {_short(labels)}: must be integers, the classes of the images, such as [3, 7]")
+        if given.ndim != 1:
+            raise UserError(f"labels of shape {tuple(given.shape)}: must be one class per image, such as [3, 7]")
+        wanted = given.long()
         wrong = wanted[(wanted < 0) | (wanted >= self.config.num_classes)]
         if len(wrong):
             raise UserError(f"label {int(wrong[0])}: the model has classes 0 to {self.config.num_classes - 1}")
         return wanted
+
+
+def _short(value: object) -> str:
+    """`value` in a message of one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} {_short(value)}: must be an integer") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value + 0)  # text would become a number, but has no sum
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} {_short(value)}: must be a number") from None
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    try:
+        start, stop = value
+    except (TypeError, ValueError):
+        raise UserError(f"guidance_interval {_short(value)}: must be two shares from 0 to 1, (start, stop)") from None
+    return _number("guidance_interval", start), _number("guidance_interval", stop)
 
 
 @dataclass(frozen=True)
@@ -209,15 +264,17 @@ class DrawSettings:
         Raises:
             UserError: a setting is out of range.
         """
-        if not self.guidance >= 1:
-            raise UserError(f"guidance {self.guidance}: must be 1 (none) or more")
-        if self.schedule not in GUIDANCE_SCHEDULES:
+        if not 1 <= self.guidance <= _MOST_GUIDANCE:
+            raise UserError(f"guidance {self.guidance}: must be 1 (none) to {_MOST_GUIDANCE:g}")
+        if self.schedule not in list(GUIDANCE_SCHEDULES):
             raise UserError(f"guidance schedule {self.schedule!r}: use one of {', '.join(GUIDANCE_SCHEDULES)}")
         start, stop = self.interval
         if not 0 <= start <= stop <= 1:
             raise UserError(f"guidance interval {list(self.interval)}: must be two ascending shares from 0 to 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature {self.temperature}: must be greater than 0")
+        if not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature}: must be finite, {_LEAST_TEMPERATURE:g} (the likeliest code) or more"
+            )
         if not 0 <= self.top_k <= codebook_size:
             raise UserError(f"top_k {self.top_k}: must be 0 (off) to the codebook's size {codebook_size}")
         if not 0 < self.top_p <= 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,39 @@ def test_bf16_draws_from_nearly_the_same_distribution() -> None:
     [
         ({"labels": [5]}, "label 5"),
         ({"labels": [-1]}, "label -1"),
+        ({"labels": ["3"]}, r"labels \['3'\]: must be integers"),
+        ({"labels": "3"}, "labels '3': must be integers"),
+        ({"labels": None}, "labels None: must be integers"),
+        ({"labels": [1.5]}, r"labels \[1.5\]: must be integers"),
+        ({"labels": torch.ones(2)}, r"labels tensor\(\[1., 1.\]\): must be integers"),
+        ({"labels": np.ones((40, 40))}, r"labels array\(.*\): must be integers"),
+        ({"labels": [True]}, r"labels \[True\]: must be integers"),
+        ({"labels": [10**30]}, "must be integers"),
+        ({"labels": [[1, 2]]}, r"labels of shape \(1, 2\): must be one class per image"),
+        ({"labels": [[1], [2, 3]]}, r"labels \[\[1\], \[2, 3\]\]"),
+        ({"labels": 3}, r"labels of shape \(\): must be one class per image, such as \[3, 7\]"),
+        ({"seed": "a"}, "seed 'a': must be an integer"),
+        ({"seed": 1.5}, "seed 1.5: must be an integer"),
+        ({"seed": None}, "seed None: must be an integer"),
+        ({"seed": -1}, "seed -1: must be 0 or more"),
+        ({"first_index": -1}, "first_index -1: must be 0 or more"),
+        ({"guidance": "2"}, "guidance '2': must be a number"),
+        ({"guidance": None}, "guidance None: must be a number"),
+        ({"guidance": float("nan")}, "guidance nan: must be 1"),
+        ({"guidance": float("inf")}, "guidance inf: must be 1"),
+        ({"guidance": -1}, "guidance -1.0: must be 1"),
+        ({"temperature": "x"}, "temperature 'x': must be a number"),
+        ({"temperature": float("inf")}, "temperature inf: must be finite"),
+        ({"temperature": 1e-40}, "temperature 1e-40: must be finite, 1e-06"),
+        ({"top_k": -1}, "top_k -1: must be 0"),
+        ({"top_k": 2.5}, "top_k 2.5: must be an integer"),
+        ({"top_p": 2}, "top_p 2.0: must be greater than 0 and at most 1"),
+        ({"top_p": "a"}, "top_p 'a': must be a number"),
+        ({"batch_size": 1.5}, "batch_size 1.5: must be an integer"),
+        ({"guidance_interval": (0.1,)}, r"guidance_interval \(0.1,\): must be two shares"),
+        ({"guidance_interval": 0.5}, "guidance_interval 0.5: must be two shares"),
+        ({"guidance_interval": (0.2, "b")}, "guidance_interval 'b': must be a number"),
+        ({"guidance_schedule": ["sine"]}, r"guidance schedule \['sine'\]: use one of"),
         ({"guidance": 0.5}, "guidance 0.5"),
         ({"temperature": 0.0}, "temperature 0"),
         ({"top_k": 33}, "top_k 33"),
@@ -152,3 +187,35 @@ def test_impossible_requests_are_refused(generator: Generator, settings: dict, m
     with pytest.raises(UserError, match=message) as error:
         generator.generate(**{"labels": [0]} | settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        (1, 2), range(1, 3), np.array([1, 2], np.uint8), np.array([1, 2], np.uint64), [np.int32(1), np.int64(2)],
+        torch.tensor([1, 2], dtype=torch.int16), torch.tensor([1, 2], dtype=torch.uint16), list(torch.tensor([1, 2])),
+    ],
+)  # fmt: skip
+def test_integers_of_any_type_are_labels(generator: Generator, labels: Any) -> None:
+    assert torch.equal(generator.generate(labels), generator.generate([1, 2]))
+
+
+def test_numbers_of_any_type_are_settings(generator: Generator) -> None:
+    expected = generator.generate([1, 2], guidance=2.0, seed=3, temperature=0.5, top_k=4, batch_size=2)
+    for integer in (np.int64, np.uint8, torch.tensor):
+        for number in (np.float32, np.float64, torch.tensor):
+            codes = generator.generate(
+                [1, 2], number(2), integer(3), temperature=number(0.5), top_k=integer(4), batch_size=integer(2)
+            )
+            assert torch.equal(codes, expected)
+
+
+def test_no_labels_make_no_images(generator: Generator) -> None:
+    for none in ([], np.array([], np.int64), torch.tensor([])):
+        codes = generator.generate(none)
+        assert codes.shape == (0, 16) and codes.dtype == torch.int64
+
+
+def test_the_smallest_temperature_draws_the_likeliest_code_at_the_largest_guidance(generator: Generator) -> None:
+    codes = generator.generate([1] * 8, guidance=1e6, temperature=1e-6)
+    assert len(codes.unique(dim=0)) == 1
