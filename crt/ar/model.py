@@ -11,47 +11,43 @@ null class, which stands for a dropped label).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crt import cpu
 from crt.errors import UserError
+from crt.model_files import CONFIG_FILE, TRANSFORMER, WEIGHTS_FILE, read_config, read_weights
 from crt.stage import write_json
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class ARConfig:
     """Everything that fixes the model, and what its codes and classes stand for. Stored as config.json."""
 
-    layers: int
-    heads: int
-    width: int
-    ffn_multiple: int
+    layers: PositiveInt
+    heads: PositiveInt
+    width: PositiveInt
+    ffn_multiple: PositiveInt
     """The feed-forward layer's hidden width is rounded up to a multiple of this (256 in the paper's models)."""
-    norm_eps: float
-    rope_base: float
-    dropout: float
+    norm_eps: PositiveFloat
+    rope_base: PositiveFloat
+    dropout: Annotated[float, Field(ge=0, le=1)]
     """Of embeddings, attention outputs and feed-forward outputs while training; never of attention weights."""
-    init_std: float
-    codebook_size: int
-    grid: tuple[int, int]
+    init_std: NonNegativeFloat
+    codebook_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
     """Rows and columns of codes of one image."""
-    num_classes: int
+    num_classes: PositiveInt
     class_names: tuple[str, ...] | None
     tokenizer_content: str | None
     """Digest of the tokenizer's output folder that made the codes; None where unknown (imported models)."""
@@ -78,7 +74,7 @@ class ARConfig:
 
     def save(self, folder: str | Path) -> None:
         """Write config.json into `folder`."""
-        write_json(Path(folder) / CONFIG_FILE, {"schema": SCHEMA, "kind": "crt_ar", **asdict(self)})
+        write_json(Path(folder) / CONFIG_FILE, {"schema": TRANSFORMER.schema, "kind": TRANSFORMER.name, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | Path) -> ARConfig:
@@ -87,20 +83,13 @@ class ARConfig:
         Raises:
             UserError: the file is missing, damaged, or describes something else.
         """
-        path = Path(folder) / CONFIG_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            schema, kind = values.pop("schema"), values.pop("kind")
-            if kind != "crt_ar" or schema != SCHEMA:
-                raise UserError(f"{path}: holds kind {kind!r}, schema {schema}: expected 'crt_ar', schema {SCHEMA}")
-            names = values.pop("class_names")
-            return cls(
-                **values | {"grid": tuple(values["grid"]), "class_names": None if names is None else tuple(names)}
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        config = read_config(folder, TRANSFORMER, cls)
+        if config.width % (4 * config.heads):
             raise UserError(
-                f"{path}: missing or damaged: give the output folder of train_ar or import_llamagen"
-            ) from None
+                f"{Path(folder) / CONFIG_FILE}: width {config.width} is no multiple of 4 channels for each of "
+                f"{config.heads} heads: copy or make the {TRANSFORMER.noun} again"
+            )
+        return config
 
 
 def config_from_params(model: Any, codes: Any) -> ARConfig:
@@ -356,20 +345,8 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
         UserError: files are missing or damaged, or the weights are not those of config.json's model.
     """
     config = ARConfig.load(folder)
-    path = Path(folder) / WEIGHTS_FILE
     with torch.device("meta"):
         model = ARTransformer(config)
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: missing or damaged ({error}): make the folder again") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{path}: {name} has shape {found.get(name)}, the model of {CONFIG_FILE} needs {expected.get(name)}: "
-                "the two files belong to different models, make the folder again"
-            )
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in weights.items()}, assign=True)
+    weights = read_weights(folder, TRANSFORMER, model.state_dict(), lambda tensor: tensor.to(device, dtype))
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

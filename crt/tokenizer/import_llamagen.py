@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from crt.errors import UserError
-from crt.tokenizer.model import Tokenizer, TokenizerConfig, check_shapes
+from crt.model_files import check_shapes
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
 
 # What LlamaGen's weights do not show and its code fixes.
 _NORM_GROUPS = 32

@@ -10,32 +10,28 @@ A folder holds config.json (sizes, schema) and model.safetensors (float32 weight
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import Field, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crt.errors import UserError
+from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights
 from crt.params import TrainTokenizer
 from crt.stage import write_json
 from crt.tokenizer.autoencoder import Decoder, Encoder
 from crt.tokenizer.quantizer import Quantized, VectorQuantizer, full_precision
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-FORMAT = "crt-tokenizer"
-SCHEMA = 1
 # Convolutions of this width and more are faster with channels last, narrower ones are not.
 _CHANNELS_LAST_WIDTH = 128
 # Bicubic resampling leaves [-1, 1], up to 1.9 at most; pixels normalised by ImageNet's deviation reach beyond 2.1.
@@ -46,19 +42,19 @@ _FARTHEST = 2.0
 class TokenizerConfig:
     """Everything that determines the shapes of the weights and what the codes mean."""
 
-    image_size: int
+    image_size: PositiveInt
     """Side of the images that it was trained on; it takes any multiple of `downsampling`."""
-    encoder_channels: int
-    decoder_channels: int
-    channel_multipliers: tuple[int, ...]
-    encoder_blocks: int
-    decoder_blocks: int
+    encoder_channels: PositiveInt
+    decoder_channels: PositiveInt
+    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    encoder_blocks: PositiveInt
+    decoder_blocks: PositiveInt
     attention: bool
-    norm_groups: int
-    z_channels: int
-    dropout: float
-    codebook_size: int
-    codebook_dim: int
+    norm_groups: PositiveInt
+    z_channels: PositiveInt
+    dropout: Annotated[float, Field(ge=0, le=1)]
+    codebook_size: PositiveInt
+    codebook_dim: PositiveInt
     l2_normalize: bool
 
     @property
@@ -262,7 +258,7 @@ class Tokenizer(
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, folder / WEIGHTS_FILE)
-        write_json(folder / CONFIG_FILE, {"format": FORMAT, "schema": SCHEMA, **asdict(self.config)})
+        write_json(folder / CONFIG_FILE, {"format": TOKENIZER.name, "schema": TOKENIZER.schema, **asdict(self.config)})
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -271,10 +267,16 @@ class Tokenizer(
         Raises:
             UserError: files are missing, damaged, of another kind, or do not belong together.
         """
-        config = read_config(Path(folder) / CONFIG_FILE)
-        with torch.device("meta"):
-            model = cls(config)
-        weights = _read_weights(Path(folder) / WEIGHTS_FILE, model.state_dict())
+        config = read_config(folder, TOKENIZER, TokenizerConfig)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (ValueError, RuntimeError) as error:  # values that do not go together
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{Path(folder) / CONFIG_FILE}: describes no possible tokenizer ({reason}): copy or make it again"
+            ) from None
+        weights = read_weights(folder, TOKENIZER, model.state_dict(), Tensor.float)
         model.load_state_dict(weights, strict=True, assign=True)
         if min(config.encoder_channels, config.decoder_channels) >= _CHANNELS_LAST_WIDTH:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -284,83 +286,41 @@ class Tokenizer(
         self.save(save_directory)
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        **_: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        map_location: str | torch.device = "cpu",
     ) -> Tokenizer:
-        folder = model_id
-        if not os.path.isdir(folder):
-            folder = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
-            )
+        """`load` a folder, or what the Hub has under "user/name".
+
+        Raises:
+            UserError: as `load`; or neither a folder nor to be had from the Hub.
+        """
+        folder = pretrained_model_name_or_path
+        if not os.path.exists(folder):
+            try:
+                folder = snapshot_download(
+                    str(folder),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+                )
+            except HFValidationError:
+                raise UserError(
+                    f"{folder}: not found: name the folder of a tokenizer, or one on the Hub as user/name"
+                ) from None
+            except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"{folder}: no folder here, and the Hub does not give it ({reason}): check name and connection"
+                ) from error
         return cls.load(folder, map_location)
-
-
-def read_config(path: Path) -> TokenizerConfig:
-    """The checked content of a tokenizer's config.json.
-
-    Raises:
-        UserError: it is missing, damaged, of another kind or schema, or lacks a key.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind, schema = values.pop("format", None), values.pop("schema", None)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found: name the folder of a trained or imported tokenizer") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({error}): copy or make the tokenizer again") from None
-    if kind != FORMAT:
-        raise UserError(f"{path}: describes no tokenizer (format {kind!r}, not {FORMAT!r}): name a tokenizer's folder")
-    if schema != SCHEMA:
-        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: use the version that wrote it")
-    names = {field.name for field in fields(TokenizerConfig)}
-    for name in sorted(names ^ values.keys()):
-        state = "is missing" if name in names else "is unknown"
-        raise UserError(f"{path}: key {name!r} {state}: copy or make the tokenizer again")
-    return TokenizerConfig(**{**values, "channel_multipliers": tuple(values["channel_multipliers"])})
-
-
-def check_shapes(source: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
-    """Compare the shapes of stored weights with those of a model.
-
-    Raises:
-        UserError: naming the first weight, in the model's order, that is missing, left over or of another shape.
-    """
-    for name, tensor in expected.items():
-        if name not in found:
-            raise UserError(f"{source}: of another architecture: weight {name!r} is missing: use the file's own config")
-        if tuple(found[name]) != tuple(tensor.shape):
-            raise UserError(
-                f"{source}: of another architecture: weight {name!r} has shape {tuple(found[name])}, "
-                f"expected {tuple(tensor.shape)}: use the file's own config"
-            )
-    for name in found:
-        if name not in expected:
-            raise UserError(
-                f"{source}: of another architecture: weight {name!r} is left over: use the file's own config"
-            )
-
-
-def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected)  # noqa: SIM118
-            return {name: file.get_tensor(name).float() for name in expected}
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found: name the folder of a trained or imported tokenizer") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: truncated or damaged ({error}): copy or make the tokenizer again") from None

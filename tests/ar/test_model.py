@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from crt import Generator, Tokenizer
 from crt.ar import decoder as decoder_module
 from crt.ar.decoder import Decoder
 from crt.ar.model import (
@@ -23,6 +24,7 @@ from crt.ar.model import (
 )
 from crt.errors import UserError
 from tests.ar.conftest import CODEBOOK, draw_codes, small_config, small_model
+from tests.tokenizer.conftest import tiny_config
 
 # Layers, heads, width, feed-forward width and parameters of LlamaGen's models (arXiv 2406.06525 and its code).
 PUBLISHED = {
@@ -199,17 +201,61 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
             load_model(tmp_path, torch.float32, torch.device("cpu"))
         assert "\n" not in str(error.value)
 
-    refused("config.json: missing or damaged")
+    refused("config.json: not found: name the folder of a trained or imported transformer of stage 2")
+    (tmp_path / "manifest.json").write_text('{"stage": "tokenize"}')
+    refused("holds what tokenize made, no model: name the folder")
     model = small_model()
     model.config.save(tmp_path)
-    refused("model.safetensors: missing or damaged")
+    refused("model.safetensors: not found")
     save_model(model.state_dict(), model.config, tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
-    refused("model.safetensors: missing or damaged")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("model.safetensors: truncated or damaged")
     save_model(model.state_dict(), small_config(width=64), tmp_path)
-    refused("belong to different models")
-    (tmp_path / "config.json").write_text(json.dumps({"schema": 1, "kind": "tokenizer"}))
-    refused("holds kind 'tokenizer'")
+    refused(r"another architecture: weight 'class_embedding.weight' has shape \(6, 32\), expected \(6, 64\)")
+    save_model(model.state_dict() | {"surplus": torch.zeros(1)}, model.config, tmp_path)
+    refused("weight 'surplus' is left over")
+    name = "head.weight"
+    save_model(model.state_dict() | {name: model.state_dict()[name].to(torch.int8)}, model.config, tmp_path)
+    refused("weight 'head.weight' is of type torch.int8, expected floats")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "other"}, "no transformer of stage 2 \\(kind 'other', not 'crt_ar'\\)"),
+        ({"schema": 99}, "has schema 99, this version reads 1"),
+        ({"colour": 1}, "key 'colour' is unknown"),
+        ({"layers": "2"}, "key 'layers' is '2'"),
+        ({"layers": 0}, "key 'layers' is 0"),
+        ({"grid": [4]}, "key 'grid' is \\[4\\]"),
+        ({"class_names": "abcde"}, "key 'class_names' is 'abcde'"),
+        ({"heads": 3}, "width 32 is no multiple of 4 channels for each of 3 heads"),
+    ],
+)
+def test_a_config_that_is_no_models_is_refused(tmp_path, changes, message) -> None:
+    model = small_model()
+    save_model(model.state_dict(), model.config, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | changes))
+    with pytest.raises(UserError, match=message) as error:
+        Generator.load(tmp_path)
+    assert "\n" not in str(error.value)
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in changes}))
+    if changes.keys() <= values.keys() - {"kind", "schema"}:
+        with pytest.raises(UserError, match=f"key '{next(iter(changes))}' is missing"):
+            Generator.load(tmp_path)
+
+
+def test_a_model_of_another_kind_is_named(tmp_path) -> None:
+    Tokenizer(tiny_config()).save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer: holds a tokenizer, for crt.Tokenizer.load: name the folder"):
+        Generator.load(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"config.json: is a file: name the folder"):
+        Generator.load(tmp_path / "tokenizer" / "config.json")
+    with pytest.raises(UserError, match=r"precision 'fp16': use one of float32, bf16"):
+        Generator.load(tmp_path / "tokenizer", precision="fp16")
 
 
 def test_config_survives_json(tmp_path) -> None:

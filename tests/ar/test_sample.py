@@ -177,4 +177,4 @@ def test_a_damaged_model_is_refused(sample_run: Make, tmp_path: Path, capsys: py
     weights = tmp_path / "ar" / "model.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)
     assert main(command) == 2
-    assert "model.safetensors: missing or damaged" in last_line(capsys)
+    assert "model.safetensors: truncated or damaged" in last_line(capsys)

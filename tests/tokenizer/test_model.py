@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crt import Tokenizer
+from crt.ar.model import save_model
 from crt.errors import UserError
+from tests.ar.conftest import small_model
 from tests.tokenizer.conftest import tiny_config
 
 
@@ -154,10 +156,14 @@ def test_hub_mixin_saves_and_loads_the_same_folder(tokenizer, tmp_path):
 
 
 def refused(folder) -> str:
-    with pytest.raises(UserError) as caught:
-        Tokenizer.load(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    messages = []
+    for load in (Tokenizer.load, Tokenizer.from_pretrained):
+        with pytest.raises(UserError) as caught:
+            load(folder)
+        messages.append(str(caught.value))
+        assert "\n" not in messages[-1]
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 @pytest.fixture
@@ -191,7 +197,16 @@ def test_truncated_weights(folder, size):
 
 
 def test_missing_files(folder, tmp_path):
-    assert "nowhere/config.json: not found" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty/config.json: not found: name the folder" in refused(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"nowhere/config.json: not found: name the folder"):
+        Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere: not found: .* user/name$"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^nobody/nothing: no folder here, and the Hub does not give it") as caught:
+        Tokenizer.from_pretrained("nobody/nothing", local_files_only=True, cache_dir=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert "config.json: is a file: name the folder" in refused(folder / "config.json")
     (folder / "model.safetensors").unlink()
     assert "model.safetensors: not found" in refused(folder)
 
@@ -200,7 +215,14 @@ def test_configs_of_another_kind(folder):
     path = folder / "config.json"
     values = json.loads(path.read_text())
     for changes, expected in (
-        ({"format": "other"}, "no tokenizer"),
+        ({"format": "other"}, "describes no tokenizer (format 'other', not 'crt-tokenizer')"),
+        ({"codebook_size": "64"}, "key 'codebook_size' is '64'"),
+        ({"codebook_size": -1}, "key 'codebook_size' is -1"),
+        ({"channel_multipliers": 2}, "key 'channel_multipliers' is 2"),
+        ({"channel_multipliers": []}, "key 'channel_multipliers' is []"),
+        ({"attention": "yes"}, "key 'attention' is 'yes'"),
+        ({"dropout": 1.5}, "key 'dropout' is 1.5"),
+        ({"norm_groups": 3}, "config.json: describes no possible tokenizer (num_channels"),
         ({"schema": 99}, "has schema 99"),
         ({"colour": 1}, "'colour' is unknown"),
     ):
@@ -210,3 +232,18 @@ def test_configs_of_another_kind(folder):
     assert "'z_channels' is missing" in refused(folder)
     path.write_text(path.read_text()[:20])
     assert "damaged" in refused(folder)
+
+
+def test_folders_of_other_stages_are_named(folder):
+    (folder / "config.json").unlink()
+    (folder / "manifest.json").write_text('{"stage": "prepare_data"}')
+    assert "tokenizer: holds what prepare_data made, no model: name the folder" in refused(folder)
+    model = small_model()
+    save_model(model.state_dict(), model.config, folder)
+    assert "tokenizer: holds a transformer of stage 2, for crt.Generator.load: name the folder" in refused(folder)
+
+
+def test_integers_are_no_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "to_latent.bias": torch.zeros(4).int()}, folder / "model.safetensors")
+    assert "weight 'to_latent.bias' is of type torch.int32, expected floats" in refused(folder)
