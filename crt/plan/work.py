@@ -116,7 +116,11 @@ def tokenizer_flops(params: Params) -> tuple[int, int, int]:
         images = torch.zeros(1, 3, side, side)
         values = torch.zeros(1, params.train_tokenizer.quantizer.codebook_dim, *model.grid)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return count_flops(partial(model.encode, images)), count_flops(partial(model.reconstruct, values)), parameters
+        return (
+            count_flops(partial(model.nearest_codes, images)),
+            count_flops(partial(model.reconstruct, values)),
+            parameters,
+        )
 
 
 def num_views(params: Params) -> int:
