@@ -302,25 +302,35 @@ class Tokenizer(
         Raises:
             UserError: as `load`; or neither a folder nor to be had from the Hub.
         """
-        folder = pretrained_model_name_or_path
-        if not os.path.exists(folder):
-            try:
-                folder = snapshot_download(
-                    str(folder),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
-                )
-            except HFValidationError:
-                raise UserError(
-                    f"{folder}: not found: name the folder of a tokenizer, or one on the Hub as user/name"
-                ) from None
-            except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(
-                    f"{folder}: no folder here, and the Hub does not give it ({reason}): check name and connection"
-                ) from error
+        name = str(pretrained_model_name_or_path)
+        if os.path.exists(name):  # the mixin would read config.json itself, and fail by its own words
+            return cls.load(name, map_location)
+        try:
+            return super().from_pretrained(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                map_location=map_location,
+            )
+        except HFValidationError:
+            raise UserError(
+                f"{name}: not found: name the folder of a tokenizer, or one on the Hub as user/name"
+            ) from None
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{name}: no folder here, and the Hub does not give it ({reason}): check name and connection"
+            ) from error
+        except ValueError as error:  # from the mixin's reading
+            raise UserError(f"{name}: {CONFIG_FILE} on the Hub is damaged ({error}): upload it again") from None
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, map_location: str | torch.device, config: object = None, **download: Any
+    ) -> Tokenizer:
+        """What the mixin calls, with what it read of config.json, which `load` reads and checks."""
+        folder = snapshot_download(model_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **download)
         return cls.load(folder, map_location)

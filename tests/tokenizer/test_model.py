@@ -155,6 +155,22 @@ def test_hub_mixin_saves_and_loads_the_same_folder(tokenizer, tmp_path):
     assert torch.equal(Tokenizer.load(tmp_path / "model").encode(images()), tokenizer.encode(images()))
 
 
+def test_the_mixin_loads_what_the_hub_gave(tokenizer, tmp_path):
+    """From a cache in the Hub's own layout, without a network."""
+    revision, repository = "0" * 40, tmp_path / "models--user--name"
+    tokenizer.save(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+
+    def load() -> Tokenizer:
+        return Tokenizer.from_pretrained("user/name", cache_dir=tmp_path, local_files_only=True)
+
+    assert torch.equal(load().encode(images()), tokenizer.encode(images()))
+    (repository / "snapshots" / revision / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^user/name: config.json on the Hub is damaged .*: upload it again$"):
+        load()
+
+
 def refused(folder) -> str:
     messages = []
     for load in (Tokenizer.load, Tokenizer.from_pretrained):
