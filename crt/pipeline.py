@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
-from crt.params import read_yaml
+from crt.yaml_files import read_yaml
 
 PIPELINE_FILE = "dvc.yaml"
 PARAMS_FILE = "params.yaml"

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from ruamel.yaml import YAML
 
 from crt.errors import UserError
 from crt.evaluation.names import ALL_FIGURES, figure_names
 from crt.folders import make_folder
-from crt.params import Params, Section, explain, in_yaml, read_yaml, validate_params
+from crt.params import Params, validate_params
 from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
+from crt.yaml_files import Section, checked, in_yaml, read_yaml
 
 STUDY_FOLDER = Path("studies")
 # Raised when the page of a study changes.
@@ -142,11 +143,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         UserError: unreadable, or a key is unknown, missing or of the wrong type.
     """
-    try:
-        study = Study.model_validate(read_yaml(path))
-    except ValidationError as error:
-        lines = [explain(str(path), detail, Study) for detail in error.errors()]
-        raise UserError("\n".join(lines)) from None
+    study = checked(Study, read_yaml(path), path)
     for name in (Path(path).stem, *study.scales):
         if not _NAME.fullmatch(name):
             raise UserError(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from crt.errors import UserError
-from crt.params import load_params, parse_view, read_yaml, validate_params
+from crt.params import load_params, parse_view, validate_params
+from crt.yaml_files import read_yaml
 from tests.conftest import ROOT, override
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]

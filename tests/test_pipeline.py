@@ -11,8 +11,9 @@ import pytest
 from dvc.repo import Repo
 
 from crt.__main__ import STAGES
-from crt.params import load_params, read_yaml
+from crt.params import load_params
 from crt.pipeline import PARAMS_FILE, canonical_json, expected_fingerprints, load_stages
+from crt.yaml_files import read_yaml
 from tests.conftest import ROOT, override
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from crt.errors import UserError
-from crt.params import ARModel, read_yaml
+from crt.params import ARModel
+from crt.yaml_files import read_yaml
 
 # As in all of LlamaGen's and the paper's models.
 FFN_MULTIPLE = 256

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from crt.__main__ import main
-from crt.params import read_yaml
+from crt.yaml_files import read_yaml
 
 _TINY: dict[str, Any] = {}
 
