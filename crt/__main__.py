@@ -21,7 +21,7 @@ from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_passively
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import StageRun, clear_work, exclusive, open_run, publish, publish_metrics

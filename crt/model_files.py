@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crt.errors import UserError
-from crt.stage import MANIFEST
+from crt.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from crt.folders import make_folder
+from crt.files import make_folder
 
 logger = logging.getLogger("crt")
 

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from crt.errors import UserError
 from crt.evaluation.names import ALL_FIGURES, figure_names
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.params import Params, validate_params
 from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
 from crt.yaml_files import Section, checked, in_yaml, read_yaml

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
-from crt.stage import exclusive, open_run, publish, read_manifest
+from crt.manifest import read_manifest
+from crt.stage import exclusive, open_run, publish
 from tests.conftest import ROOT
 from tests.tokens.caches import make_header, random_codes, write_cache
 

@@ -10,7 +10,8 @@ import shutil
 import pytest
 
 from crt.errors import UserError
-from crt.stage import MANIFEST, clear_work, exclusive, open_run, publish, read_manifest, read_seconds
+from crt.manifest import MANIFEST, read_manifest
+from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
 from tests.conftest import write_params
 
 

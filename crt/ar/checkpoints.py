@@ -23,8 +23,8 @@ import torch.distributed as dist
 from crt.ar.engine import quiet
 from crt.distributed import World, main_alone
 from crt.errors import UserError
+from crt.files import write_json
 from crt.progress import logger
-from crt.stage import write_json
 
 SCHEMA = 1
 _MARK = "complete.json"

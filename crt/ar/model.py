@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from crt import cpu
 from crt.errors import UserError
+from crt.files import write_json
 from crt.model_files import CONFIG_FILE, TRANSFORMER, WEIGHTS_FILE, read_config, read_weights
-from crt.stage import write_json
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from crt.evaluation.metrics import open_reference, spread, store_statistics, sto
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SplitSource
+from crt.manifest import read_manifest
 from crt.params import load_params
 from crt.pipeline import load_stages, path_variables
 from crt.progress import start_logging
-from crt.stage import read_manifest
 
 # Of ADM's evaluator on the real validation images, as LlamaGen's repository lists them.
 PUBLISHED = {"FID": 1.684, "inception score": 231.8, "precision": 0.752, "recall": 0.671}

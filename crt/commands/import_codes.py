@@ -14,7 +14,7 @@ import numpy as np
 
 from crt.data.packed import PackedImages
 from crt.errors import UserError
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.params import MAX_CODEBOOK
 from crt.pipeline import recipe_fingerprint, stage_version
 from crt.progress import Progress, start_logging

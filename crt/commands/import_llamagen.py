@@ -14,7 +14,7 @@ import torch
 
 from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
 from crt.errors import UserError
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.tokenizer.import_llamagen import import_llamagen_tokenizer, is_llamagen_tokenizer
 
 # Pixels per code along each side, of the tokenizer that LlamaGen's class-conditional transformers were trained on.

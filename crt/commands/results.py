@@ -16,9 +16,9 @@ from crt.commands.check import add_arguments as add_params_argument
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.evaluation.wording import RESULTS, meaning, protocol_text
+from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
-from crt.stage import read_current
 
 _WIDTH = 110
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from crt.commands.check import add_arguments  # noqa: F401
 from crt.errors import UserError
+from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
-from crt.stage import read_current
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from crt.analysis.study_page import (
     write_results,
 )
 from crt.evaluation.wording import axis_title
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.study import load_study, study_runs, study_stamp
 
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from crt.errors import UserError
+from crt.files import sha256_file
+from crt.manifest import MANIFEST, read_manifest
 from crt.progress import Progress, start_logging
-from crt.stage import MANIFEST, read_manifest, sha256_file
 from crt.tokens.cache import locate_splits
 from crt.tokens.layout import read_index
 from crt.tokens.verify import verify_split

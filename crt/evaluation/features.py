@@ -24,7 +24,7 @@ from cleanfid.resize import build_resizer
 from crt.data.pool import available_cpus
 from crt.errors import UserError
 from crt.evaluation.spatial import SPATIAL_DIMENSION, split_inception
-from crt.stage import sha256_file
+from crt.files import sha256_file
 
 TENSORFLOW_RESIZE: Literal["legacy_tensorflow"] = "legacy_tensorflow"
 INCEPTION_FILE = "inception-2015-12-05.pt"

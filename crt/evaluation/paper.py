@@ -7,7 +7,7 @@ from typing import Any
 
 from crt.evaluation.comparable import STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE
-from crt.stage import Manifest
+from crt.manifest import Manifest
 
 PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M")
 PAPER_TABLE = {

@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
 from crt.evaluation.wording import RESULTS, TITLES, glossary, meaning, protocol_text
+from crt.manifest import Manifest
 from crt.progress import duration
-from crt.stage import Manifest
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.j2"

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from crt.folders import make_folder
+from crt.files import make_folder
 from crt.interrupt import raise_if_stopped, stop_requested
 from crt.pipeline import canonical_json
 from crt.progress import logger

@@ -19,7 +19,7 @@ from crt.data.pool import available_cpus
 from crt.data.transforms import center_crop
 from crt.errors import UserError
 from crt.evaluation.frechet import GivenMoments
-from crt.stage import sha256_file
+from crt.files import sha256_file
 
 
 class ImageSource(Protocol):

@@ -45,10 +45,11 @@ from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.report import REPORT_FILE, write_report
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
+from crt.files import write_json
 from crt.history import write_rows
 from crt.interrupt import Stopped
 from crt.progress import logger
-from crt.stage import StageRun, read_seconds, write_json
+from crt.stage import StageRun, read_seconds
 from crt.stages.sample import SAMPLES_FILE
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer

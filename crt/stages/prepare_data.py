@@ -34,10 +34,11 @@ from crt.data.sources import open_source
 from crt.data.splits import shared_with, split_by_content
 from crt.data.store import Checked, Chunk, Form, SourceChanged, check_images, write_images
 from crt.errors import UserError
+from crt.files import sha256_file, write_json
 from crt.launch import environment_rank
 from crt.params import PrepareData
 from crt.progress import Progress, logger
-from crt.stage import StageRun, sha256_file, write_json
+from crt.stage import StageRun
 
 CHUNK_IMAGES = 256
 

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crt.errors import UserError
+from crt.files import write_json
 from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights
 from crt.params import TrainTokenizer
-from crt.stage import write_json
 from crt.tokenizer.autoencoder import Decoder, Encoder
 from crt.tokenizer.quantizer import Quantized, VectorQuantizer, full_precision
 

@@ -28,8 +28,9 @@ import h5py
 import numpy as np
 
 from crt.errors import UserError
+from crt.files import sha256_file
+from crt.manifest import MANIFEST, read_manifest
 from crt.pipeline import canonical_json
-from crt.stage import MANIFEST, read_manifest, sha256_file
 
 FORMAT = "crt-token-cache"
 SCHEMA = 1

@@ -21,9 +21,9 @@ from crt.ar.engine import build_optimizer
 from crt.ar.generator import Generator
 from crt.errors import UserError
 from crt.history import read_history
+from crt.manifest import read_manifest
 from crt.params import load_params
 from crt.progress import Progress
-from crt.stage import read_manifest
 from crt.stages import train_ar
 from crt.tokens.cache import TokenCache
 from tests.ar.conftest import small_model

@@ -26,7 +26,7 @@ from crt.data import listing
 from crt.data.decode import Undecodable, decode
 from crt.data.packed import PackedImages, pixel_digest, read_index
 from crt.data.store import Form, stored_form
-from crt.stage import read_manifest
+from crt.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

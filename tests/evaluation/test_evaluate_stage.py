@@ -35,10 +35,11 @@ from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.names import figure_names
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
+from crt.files import sha256_file
 from crt.history import History, read_history
 from crt.params import load_params
 from crt.randomness import seed_torch
-from crt.stage import open_run, publish, sha256_file
+from crt.stage import open_run, publish
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.cache import TokenCache

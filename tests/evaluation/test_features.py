@@ -23,7 +23,7 @@ from crt.evaluation.classifier import ClassifierFeatures
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
 from crt.evaluation.frechet import GaussianStatistics, frechet_distance
 from crt.evaluation.spatial import split_inception
-from crt.stage import sha256_file
+from crt.files import sha256_file
 from tests.evaluation.conftest import StandIn, script_stand_in
 
 

@@ -21,9 +21,9 @@ from crt import Tokenizer, interrupt
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8, to_unit_range
 from crt.history import read_history
+from crt.manifest import read_manifest
 from crt.params import load_params
 from crt.progress import Progress
-from crt.stage import read_manifest
 from crt.stages import train_tokenizer
 from crt.tokenizer.state import TrainingState
 from crt.tokenizer.validation import code_statistics

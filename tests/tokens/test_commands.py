@@ -13,9 +13,9 @@ from scipy.stats import entropy
 
 from crt.__main__ import main
 from crt.data.packed import PackedImages
+from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import stage_version
-from crt.stage import read_current
 from crt.tokens.cache import TokenCache
 from tests.conftest import ROOT
 

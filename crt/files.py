@@ -1,0 +1,45 @@
+"""Folders where a user asked for them, JSON files that are whole or not there, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from crt.errors import UserError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        UserError: something that is no folder lies there, or its place takes none, such as /proc.
+        OSError: the disk's own, which the command line explains.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder}: is no folder: move it away, or choose another place") from None
+    except FileNotFoundError:
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        raise UserError(f"{above}: no folder can be made in it: choose another place than {folder}") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON under a temporary name, flush it to disk, and rename: a reader sees all of it or none."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
