@@ -69,7 +69,9 @@ class Progress:
         self.started = self.drawn = time.monotonic()
         self.logged = self.started - _LOG_SECONDS + 2.0
         self.terminal = sys.stderr.isatty() and logger.isEnabledFor(logging.INFO)
-        if done:
+        if 0 < total <= done:
+            logger.info("%s: all %d %s were done before", label, total, unit)
+        elif done:
             logger.info("%s: continues at %d of %d %s", label, done, total, unit)
 
     def update(self, done: int, **figures: float) -> None:

@@ -55,10 +55,8 @@ class ChunkStore:
             if index < len(self.bounds) and not self._path(*self.bounds[index]).exists():
                 self._compute(*self.bounds[index], work, progress if world.size == 1 else None)
             raise_if_any_stopped(world)
-            if world.size > 1 and world.is_main:
+            if world.size > 1 and world.is_main and progress.first < self.count:
                 progress.update(self._done())
-        if progress.first == self.count:  # nothing was left to do
-            progress.update(self.count)
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """One array, a chunk at a time, in the order of the images."""

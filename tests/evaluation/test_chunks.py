@@ -14,6 +14,7 @@ from crt.evaluation import chunks as module
 from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.metrics import spread, store_statistics
 from crt.interrupt import Stopped
+from crt.progress import logger, start_logging
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
@@ -55,6 +56,15 @@ def test_a_stopped_pass_continues_with_the_missing_chunks_in_the_same_batches(tm
     assert batches == [(12, 15), (15, 18), (18, 21), (21, 23)]  # the first two chunks of six images were whole
     np.testing.assert_array_equal(again.column("values"), VALUES)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_pass_that_was_done_before_says_so_instead_of_a_rate(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logger, "handlers", [])
+    start_logging(None)
+    ChunkStore(tmp_path, len(VALUES), batch_size=4).fill("reference val", work, ALONE)
+    assert "reference val: 23/23 images" in capfd.readouterr().err
+    ChunkStore(tmp_path, len(VALUES), batch_size=4).fill("reference val", work, ALONE)
+    assert capfd.readouterr().err == "reference val: all 23 images were done before\n"
 
 
 def test_a_signal_stops_after_a_whole_chunk(tmp_path, monkeypatch):
