@@ -50,7 +50,7 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     """
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
-        raise UserError(f"{path}: empty: it must hold class folders with images")
+        raise UserError(f"{path}: empty: put images there, or set prepare_data.path to the folder that holds them")
     outside = next((name for name in tree.files if "/" not in name and is_image(name)), None)
     if outside is not None and (only is not None or any("/" in name and is_image(name) for name in tree.files)):
         raise _outside(tree, outside)
@@ -115,10 +115,13 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if outside:
         found = {ONE_CLASS: outside}
         notes.append(f"{where}: holds no class folders: its images are one class")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not found:
-        shards = any(name.endswith(".tar") for name in tree.files)
-        hint = ", or set prepare_data.source to webdataset if the .tar files are shards" if shards else ""
-        raise UserError(f"{where}: holds no class folders: it must hold a folder of images per class{hint}")
+        hint = ", or set prepare_data.source to webdataset if the .tar files are shards" if ".tar" in ignored else ""
+        raise UserError(
+            f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
+            f"or set prepare_data.path to the folder that holds them{hint}"
+        )
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:
         raise UserError(
@@ -126,7 +129,6 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
             f"add some, or delete the folder{_deeper(tree, root, found)}"
         )
     if ignored:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
         notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
     return found
 

@@ -48,7 +48,7 @@ def run(run: StageRun) -> None:
 
     Raises:
         UserError: the source is missing or not laid out as it must be, too many of its files cannot be
-            decoded, or no training image is left.
+            decoded, or a split would be empty against the user's wish.
     """
     if environment_rank()[0] != 0:
         return
@@ -62,9 +62,7 @@ def run(run: StageRun) -> None:
     rejected = _rejected(splits, checked, params.max_rejected_fraction)
     kept = {name: _accepted(splits[name], checked[name]) for name in splits}
     packed, duplicates = _split(kept, params)
-    if not len(packed["train"].listing):
-        raise UserError(f"{params.path or params.source}: no training image is left: add images")
-
+    _refuse_empty_splits(packed, params)
     _note_lost_classes(source, packed["train"])
     shards = _plan(packed, params.images_per_shard)
     _drop_unexpected(run.staging, {shard.name for shard in shards})
@@ -83,10 +81,8 @@ def run(run: StageRun) -> None:
         rejected_files=len(rejected),
         duplicates_dropped=len(duplicates),
     )
-    logger.info(
-        "prepare_data: %d classes, %d training and %d validation images, %d files rejected, %d duplicates dropped",
-        *run.summary.values(),
-    )
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in run.summary.items())
+    logger.info("prepare_data: %s", counts)
 
 
 @dataclass(frozen=True)
@@ -283,6 +279,26 @@ def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Pa
             for row in np.flatnonzero(shared)
         ]
     return {"train": train.select(np.flatnonzero(~shared)), "val": val}, duplicates
+
+
+def _refuse_empty_splits(packed: dict[str, _Packed], params: PrepareData) -> None:
+    """Tell of splits too small for later stages now, rather than after hours of training.
+
+    Raises:
+        UserError: no training image is left, or no validation image though `val_fraction` asks for some.
+    """
+    where = params.path or params.source
+    num_train, num_val = (len(packed[split].listing) for split in SPLITS)
+    if not num_train:
+        raise UserError(f"{where}: no training image is left, all were rejected or are validation images: add images")
+    if not num_val and params.val_fraction:
+        raise UserError(
+            f"{where}: no validation image is left: add images: it takes two different ones, one for each split"
+        )
+    if num_val == 1:
+        logger.warning(
+            "prepare_data: one validation image only, evaluate needs two: add images or raise prepare_data.val_fraction"
+        )
 
 
 def _note_lost_classes(source: Source, train: _Packed) -> None:

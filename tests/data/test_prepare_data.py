@@ -336,7 +336,7 @@ def test_names_of_rejected_files_take_one_line(prepare, refused, make, tmp_path,
 def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    assert "empty: it must hold class folders" in refused(path=tmp_path / "empty")
+    assert "empty: put images there, or set prepare_data.path" in refused(path=tmp_path / "empty")
     make.write(tmp_path / "text.tar", b"no archive" * 200)
     assert "text.tar: no archive" in refused(path=tmp_path / "text.tar")
 
@@ -353,7 +353,11 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     make.write(cifar / "1.png", make.encode(make.noise(50)))
     assert "1.png lies outside the class folders" in refused(path=cifar, source="cifar10")
     make.write(tmp_path / "text" / "notes.txt", b"text")
-    assert "holds no class folders" in refused(path=tmp_path / "text")
+    make.write(tmp_path / "text" / "photo.HEIC", b"heic")
+    assert "text: holds no images (.jpg, " in (message := refused(path=tmp_path / "text"))
+    assert ".pnm), but 1 .heic, 1 .txt: add some, or set prepare_data.path" in message
+    make.write(tmp_path / "text" / "0.tar", b"shard")
+    assert "set prepare_data.source to webdataset" in refused(path=tmp_path / "text")
 
 
 def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
@@ -379,6 +383,24 @@ def test_no_training_image_left_is_refused(refused, make, tmp_path):
     assert "no training image is left" in refused(path=root)
     make.write(tmp_path / "bad" / "a" / "1.png", b"no image")
     assert "no training image is left" in refused(path=tmp_path / "bad", max_rejected_fraction=1.0)
+
+
+def test_no_validation_image_left_is_refused(prepare, refused, make, tmp_path, capfd):
+    """Oracle: each split needs an image of its own, and equal images stay together."""
+    root = tmp_path / "photos"
+    for name, seed in (("1.png", 1), ("copy.png", 1)):
+        make.write(root / name, make.encode(make.noise(seed)))
+        assert "photos: no validation image is left: add images: it takes two different ones" in refused(path=root)
+    make.write(root / "2.png", make.encode(make.noise(2)))
+    status, out = prepare(path=root, out=tmp_path / "two")
+    assert status == 0
+    assert sorted(map(len, both(out))) == [1, 2]
+    told = "one validation image only, evaluate needs two" in capfd.readouterr().err
+    assert told == (len(PackedImages(out, "val")) == 1)
+
+    official = make.class_folders(tmp_path / "official" / "train", {"a": 2}).parent
+    make.write(official / "val" / "a" / "1.png", b"no image")
+    assert "no validation image is left" in refused(path=official, max_rejected_fraction=1.0)
 
 
 def test_an_archive_that_leads_outside_is_refused(refused, make, tmp_path):
