@@ -10,7 +10,7 @@ import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
-from crt.evaluation.wording import axis_title
+from crt.evaluation.wording import POSITION, axis_title
 from crt.study import Figure, Published
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def draw_position_losses(
     for name in dict.fromkeys(choices[position] for choices in losses):
         chosen = [run for key, runs in losses.items() if key[position] == name for run in runs if len(run) == length]
         if chosen:
-            plot.plot(range(1, length + 1), np.mean(chosen, axis=0), marker=".", label=value_name(axis, name))
-    plot.set_xlabel("position in raster order")
+            plot.plot(range(length), np.mean(chosen, axis=0), marker=".", label=value_name(axis, name))
+    plot.set_xlabel(POSITION)
     plot.set_ylabel(axis_title("stage2_val_loss"))
     plot.grid(alpha=0.3)
     _legend_beside(canvas, axis)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from crt.evaluation.wording import LOWER_IS_BETTER, TITLES
+from crt.evaluation.wording import LOWER_IS_BETTER, POSITION, TITLES
 from crt.history import read_history
 
 _PANEL_INCHES = (4.8, 3.2)
@@ -146,8 +146,7 @@ def _panels(title: str, folder: Path) -> list[_Panel]:
         for name, series in by_step.items()
     ]
     for points in _columns(folder / "loss_per_position.csv", "position").values():
-        place = "place of the code in the image, row by row from 0"
-        panels.append(_Panel(f"{title}: loss per position", place, "nats per code", {"validation": points}))
+        panels.append(_Panel(f"{title}: loss per position", POSITION, "nats per code", {"validation": points}))
     return panels
 
 

@@ -79,6 +79,8 @@ _AXIS_TITLES = {
 }
 # What samples are to be recognised as, by what the classifier learned.
 _AIMS = {CLASSES: "the class asked for", QUARTER_TURNS: "upright (there is one class)"}
+# The axis of figures over the codes of an image, counted as in loss_per_position.csv.
+POSITION = "place of the code in the image, row by row from 0"
 LOWER_IS_BETTER = {"gfid", "sfid", "fd_classifier_gen", "kid", "kd_classifier_gen"}
 _GLOSSARY_FILE = Path(__file__).with_name("glossary.yaml")
 _PROTOCOL = (

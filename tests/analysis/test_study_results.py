@@ -171,6 +171,14 @@ def test_every_figure_has_a_name_without_underscores():
     assert all("_" not in axis_title(name) for name in (*ALL_FIGURES, TRAINING_FLOPS))
 
 
+def test_positions_count_as_in_their_file(tmp_path, drawn):
+    draw_position_losses({("plain",): [[3.0, 2.0, 1.0]]}, ["tokenizer"], "tokenizer", tmp_path / "positions.png")
+    (axes,) = drawn[0].axes
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert axes.get_xlabel().endswith("from 0")
+
+
 def test_losses_per_position_leave_out_sequences_of_another_length(tmp_path):
     losses = {("plain", "a"): [[3.0, 2.0], [3.2, 2.2]], ("crt", "a"): [[2.5, 1.5]]}
     draw_position_losses(losses, AXES, "tokenizer", tmp_path / "two.png")

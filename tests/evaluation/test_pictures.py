@@ -97,6 +97,8 @@ def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
         assert "Software" not in image.info
     titles = [panel.title for panel in _panels("tokenizer", folder)]
     assert titles == ["tokenizer: loss", "tokenizer: loss per position"]
+    by_place = _panels("transformer", folder)[-1]
+    assert by_place.series["validation"][0].tolist() == [0, 1] and by_place.x_name.endswith("from 0")
     assert [panel.unit for panel in _panels("transformer", folder)] == ["nats per code", "nats per code"]
     assert not plot_losses({"tokenizer": tmp_path / "absent"}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
