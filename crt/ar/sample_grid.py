@@ -46,7 +46,7 @@ class SampleGrid:
 
     @torch.no_grad()
     def draw(self, model: ARTransformer) -> Image.Image | None:
-        """The picture, a row for each class; None on other ranks than 0. A collective call.
+        """The picture, a row for each class, named if there are several; None on other ranks than 0. A collective call.
 
         Args:
             model: in evaluation mode, on the device; draws change no generator's state.
@@ -57,7 +57,8 @@ class SampleGrid:
             return None
         images = to_uint8(self.tokenizer.decode(codes.to(self.world.device))).cpu().numpy()
         classes = np.unique(labels)
-        return image_grid([images[labels == c] for c in classes], [self.class_names[c] for c in classes])
+        names = [self.class_names[label] for label in classes] if len(self.class_names) > 1 else None
+        return image_grid([images[labels == label] for label in classes], names)
 
 
 def find_tokenizer(run: StageRun) -> Path | None:

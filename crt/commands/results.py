@@ -15,7 +15,7 @@ from typing import Any
 from crt.commands.check import add_arguments as add_params_argument
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
-from crt.evaluation.wording import RESULTS, meaning, protocol_text
+from crt.evaluation.wording import RESULTS, has_classes, meaning, protocol_text, shown
 from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
@@ -60,10 +60,11 @@ def table(metrics: dict[str, Any], others: Iterable[str] = ()) -> list[str]:
         others: names that are to fit into the first column too.
     """
     width = _width(others)
+    figures = shown(metrics, has_classes(metrics))
     lines = [
         f"  {name:{width}} {metrics[name]:10.4g}   {meaning(text, metrics)}"
         for name, text in RESULTS
-        if name in metrics
+        if name in figures
     ]
     notes = [("measured by", protocol_text(metrics))]
     notes += [("warning", warning) for warning in metrics.get("warnings", "").split("; ") if warning]

@@ -22,6 +22,8 @@ _WIDE_RANGE = 300
 _COLORS = {"training": "tab:blue", "validation": "tab:orange"}
 _DPI = 110
 _USAGE = "share of codes in use"
+# Of the figures by guidance scale, those between 0 and 1.
+_SHARES = ("precision", "recall", "class_agreement")
 _NO_SWEEP = ("_of_perfect_images", "_std")
 # Columns that say how a run was driven rather than how it fared, or what another panel shows in other units.
 _LEFT_OUT = ("lambda", "learning_rate", "grad_norm", "mse", "code_entropy")
@@ -63,12 +65,12 @@ def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
         for kind, (x, y) in panel.series.items():
             axis.plot(
                 x, y, label=kind, color=_COLORS[kind], linewidth=2 if kind == "validation" else 1,
-                marker="." if len(x) < 30 else None,
+                marker="." if len(x) < 30 else None, clip_on=False,
             )  # fmt: skip
         axis.set(title=panel.title, xlabel=panel.x_name, ylabel=panel.unit)
         values = np.concatenate([y for _, y in panel.series.values()])
         if panel.title.endswith(_USAGE):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, min(axis.get_ylim()[1], 1))
         elif panel.x_name == "training step" and values.min() > 0 and values.max() > 10 * values.min():
             _logarithmic(axis)
         axis.legend()
@@ -109,7 +111,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | P
     figure, axes = _figure(columns, -(-len(names) // columns))
     scales = [row["guidance_scale"] for row in rows]
     for axis, name in zip(axes, names, strict=False):
-        axis.plot(scales, [row[name] for row in rows], marker="o", linewidth=2)
+        axis.plot(scales, [row[name] for row in rows], marker="o", linewidth=2, clip_on=False)
         axis.axvline(chosen, linewidth=1, linestyle=":", color="gray", label="scale of this run")
         perfect = f"{name}_of_perfect_images"
         if perfect in rows[0]:
@@ -123,6 +125,8 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | P
             )
         better = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
         axis.set(title=f"{TITLES.get(name, name)} ({better})", xlabel="scale of guidance")
+        if name in _SHARES:
+            axis.set_ylim(0, 1)
         axis.legend()
     _save(figure, path)
 

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
-from crt.evaluation.wording import RESULTS, TITLES, glossary, meaning, protocol_text
+from crt.evaluation.wording import RESULTS, TITLES, glossary, has_classes, meaning, protocol_text, shown
 from crt.manifest import Manifest
 from crt.progress import duration
 
@@ -25,7 +25,7 @@ _TILES = {
     "gfid": "FID of the samples: lower is better, perfect images would score {gfid_of_perfect_images:.2g}",
     "fd_classifier_gen": "distance of the samples from real images: lower is better, perfect images would score "
     "{fd_classifier_gen_of_perfect_images:.2g}",
-    "class_agreement": "of the samples are recognised as {aim} (of real images {accuracy:.1f}%)",
+    "class_agreement": "of the samples are recognised as the class asked for (of real images {accuracy:.1f}%)",
     "psnr": "PSNR of the reconstructions: higher is better",
     "stage2_val_loss": "nats per code, how hard the codes are to predict: lower is better",
     "codebook_usage": "of the {codebook_size:,} codes are in use",
@@ -57,7 +57,7 @@ def write_report(
         folder: with samples.png, reconstructions.png, code_usage.png and, where made,
             curves_tokenizer.png, curves_transformer.png and guidance_sweep.png.
         metrics: the content of metrics.json.
-        sweep: figures by guidance scale, the main one among them.
+        sweep: figures by guidance scale, the main one among them, as far as they are to be shown.
         manifests: of the earlier stages, by name.
         own: what is known of this stage's manifest before it is published.
         seconds: wall time by stage, as far as it is known.
@@ -67,17 +67,19 @@ def write_report(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     train, data = manifests["train_tokenizer"].params, manifests["prepare_data"].params["prepare_data"]
-    side = train["train_tokenizer"]["image_size"]
+    side, classes = train["train_tokenizer"]["image_size"], has_classes(metrics)
+    figures = shown(metrics, classes)
     page = environment.get_template(_TEMPLATE).render(
         title=f"Run report: {data['source']} at {side} px, lambda {train['lambda']:g}, seed {train['seed']}",
         lead=_lead(metrics, manifests, side),
         tiles=[
             {"value": _tile(name, metrics[name]), "text": _tile_text(text, metrics)}
             for name, text in _TILES.items()
-            if name in metrics
+            if name in figures
         ],
         glossary=glossary(metrics),
         warnings=[text for text in metrics.get("warnings", "").split("; ") if text],
+        classes=classes,
         tokens=metrics["tokens_per_image"],
         enlarged=side < _LARGE_SIDE,
         pictures={"curves_tokenizer": None, "curves_transformer": None, "guidance_sweep": None, **pictures},
@@ -89,7 +91,7 @@ def write_report(
                 "meaning": meaning(text, metrics),
             }
             for name, text in RESULTS
-            if name in metrics
+            if name in figures
         ],
         protocol=protocol_text(metrics),
         paper=beside_paper(metrics, side, manifests) | {"columns": PAPER_TABLE_COLUMNS, "table": PAPER_TABLE},

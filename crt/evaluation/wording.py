@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from crt.evaluation.comparable import CLASSES, QUARTER_TURNS, STORED_MOMENTS
+from crt.evaluation.comparable import CLASSES, STORED_MOMENTS
 
 # Name and what a reader must know of it, in the order in which they want them.
 RESULTS = (
@@ -30,7 +30,7 @@ RESULTS = (
     ("recall", "share of real images whose like is among the samples, higher is better"),
     (
         "class_agreement",
-        "share of samples recognised as {aim}; real images: {classifier_accuracy:.4g}",
+        "share of samples recognised as the class asked for; real images: {classifier_accuracy:.4g}",
     ),
     ("psnr", "dB, reconstructions, higher is better"),
     ("ms_ssim", "reconstructions, higher is better, 1 at most"),
@@ -77,8 +77,6 @@ _AXIS_TITLES = {
     "stage2_training_flops": "training FLOPs of stage 2",
     "training_flops": "training FLOPs of both stages",
 }
-# What samples are to be recognised as, by what the classifier learned.
-_AIMS = {CLASSES: "the class asked for", QUARTER_TURNS: "upright (there is one class)"}
 # The axis of figures over the codes of an image, counted as in loss_per_position.csv.
 POSITION = "place of the code in the image, row by row from 0"
 LOWER_IS_BETTER = {"gfid", "sfid", "fd_classifier_gen", "kid", "kd_classifier_gen"}
@@ -92,7 +90,17 @@ _PROTOCOL = (
 
 def meaning(text: str, metrics: Mapping[str, Any], **others: float) -> str:
     """A text with the figures that it mentions in braces: of metrics.json, or given besides."""
-    return text.format(**metrics, aim=_AIMS[metrics.get("classifier_task", CLASSES)], **others)
+    return text.format(**metrics, **others)
+
+
+def has_classes(metrics: Mapping[str, Any]) -> bool:
+    """Whether the images are of several classes."""
+    return metrics.get("classifier_task", CLASSES) == CLASSES
+
+
+def shown(figures: Mapping[str, Any], classes: bool) -> dict[str, Any]:
+    """Figures, less those that a person is not to see: agreement with the class where there is but one."""
+    return {name: value for name, value in figures.items() if classes or name != "class_agreement"}
 
 
 def axis_title(name: str) -> str:

@@ -45,6 +45,7 @@ from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.report import REPORT_FILE, write_report
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
+from crt.evaluation.wording import has_classes, shown
 from crt.files import write_json
 from crt.history import write_rows
 from crt.interrupt import Stopped
@@ -192,6 +193,7 @@ def _write_results(
     write_rows(sweep, run.staging / "guidance_sweep.csv")
     write_rows(_usage_rows(counts), run.staging / "code_usage.csv")
     _draw(run, networks, sources, counts)
+    sweep = [shown(row, has_classes(metrics)) for row in sweep]
     if len(sweep) > 1:
         plot_sweep(sweep, sources.samples.guidance_scale, run.staging / "guidance_sweep.png")
     seconds = {
@@ -227,7 +229,8 @@ def _draw(run: StageRun, networks: Networks, sources: Sources, counts: np.ndarra
     params, samples = run.params.evaluate, sources.samples
     lines = lines_by_class(samples.labels, params.grid_classes, params.grid_images_per_class)
     images = [samples.read_rows(rows) for _, rows in lines]
-    save_png(image_grid(images, [samples.class_names[label] for label, _ in lines]), run.staging / "samples.png")
+    names = [samples.class_names[label] for label, _ in lines]
+    save_png(image_grid(images, names if len(samples.class_names) > 1 else None), run.staging / "samples.png")
     originals = sources.val.read_rows(spread(len(sources.val), params.grid_reconstructions))
     save_png(reconstruction_grid(originals, networks.reconstruct(originals)), run.staging / "reconstructions.png")
     plot_code_usage(counts, run.staging / "code_usage.png")

@@ -447,6 +447,29 @@ def test_the_page_stands_alone_and_tells_the_run(evaluated):
     assert re.search(r"generation_reference: val\b", page)  # the params
 
 
+def test_the_page_of_one_class_speaks_of_no_classes(tmp_path):
+    """A folder of images without class folders: what is to be read, names of keys and params aside."""
+    for row, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{row}.png")
+    source = {"prepare_data.source": "imagefolder", "prepare_data.path": str(tmp_path / "photos")}
+    limits = {"prepare_data.max_images_per_class": None, "sample.guidance_sweep": [1.0]}
+    made = Pipeline(tmp_path, CHANGES | source | limits)
+    History(tmp_path / "ar/train.csv", ["loss"]).append(1, {"loss": 0.5})
+    assert made.evaluate("evaluation") == 0
+    page = re.sub(r"(?s)<style>.*?</style>|<pre>.*?</pre>", "", (tmp_path / "evaluation/report.html").read_text())
+    assert 'alt="samples"' in page and "Guidance sweep" in page and "loss curves of the transformer" in page
+    text = html.unescape(re.sub(r"<[^>]*>", " ", page))
+    assert not re.findall(r".*\bclass(?:es)?\b.*|.*class_agreement.*", text)
+    # Columns of images from the left edge on: no row has a label.
+    with Image.open(tmp_path / "evaluation/samples.png") as image:
+        assert image.width == 4 + 8 * (64 + 4)
+    metrics = made.metrics("evaluation")
+    assert metrics["classifier_task"] == "quarter turns" and "class_agreement" in metrics
+    assert not any("class_agreement" in line for line in table(metrics))
+    assert "class_agreement" in read_history(tmp_path / "evaluation/guidance_sweep.csv")[0]
+
+
 @pytest.mark.parametrize("width", [1200, 500])
 def test_the_page_shows_in_a_browser(evaluated, tmp_path, width):
     """Headless Chromium draws it without a network: its pictures have their sizes, and nothing overflows the page."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from crt.evaluation.curves import _panels, plot_code_usage, plot_losses, plot_sweep
@@ -127,6 +128,28 @@ def test_a_sweep_shows_the_chosen_scale_and_what_perfect_images_score(tmp_path):
     assert drawn(rows, 3.0) != whole
     assert drawn(without("gfid_of_perfect_images"), 2.0) != whole
     assert drawn(without("inception_score_std"), 2.0) == whole
+
+
+def test_shares_have_an_axis_of_0_to_1(tmp_path, monkeypatch):
+    axes = {}
+    save = Figure.savefig
+
+    def keep(figure, *args, **options):
+        axes.update({axis.get_title(): axis for axis in figure.axes})
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rows = [{"guidance_scale": scale, "gfid": 3.0 * scale, "recall": recall} for scale, recall in ((1, 1.0), (2, 0.0))]
+    plot_sweep(rows, 1.0, tmp_path / "sweep.png")
+    assert axes["recall (higher is better)"].get_ylim() == (0, 1)
+    assert axes["gFID (lower is better)"].get_ylim()[1] > 6
+    usage = History(tmp_path / "train.csv", ["code_usage"])
+    for step, share in enumerate((1.0, 0.5), 1):
+        usage.append(step, {"code_usage": share})
+    plot_losses({"tokenizer": tmp_path}, tmp_path / "usage.png")
+    shares = axes["tokenizer: share of codes in use"]
+    assert shares.get_ylim() == (0, 1)
+    assert not shares.lines[0].get_clip_on()  # a marker on the edge is drawn whole
 
 
 def test_code_usage_is_drawn_for_unused_codes_too(tmp_path):
