@@ -290,14 +290,12 @@ def _refuse_empty_splits(packed: dict[str, _Packed], params: PrepareData) -> Non
     where = params.path or params.source
     num_train, num_val = (len(packed[split].listing) for split in SPLITS)
     if not num_train:
-        raise UserError(f"{where}: no training image is left, all were rejected or are validation images: add images")
+        raise UserError(f"{where}: no training image is left, all were rejected or serve validation: add images")
     if not num_val and params.val_fraction:
-        raise UserError(
-            f"{where}: no validation image is left: add images: it takes two different ones, one for each split"
-        )
+        raise UserError(f"{where}: no image is left for validation: add images, until two at least differ")
     if num_val == 1:
         logger.warning(
-            "prepare_data: one validation image only, evaluate needs two: add images or raise prepare_data.val_fraction"
+            "prepare_data: one validation image, evaluate needs two: add images, or raise prepare_data.val_fraction"
         )
 
 

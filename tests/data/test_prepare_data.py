@@ -390,17 +390,17 @@ def test_no_validation_image_left_is_refused(prepare, refused, make, tmp_path, c
     root = tmp_path / "photos"
     for name, seed in (("1.png", 1), ("copy.png", 1)):
         make.write(root / name, make.encode(make.noise(seed)))
-        assert "photos: no validation image is left: add images: it takes two different ones" in refused(path=root)
+        assert "photos: no image is left for validation: add images" in refused(path=root)
     make.write(root / "2.png", make.encode(make.noise(2)))
     status, out = prepare(path=root, out=tmp_path / "two")
     assert status == 0
     assert sorted(map(len, both(out))) == [1, 2]
-    told = "one validation image only, evaluate needs two" in capfd.readouterr().err
+    told = "one validation image, evaluate needs two" in capfd.readouterr().err
     assert told == (len(PackedImages(out, "val")) == 1)
 
     official = make.class_folders(tmp_path / "official" / "train", {"a": 2}).parent
     make.write(official / "val" / "a" / "1.png", b"no image")
-    assert "no validation image is left" in refused(path=official, max_rejected_fraction=1.0)
+    assert "no image is left for validation" in refused(path=official, max_rejected_fraction=1.0)
 
 
 def test_an_archive_that_leads_outside_is_refused(refused, make, tmp_path):
