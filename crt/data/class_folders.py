@@ -29,6 +29,8 @@ _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # Names that mean a split also where other folders stand beside it, or none.
 _PLAIN_VAL = ("val", "valid", "validation", "test")
+# Endings of files with many images inside, and the source that reads them.
+_SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
 ONE_CLASS = "images"
 """The class of images that have none."""
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
@@ -116,8 +118,9 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         found = {ONE_CLASS: outside}
         notes.append(f"{where}: holds no class folders: its images are one class")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
-    if not found:
-        hint = ", or set prepare_data.source to webdataset if the .tar files are shards" if ".tar" in ignored else ""
+    if not any(found.values()):
+        other = next((source for ending, source in _SHARDS.items() if ending in ignored), None)
+        hint = f", or set prepare_data.source to {other} to read images inside these files" if other else ""
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
             f"or set prepare_data.path to the folder that holds them{hint}"

@@ -358,6 +358,9 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     assert ".pnm), but 1 .heic, 1 .txt: add some, or set prepare_data.path" in message
     make.write(tmp_path / "text" / "0.tar", b"shard")
     assert "set prepare_data.source to webdataset" in refused(path=tmp_path / "text")
+    make.write(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", b"table")
+    assert "hub: holds no images" in (message := refused(path=tmp_path / "hub"))
+    assert message.endswith("or set prepare_data.source to parquet to read images inside these files")
 
 
 def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
