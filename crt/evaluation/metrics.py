@@ -24,6 +24,7 @@ from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
 from crt.evaluation.sources import AdmBatch, ImageSource
 from crt.params import Evaluate
+from crt.tokenizer.validation import collapse_warning
 
 Metrics = dict[str, float | int | str]
 # Of section evaluate: what figures depend on besides images and networks.
@@ -126,7 +127,7 @@ def generation_metrics(
     return metrics
 
 
-def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: float) -> Metrics:
+def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: float, warnings: list[str]) -> Metrics:
     """Use of the codebook over the validation codes, and the size of an image: as stored, and entropy-coded.
 
     `bits_per_image_entropy` codes each token by its overall frequency, `bits_per_image_stage2` by the transformer's
@@ -136,9 +137,12 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
         counts: (codebook_size,) occurrences of each code.
         tokens_per_image: codes of an image.
         stage2_val_loss: of the transformer, in nats per token.
+        warnings: that of a collapsed codebook is added.
     """
     shares = counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log(shares)).sum())
+    collapse = collapse_warning(len(shares), len(counts), int(counts.sum()))
+    warnings += [collapse] if collapse else []
     return {
         "codebook_usage": len(shares) / len(counts),
         "codebook_perplexity": math.exp(entropy),

@@ -12,12 +12,15 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World
 from crt.evaluation.grids import reconstruction_grid
+from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer
 
 _PICTURE_IMAGES = 16
 _MAX_PSNR = 100.0
+# A codebook with a smaller share of its codes in use is told to have collapsed.
+_COLLAPSED_SHARE = 0.05
 
 
 @torch.no_grad()
@@ -58,7 +61,11 @@ def validate(
             loss = regularizer(raster, quantized.codes.flatten(1), model.quantizer.vectors())
             sums[2] += loss.double() * len(pixels)
     mse, psnr_mean, loss_mean = (sum_over_ranks(sums) / len(images)).tolist()
-    figures = {"mse": mse, "psnr": psnr_mean, **code_statistics(sum_over_ranks(counts))}
+    counts = sum_over_ranks(counts)
+    figures = {"mse": mse, "psnr": psnr_mean, **code_statistics(counts)}
+    collapse = collapse_warning(int((counts > 0).sum()), len(counts), int(counts.sum()))
+    if collapse and world.is_main:
+        logger.warning("train_tokenizer: %s", collapse)
     return figures if regularizer is None else {**figures, "regularizer": loss_mean}
 
 
@@ -75,6 +82,23 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
         "perplexity": float(2**entropy),
         "code_entropy": float(entropy),
     }
+
+
+def collapse_warning(used: int, codebook_size: int, tokens: int) -> str:
+    """What to tell of a codebook of which hardly any code is in use, or "".
+
+    Args:
+        used: number of codes that occur.
+        codebook_size: number that could.
+        tokens: in which they were counted.
+    """
+    possible = min(codebook_size, tokens)
+    if used >= _COLLAPSED_SHARE * possible:
+        return ""
+    return (
+        f"codebook_usage: {used} of {codebook_size} codes are in use: the codebook has collapsed: lower lambda, or set "
+        "train_tokenizer.quantizer.revive_after_steps"
+    )
 
 
 @torch.no_grad()

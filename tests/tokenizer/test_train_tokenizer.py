@@ -25,8 +25,9 @@ from crt.manifest import read_manifest
 from crt.params import load_params
 from crt.progress import Progress
 from crt.stages import train_tokenizer
+from crt.tokenizer import validation
 from crt.tokenizer.state import TrainingState
-from crt.tokenizer.validation import code_statistics
+from crt.tokenizer.validation import code_statistics, collapse_warning
 from tests.conftest import ROOT, dvclive_curve
 
 FILES = ("config.json", "model.safetensors", "train.csv", "validation.csv", "reconstructions.png")
@@ -369,3 +370,16 @@ def test_code_statistics_on_known_counts():
     many = code_statistics(torch.ones(131_072, dtype=torch.int64))
     assert (many["codebook_usage"], many["code_entropy"]) == pytest.approx((1.0, 17.0))
     assert code_statistics(torch.tensor([0, 7]))["perplexity"] == 1.0
+
+
+def test_a_collapsed_codebook_is_told(runs, monkeypatch, capfd):
+    # Of a large codebook as many codes can be in use as there are tokens.
+    assert not any(
+        collapse_warning(*facts) for facts in ((52, 1024, 10**6), (820, 16_384, 10**6), (300, 131_072, 5_744))
+    )
+    assert "50 of 1024 codes are in use" in collapse_warning(50, 1024, 10**6)
+    assert collapse_warning(200, 131_072, 5_744)
+    monkeypatch.setattr(validation, "_COLLAPSED_SHARE", 2.0)
+    runs.train("run")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "codebook has collapsed" in line]
+    assert len(lines) == 2 and all("of 32 codes" in line and "revive_after_steps" in line for line in lines)
