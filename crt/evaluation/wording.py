@@ -40,15 +40,15 @@ RESULTS = (
     ("bits_per_image", "bits, as stored; {bits_per_image_stage2:.4g} by the transformer's predictions"),
     ("stage2_val_loss", "nats per code, how hard the codes are to predict, lower is better"),
 )
-# Names for people, with their units.
+# Names for people.
 TITLES = {
     "rfid": "rFID",
-    "fd_classifier_rec": "classifier distance",
+    "fd_classifier_rec": "classifier distance of reconstructions",
     "gfid": "gFID",
     "sfid": "sFID",
-    "fd_classifier_gen": "classifier distance",
+    "fd_classifier_gen": "classifier distance of samples",
     "kid": "KID",
-    "kd_classifier_gen": "kernel distance",
+    "kd_classifier_gen": "kernel distance of samples",
     "inception_score": "Inception score",
     "precision": "precision",
     "recall": "recall",
@@ -63,9 +63,6 @@ TITLES = {
 }
 # What an axis of a figure needs besides: of which images, in which unit.
 _AXIS_TITLES = {
-    "fd_classifier_rec": "classifier distance of reconstructions",
-    "fd_classifier_gen": "classifier distance of samples",
-    "kd_classifier_gen": "kernel distance of samples",
     "class_agreement": "share of samples recognised as their class",
     "psnr": "PSNR of reconstructions (dB)",
     "codebook_usage": "share of codes in use",
