@@ -19,6 +19,9 @@ from crt.launch import environment_rank, keep_freed_memory
 
 _COLLECTIVE_MINUTES = 30
 _POLL_SECONDS = 0.2
+# What one process may take longer than another to meet the same mistake.
+_REPORT_SECONDS = 10.0
+_REPORTED = "crt mistake reported"
 _turns = itertools.count()
 
 
@@ -100,11 +103,28 @@ def main_alone(world: World) -> Iterator[None]:
 def reported_once(world: World) -> Iterator[None]:
     """Let rank 0 alone report a mistake that every process meets: the others end with the same status, silently.
 
-    A `LocalError` is reported by whoever meets it.
+    A `LocalError` is reported by whoever meets it, and so is one that rank 0 does not meet soon after.
     """
     try:
         yield
     except UserError as error:
-        if world.is_main or isinstance(error, LocalError):
+        if world.is_main and dist.is_initialized():
+            dist.distributed_c10d._get_default_store().set(_REPORTED, "")
+        if world.is_main or isinstance(error, LocalError) or not _main_reports():
             raise
         raise SystemExit(2) from None
+
+
+def _main_reports() -> bool:
+    """Whether rank 0 has met a mistake too: waits for it a while."""
+    if not dist.is_initialized():
+        return True
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + _REPORT_SECONDS
+    try:
+        while not store.check([_REPORTED]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL_SECONDS)
+    except RuntimeError:  # rank 0 keeps the store, and is gone
+        pass
+    return True

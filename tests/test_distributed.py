@@ -24,6 +24,24 @@ def test_what_one_process_alone_meets_it_reports_itself(rank):
         raise UserError("a wrong value")
 
 
+ALONE = """
+import sys
+import crt.distributed as d
+from crt.errors import UserError
+d._REPORT_SECONDS = 2
+with d.join_world() as world, d.reported_once(world):
+    if str(world.rank) in sys.argv[1]:
+        raise UserError("a damaged reference")
+    d.stop_signal(world)
+"""
+
+
+@pytest.mark.parametrize("ranks, reports", [("01", [True, False]), ("1", [False, True]), ("0", [True, False])])
+def test_a_mistake_of_all_processes_is_reported_once_and_that_of_a_single_one_too(ranks, reports):
+    said = [err for _, err in _run_two(ALONE, ranks)]
+    assert ["UserError: a damaged reference" in err for err in said] == reports, said
+
+
 SCRIPT = """
 import sys, time
 import crt.distributed as d
@@ -43,10 +61,16 @@ with d.join_world() as world:
 
 @pytest.mark.parametrize("how, together", [("alone", True), ("in a collective", False)])
 def test_the_others_wait_for_the_first_one_longer_than_in_a_collective(how, together):
+    said = _run_two(SCRIPT, how)
+    assert [("together" in out) for out, _ in said] == [together] * 2, said
+
+
+def _run_two(script: str, argument: str) -> list[tuple[str, str]]:
+    """What two processes of a script write to stdout and stderr."""
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, how],
+            [sys.executable, "-c", script, argument],
             cwd=ROOT,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -55,5 +79,4 @@ def test_the_others_wait_for_the_first_one_longer_than_in_a_collective(how, toge
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [("together" in out) for out, _ in said] == [together] * 2, said
+    return [rank.communicate(timeout=120) for rank in ranks]
