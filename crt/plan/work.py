@@ -124,7 +124,7 @@ def tokenizer_flops(params: Params) -> tuple[int, int, int]:
 
 
 def num_views(params: Params) -> int:
-    """Views of each image in the token cache."""
+    """Views of each training image in the token cache; of a validation image there is one."""
     return sum(10 if parse_view(view)[0] == "ten_crop" else 1 for view in params.tokenize.views)
 
 
@@ -133,7 +133,7 @@ def cache_bytes(params: Params, data: DataSize, config: ARConfig) -> int:
     header = CacheHeader(
         split="train",
         rows=data.train,
-        views=("",) * num_views(params),
+        views=("",),
         grid=config.grid,
         codebook_size=config.codebook_size,
         num_classes=config.num_classes,
@@ -141,7 +141,11 @@ def cache_bytes(params: Params, data: DataSize, config: ARConfig) -> int:
         data_content="",
         block_rows=1,
     )
-    return (data.train + data.val) * header.row_bytes
+    return _views_of_all(params, data) * header.row_bytes
+
+
+def _views_of_all(params: Params, data: DataSize) -> int:
+    return data.train * num_views(params) + data.val
 
 
 def _of_convolutions(precision: str) -> str:
@@ -162,7 +166,6 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
     encode, decode, _ = tokenizer_flops(params)
     per_image = tokenizer_flops_per_image(stage1, params.lambda_ > 0)
     train_image, forward = ar_flops(config, stage2.activation_checkpointing), ar_forward_flops(config)
-    views, images = num_views(params), data.train + data.val
     # Guidance of 1 needs no pass without a class.
     passes = [2 if scale != 1 else 1 for scale in sample.scales]
     features = _INCEPTION_FLOPS if params.evaluate.features == "inception" else 0.0
@@ -179,9 +182,9 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
         ),
         StageWork(
             "tokenize",
-            encode * views * images,
+            encode * _views_of_all(params, data),
             _of_convolutions(params.tokenize.precision),
-            f"{images:,} images, {views} views each",
+            f"{data.train:,} images, {num_views(params)} views each; {data.val:,}, one each",
         ),
         StageWork(
             "train_ar",

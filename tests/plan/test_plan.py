@@ -92,7 +92,10 @@ def test_stages_follow_the_params() -> None:
     assert 1.0 < work["train_ar"].flops / approximate < 1.1
     assert num_views(params) == 20
     # LlamaGen's cache holds 10 crops in 26 GB, as int64: a quarter of that as uint16, twice for two resize ranges.
-    assert cache_bytes(params, data, config) == pytest.approx(2 * 26e9 / 4, rel=0.06)
+    # 26 GB are of the training images; validation images have their centre only.
+    assert cache_bytes(params, data, config) == (20 * data.train + data.val) * 2 * 256
+    assert cache_bytes(params, data, config) == pytest.approx(2 * 26e9 / 4, rel=0.02)
+    assert work["tokenize"].flops == (20 * data.train + data.val) * tokenizer_flops(params)[0]
 
 
 def test_sampling_and_evaluation_cost_what_their_stages_do() -> None:
@@ -232,4 +235,4 @@ def test_an_unknown_data_set_needs_its_size(capsys: pytest.CaptureFixture, tmp_p
     assert main(["plan", "--params", params]) == 2
     assert "give --images and --classes" in capsys.readouterr().err
     assert main(["plan", "--params", params, "--images", "1000", "--classes", "3"]) == 0
-    assert "800 and 200 images" in capsys.readouterr().out
+    assert "800 images x 1 views, and 200 for validation" in capsys.readouterr().out
