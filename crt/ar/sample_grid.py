@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from crt.ar.generator import Generator
 from crt.ar.model import ARTransformer
 from crt.data.transforms import to_uint8
 from crt.distributed import World
+from crt.errors import UserError
 from crt.evaluation.grids import image_grid
 from crt.pipeline import load_stages
 from crt.progress import logger
@@ -64,7 +66,7 @@ class SampleGrid:
 def find_tokenizer(run: StageRun) -> Path | None:
     """The folder of the tokenizer that made the codes, by its content: where dvc.yaml has it, or beside the cache.
 
-    None if it is at neither place, or unknown.
+    None if it is at neither place, or unknown. What else lies there, perhaps incomplete, is no concern of the run.
     """
     made_by = run.manifests["tokenize"].inputs.get("train_tokenizer")
     if made_by is None:  # codes that were imported
@@ -72,6 +74,7 @@ def find_tokenizer(run: StageRun) -> Path | None:
     wanted = made_by["content"]
     usual = Path(load_stages()["train_tokenizer"].output)
     for folder in (run.inputs["tokens"].parent / usual.name, usual):
-        if (folder / "manifest.json").exists() and content_of(folder) == wanted:
-            return folder
+        with suppress(UserError):
+            if (folder / "manifest.json").exists() and content_of(folder) == wanted:
+                return folder
     return None

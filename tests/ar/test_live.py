@@ -52,9 +52,15 @@ def test_curves_and_pictures_of_a_torn_run(
     assert (tmp_path / weights).read_bytes() == (tmp_path / "plain" / weights).read_bytes()
 
 
-def test_no_tokenizer_no_pictures(small_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("state", ["elsewhere", "without its stamp", "without its weights"])
+def test_no_tokenizer_no_pictures(small_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture, state: str) -> None:
+    """A tokenizer that is being made anew, perhaps with other params, has no stamp."""
     command = small_run()
-    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    tokenizer = tmp_path / "tokenizer"
+    if state == "elsewhere":
+        tokenizer.rename(tmp_path / "elsewhere")
+    else:
+        next(tokenizer.glob("complete-*" if "stamp" in state else "model.safetensors")).unlink()
     assert main(command) == 0
     assert "draws no samples" in capsys.readouterr().err
     assert not (tmp_path / "ar.live/samples").exists()
