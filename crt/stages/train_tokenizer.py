@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
 from crt.distributed import World, join_world, reported_once, stop_signal
-from crt.errors import UserError
+from crt.errors import LocalError, UserError
 from crt.evaluation.grids import save_png
 from crt.flops import tokenizer_training_flops
 from crt.history import History, read_history
@@ -92,6 +93,7 @@ def _train(run: StageRun, world: World) -> None:
     if params.loss.lpips_weight > 0:
         perceptual = PerceptualLoss(params.loss.lpips_weights).to(world.device)
     first_step = state.load(run.work / "checkpoint.pt")
+    check_same_step(first_step, run.work / "checkpoint.pt", world)
     if params.compile:
         state.compile()
 
@@ -210,6 +212,23 @@ def _train(run: StageRun, world: World) -> None:
             grid=list(model.grid),
             codebook_size=model.codebook_size,
             training_flops=tokenizer_training_flops(params, lambda_ > 0),
+        )
+
+
+def check_same_step(step: int, path: Path, world: World) -> None:
+    """Make sure that all processes continue from the state that rank 0 has found. A collective call.
+
+    Raises:
+        LocalError: this process has found another one, or none: nodes may see a shared file system differently for a
+            while after a change.
+    """
+    of_main = torch.tensor([step], device=world.device)
+    if world.size > 1:
+        dist.broadcast(of_main, 0)
+    if int(of_main) != step:
+        raise LocalError(
+            f"{path}: process {world.rank} finds the state after {step} steps there, the first one that after "
+            f"{int(of_main)}: see to the shared file system, or wait a minute, and run the same command again"
         )
 
 

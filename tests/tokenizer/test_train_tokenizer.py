@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crt import Tokenizer, interrupt
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8, to_unit_range
+from crt.distributed import World
+from crt.errors import LocalError
 from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
@@ -55,6 +57,15 @@ def curve(out, name="train") -> dict[str, np.ndarray]:
 
 def same_files(a, b) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def test_a_process_that_finds_another_state_than_the_first_one_does_not_train_on(monkeypatch, tmp_path):
+    """As on NFS, where a node may not see for a while what another one wrote."""
+    second = World(1, 2, 1, torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda step, rank: step.fill_(1000))
+    train_tokenizer.check_same_step(1000, tmp_path, second)
+    with pytest.raises(LocalError, match=r"process 1 .* 0 steps there, the first one that after 1000"):
+        train_tokenizer.check_same_step(0, tmp_path, second)
 
 
 class Died(BaseException):
