@@ -88,6 +88,8 @@ class ChunkStore:
         path = self._path(start, stop)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         save_file(arrays, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a node that goes down leaves an empty file under the final name
         os.replace(temporary, path)
 
     def _path(self, start: int, stop: int) -> Path:

@@ -203,6 +203,8 @@ def train_classifier(
         temporary,
         metadata={"sizes": json.dumps(sizes)},
     )
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     checkpoint.unlink(missing_ok=True)
 

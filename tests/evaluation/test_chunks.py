@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_a_pass_that_was_done_before_says_so_instead_of_a_rate(tmp_path, capfd, 
     assert "reference val: 23/23 images" in capfd.readouterr().err
     ChunkStore(tmp_path, len(VALUES), batch_size=4).fill("reference val", work, ALONE)
     assert capfd.readouterr().err == "reference val: all 23 images were done before\n"
+
+
+def test_chunks_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """Without that a node that goes down can leave an empty file, which every later evaluation would trip over."""
+    flushed = set()
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    ChunkStore(tmp_path, len(VALUES), batch_size=4).fill("test", work, ALONE)
+    assert {path.stat().st_ino for path in tmp_path.iterdir()} == flushed
 
 
 def test_a_signal_stops_after_a_whole_chunk(tmp_path, monkeypatch):
