@@ -175,3 +175,19 @@ def test_view_names(view, parsed):
 def test_bad_view_names(view):
     with pytest.raises(ValueError, match="unknown view"):
         parse_view(view)
+
+
+def test_the_imagenet_preset_trains_stage_1_as_llamagen_does():
+    """Oracle: tokenizer_image/vq_train.py at ce98ec4: Adam without decay, rate 1e-4, betas (0.9, 0.95)."""
+    params = load_params(ROOT / "presets/imagenet256.yaml").train_tokenizer
+    optimizer = params.optimizer.model_dump()
+    assert optimizer | {"warmup_steps": 0, "final_fraction": 1.0} == {
+        "learning_rate": 1e-4,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "final_fraction": 1.0,
+    }
+    assert params.discriminator.learning_rate == 1e-4
