@@ -66,9 +66,13 @@ def environment_rank() -> tuple[int, int, int]:
 
 
 def srun_command(job: slurm.Job, arguments: Sequence[str]) -> list[str]:
-    """`python -m crt` over all tasks of a Slurm job, ended together if one fails."""
+    """`python -m crt` over all tasks of a Slurm job, ended together if one fails.
+
+    A task that is done ends none: the first one may go on for long to write and publish the result, while some sites
+    (WaitTime in slurm.conf) give it seconds.
+    """
     size = [f"--nodes={job.nodes}", f"--ntasks={job.tasks}", f"--cpus-per-task={job.cpus_per_task}"]
-    return ["srun", *size, "--kill-on-bad-exit=1", "--export=ALL", sys.executable, "-m", "crt", *arguments]
+    return ["srun", *size, "--kill-on-bad-exit=1", "--wait=0", "--export=ALL", sys.executable, "-m", "crt", *arguments]
 
 
 def local_command(processes: int, arguments: Sequence[str]) -> list[str]:

@@ -59,6 +59,8 @@ def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):
     command = launch_command("train_ar", ["train_ar", "--out", "x"])
     assert command == srun_command(job, ["train_ar", "--out", "x"])
     assert {"--nodes=4", "--ntasks=32", "--cpus-per-task=8"} <= set(command)
+    # Else WaitTime of slurm.conf kills the first task while it publishes what the others are done with.
+    assert "--wait=0" in command
     assert launch_command("prepare_data", ["prepare_data"]) is None
     assert os.environ["OMP_NUM_THREADS"] == "8"
 
