@@ -105,7 +105,7 @@ def _print_models(params: Params, classes: int) -> None:
 
 def _print_sizes(params: Params, config: Any, data: Any) -> None:
     from crt.ar.model import count_parameters
-    from crt.plan.work import cache_bytes, checkpoint_bytes, num_views, tokenizer_flops
+    from crt.plan.work import cache_bytes, checkpoint_bytes, tokenizer_flops, views_text
 
     stage2, parameters = params.train_ar, count_parameters(config)
     checkpoint = checkpoint_bytes(config, stage2.precision, stage2.zero_stage)
@@ -115,8 +115,8 @@ def _print_sizes(params: Params, config: Any, data: Any) -> None:
         "train_ar.model": f"{parameters:,} parameters, {config.layers} layers, {config.heads} heads, width "
         f"{config.width}, feed-forward {config.ffn_width}",
         "codes": f"{config.num_tokens} per image ({config.grid[0]} x {config.grid[1]}) of {config.codebook_size:,}",
-        "token cache": f"{_size(cache_bytes(params, data, config))}: {data.train:,} images x "
-        f"{num_views(params)} views, and {data.val:,} for validation x 1",
+        "token cache": f"{_size(cache_bytes(params, data, config))}: {data.train:,} images in {views_text(params)}, "
+        f"{data.val:,} in 1",
         "checkpoint": f"{_size(checkpoint)}, at most {kept} at once: {_size(kept * checkpoint)}",
         "finished model": f"{_size(4 * parameters)} in float32",
     }

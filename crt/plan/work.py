@@ -128,6 +128,11 @@ def num_views(params: Params) -> int:
     return sum(10 if parse_view(view)[0] == "ten_crop" else 1 for view in params.tokenize.views)
 
 
+def views_text(params: Params) -> str:
+    """How many those are, for people."""
+    return f"{num_views(params)} view{'s' * (num_views(params) > 1)}"
+
+
 def cache_bytes(params: Params, data: DataSize, config: ARConfig) -> int:
     """Codes of all views of both splits, as `crt.tokens.layout` stores them."""
     header = CacheHeader(
@@ -184,7 +189,7 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
             "tokenize",
             encode * _views_of_all(params, data),
             _of_convolutions(params.tokenize.precision),
-            f"{data.train:,} images, {num_views(params)} views each; {data.val:,}, one each",
+            f"{data.train:,} images in {views_text(params)}, {data.val:,} in 1",
         ),
         StageWork(
             "train_ar",

@@ -191,7 +191,7 @@ def test_times_are_hours_or_seconds_that_say_so(hours: float, text: str) -> None
 def test_the_plan_of_small_params_has_no_powers_of_ten_among_its_times(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--params", str(ROOT / "params.yaml"), "--gpus", "1"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenize ")]
-    assert line.endswith("20% TF32      under 1 s  under 1 s  1,797 images, 1 views each")
+    assert line.endswith("20% TF32      under 1 s  under 1 s  1,438 images in 1 view, 359 in 1")
 
 
 def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> None:
