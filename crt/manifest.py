@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
-from crt.pipeline import canonical_json, load_stages, path_variables, stage_version, stamp_name
+from crt.pipeline import canonical_json, load_stages, path_variables, stage_version, stamp_name, without_neutral
 from crt.yaml_files import in_yaml
 
 MANIFEST = "manifest.json"
@@ -184,8 +184,9 @@ def _first_difference(stages: Mapping[str, Any], values: Mapping[str, Any]) -> t
         earlier = _first_difference(record["inputs"], values)
         if earlier:
             return earlier
-        for key, then in record["params"].items():
-            difference = _differing_key(key, then, values.get(key))
+        now = without_neutral({key: values.get(key) for key in record["params"]})
+        for key, then in without_neutral(record["params"]).items():
+            difference = _differing_key(key, then, now[key])
             if difference:
                 return stage, *difference
     return None

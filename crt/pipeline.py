@@ -22,6 +22,12 @@ from crt.yaml_files import read_yaml
 PIPELINE_FILE = "dvc.yaml"
 PARAMS_FILE = "params.yaml"
 VERSIONS_FILE = "crt/stage_versions.yaml"
+# Keys by section that change neither a result nor the state that a stopped run continues from, so that they may be
+# changed meanwhile, for instance when a disk fills up.
+NEUTRAL_KEYS = {
+    "train_tokenizer": ("checkpoint_every",),
+    "train_ar": ("checkpoint_every", "keep_checkpoints", "sample_images"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,15 @@ def stage_version(name: str, root: str | Path = ".") -> int:
     return int(_read_once(Path(root) / VERSIONS_FILE)[name])
 
 
+def without_neutral(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Params, by section, without those of `NEUTRAL_KEYS`."""
+    kept = {}
+    for section, values in params.items():
+        neutral = NEUTRAL_KEYS.get(section)
+        kept[section] = {k: v for k, v in values.items() if k not in neutral} if neutral and values else values
+    return kept
+
+
 def recipe_fingerprint(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Fingerprint of a stage's result by its recipe: what was run, with which params, on which inputs.
 
@@ -111,7 +126,7 @@ def recipe_fingerprint(stage: str, version: int, params: Mapping[str, Any], inpu
     Returns:
         64 hexadecimal digits (SHA-256).
     """
-    recipe = {"stage": stage, "version": version, "params": dict(params), "inputs": dict(inputs)}
+    recipe = {"stage": stage, "version": version, "params": without_neutral(params), "inputs": dict(inputs)}
     return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
 
 

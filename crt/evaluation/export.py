@@ -37,7 +37,7 @@ def write_adm_batch(source: Path, target: Path) -> None:
     In the order of the samples file, classes in turn: the evaluator's Inception Score takes its splits in this order.
     """
     temporary = target.with_name(target.name + ".tmp")
-    with h5py.File(source, "r") as file, zipfile.ZipFile(temporary, "w") as archive:
+    with h5py.File(source, "r", locking=False) as file, zipfile.ZipFile(temporary, "w") as archive:
         for name, key in (("arr_0", "images"), ("arr_1", "labels")):
             data = file[key]
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
@@ -50,7 +50,7 @@ def write_adm_batch(source: Path, target: Path) -> None:
 
 def write_png_folders(source: Path, folder: Path) -> None:
     """One PNG per image; the names of the classes go to `class_names.json` beside the folders."""
-    with h5py.File(source, "r") as file:
+    with h5py.File(source, "r", locking=False) as file:
         images, labels = file["images"], file["labels"][()]
         folder.mkdir(exist_ok=True)
         (folder / "class_names.json").write_text(json.dumps(json.loads(file.attrs["class_names"]), ensure_ascii=False))

@@ -92,7 +92,7 @@ class SampleSource:
     def __init__(self, folder: str | Path, content: str, file_name: str = "samples.h5") -> None:
         self.path, self.checksum = Path(folder) / file_name, content
         self.name = self.path.stem
-        with h5py.File(self.path, "r") as file:
+        with h5py.File(self.path, "r", locking=False) as file:
             self.labels = np.asarray(file["labels"], np.int64)
             self.class_names: list[str] = json.loads(file.attrs["class_names"])
             self.guidance_scale = float(file.attrs["guidance_scale"])
@@ -103,7 +103,7 @@ class SampleSource:
 
     @cached_property
     def _file(self) -> h5py.File:
-        return h5py.File(self.path, "r")
+        return h5py.File(self.path, "r", locking=False)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._file["images"][start:stop]

@@ -26,7 +26,7 @@ from crt.params import load_params
 from crt.progress import Progress
 from crt.stages import train_ar
 from crt.tokens.cache import TokenCache
-from tests.ar.conftest import small_model
+from tests.ar.conftest import SMALL, small_model
 from tests.conftest import ROOT, write_params
 
 # Loss of each of ten steps of the small run (float32, ZeRO 1, dropout on). A refactoring must not move them.
@@ -104,6 +104,23 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert main(torn) == 0
     assert contents(out_of(torn)) == contents(out_of(whole))
     assert not list((tmp_path / "torn" / ".work").glob("ar-*"))
+
+
+def test_what_is_kept_and_shown_may_change_while_a_run_is_stopped(
+    small_run: Make, tmp_path: Path, at: Any, capfd: pytest.CaptureFixture
+) -> None:
+    """As when a disk fills up. Oracle: the uninterrupted run."""
+    whole, torn = small_run(tmp_path / "whole"), small_run(tmp_path / "torn")
+    assert main(whole) == 0
+    at(6, fail)
+    assert main(torn) == 1
+    kept = {"train_ar.keep_checkpoints": 1, "train_ar.checkpoint_every": 100, "train_ar.sample_images": 0}
+    write_params(tmp_path / "torn" / "params.yaml", SMALL | kept)
+    capfd.readouterr()
+    assert main(torn) == 0
+    assert "train_ar: continues at" in capfd.readouterr().err
+    for name in ("model.safetensors", "train.csv", "validation.csv", "loss_per_position.csv"):
+        assert (out_of(torn) / name).read_bytes() == (out_of(whole) / name).read_bytes()
 
 
 @pytest.mark.parametrize(

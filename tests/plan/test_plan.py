@@ -235,4 +235,4 @@ def test_an_unknown_data_set_needs_its_size(capsys: pytest.CaptureFixture, tmp_p
     assert main(["plan", "--params", params]) == 2
     assert "give --images and --classes" in capsys.readouterr().err
     assert main(["plan", "--params", params, "--images", "1000", "--classes", "3"]) == 0
-    assert "800 images x 1 views, and 200 for validation" in capsys.readouterr().out
+    assert "800 images in 1 view, 200 in 1" in capsys.readouterr().out

@@ -180,6 +180,17 @@ def test_curves_of_a_run_that_died_have_every_step_once(runs, monkeypatch):
     assert last != (live / "reconstructions" / "step_00000004.png").read_bytes()
 
 
+def test_how_often_it_is_saved_may_change_while_a_run_is_stopped(runs, monkeypatch, capfd):
+    whole = runs.train("whole")
+    end_in_the_middle(monkeypatch, runs, "died", 5)
+    capfd.readouterr()
+    out = runs.train("died", checkpoint_every=100)
+    assert "train_tokenizer: continues at 3 of 8" in capfd.readouterr().err
+    assert same_files(whole, out)
+    runs.train("died", checkpoint_every=7)
+    assert "is current" in capfd.readouterr().err
+
+
 def test_a_run_that_died_between_its_last_checkpoint_and_its_result(runs, monkeypatch):
     whole = runs.train("whole")
     with monkeypatch.context() as patch:
