@@ -20,7 +20,8 @@ from crt.errors import UserError
 from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork, InceptionFeatures
 from crt.evaluation.frechet import expected_distance, frechet_distance, scarcity
-from crt.evaluation.metrics import open_reference, spread, store_statistics, stored_moments
+from crt.evaluation.grids import spread
+from crt.evaluation.metrics import open_reference, store_statistics, stored_moments
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SplitSource

@@ -79,6 +79,11 @@ def lines_by_class(labels: np.ndarray, lines: int, images_per_line: int) -> list
     ]
 
 
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` of `count` rows, evenly spread and ascending: files are often in class order."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
+
+
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Write a PNG whose bytes depend on the pixels alone."""
     image.save(path, format="PNG", optimize=False, compress_level=6)

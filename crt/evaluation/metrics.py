@@ -20,6 +20,7 @@ from crt.evaluation.frechet import (
     kernel_distance,
     scarcity,
 )
+from crt.evaluation.grids import spread
 from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
 from crt.evaluation.sources import AdmBatch, ImageSource
@@ -214,11 +215,6 @@ def protocol(params: Evaluate, networks: Networks, sources: Sources, reference: 
         **params.model_dump(include=_SETTINGS),
         **{name: checksum for name, checksum in judges.items() if checksum},
     }
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` of `count` rows, evenly spread and ascending: files are often in class order."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(np.int64))
 
 
 def store_statistics(store: ChunkStore, column: str, dimension: int) -> GaussianStatistics:

@@ -28,7 +28,7 @@ from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
 from crt.evaluation.frechet import Moments
-from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png
+from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png, spread
 from crt.evaluation.metrics import (
     Metrics,
     class_metrics,
@@ -38,7 +38,6 @@ from crt.evaluation.metrics import (
     open_reference,
     protocol,
     reconstruction_metrics,
-    spread,
     stored_moments,
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure

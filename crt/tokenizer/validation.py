@@ -11,7 +11,7 @@ from crt.data.loader import eval_batches
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World
-from crt.evaluation.grids import reconstruction_grid
+from crt.evaluation.grids import reconstruction_grid, spread
 from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
@@ -103,9 +103,9 @@ def collapse_warning(used: int, codebook_size: int, tokens: int) -> str:
 
 @torch.no_grad()
 def reconstruction_picture(model: Tokenizer, images: PackedImages, device: torch.device) -> Image.Image:
-    """The split's first images above their reconstructions."""
-    first = range(min(_PICTURE_IMAGES, len(images)))
-    originals = np.stack([center_crop(images.image(index), model.image_size) for index in first])
+    """Images from all over the split above their reconstructions."""
+    shown = spread(len(images), _PICTURE_IMAGES)
+    originals = np.stack([center_crop(images.image(row), model.image_size) for row in shown])
     unit = to_unit_range(torch.from_numpy(originals).to(device))
     reconstructions = torch.cat([model(image[None])[0] for image in unit])
     return reconstruction_grid(originals, to_uint8(reconstructions).cpu().numpy())

@@ -13,7 +13,8 @@ import torch
 from crt.distributed import World
 from crt.evaluation import chunks as module
 from crt.evaluation.chunks import ChunkStore
-from crt.evaluation.metrics import spread, store_statistics
+from crt.evaluation.grids import spread
+from crt.evaluation.metrics import store_statistics
 from crt.interrupt import Stopped
 from crt.progress import logger, start_logging
 

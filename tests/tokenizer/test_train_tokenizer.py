@@ -22,6 +22,7 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8, to_unit_range
 from crt.distributed import World
 from crt.errors import LocalError
+from crt.evaluation.grids import reconstruction_grid
 from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
@@ -178,6 +179,20 @@ def test_curves_of_a_run_that_died_have_every_step_once(runs, monkeypatch):
     last = (live / "reconstructions" / "step_00000008.png").read_bytes()
     assert last == (out / "reconstructions.png").read_bytes()
     assert last != (live / "reconstructions" / "step_00000004.png").read_bytes()
+
+
+def test_the_picture_shows_images_of_all_classes(runs):
+    """Oracle: the same grid of rows chosen here; images lie in the order of their classes."""
+    out = runs.train("run")
+    images = PackedImages(runs.data, "val")
+    rows = np.linspace(0, len(images) - 1, 16).round().astype(int)
+    assert len(set(images.labels[rows])) == 10
+    originals = images.pixels(rows)
+    with torch.no_grad():
+        decoded = Tokenizer.load(out)(to_unit_range(torch.from_numpy(originals)))[0]
+    expected = np.asarray(reconstruction_grid(originals, to_uint8(decoded).numpy()), np.int16)
+    with Image.open(out / "reconstructions.png") as picture:
+        assert np.abs(np.asarray(picture, np.int16) - expected).max() <= 1  # one image at a time rounds otherwise
 
 
 def test_how_often_it_is_saved_may_change_while_a_run_is_stopped(runs, monkeypatch, capfd):
