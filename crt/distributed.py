@@ -21,7 +21,9 @@ _COLLECTIVE_MINUTES = 30
 _POLL_SECONDS = 0.2
 # What one process may take longer than another to meet the same mistake.
 _REPORT_SECONDS = 10.0
-_REPORTED = "crt mistake reported"
+# How long rank 0 stays for the others to learn that it reports.
+_LINGER_SECONDS = 2.0
+_REPORTED, _SEEN = "crt mistake reported", "crt report seen"
 _turns = itertools.count()
 
 
@@ -108,11 +110,25 @@ def reported_once(world: World) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if world.is_main and dist.is_initialized():
-            dist.distributed_c10d._get_default_store().set(_REPORTED, "")
-        if world.is_main or isinstance(error, LocalError) or not _main_reports():
+        if world.is_main:
+            _tell_the_others(world)
+            raise
+        if isinstance(error, LocalError) or not _main_reports():
             raise
         raise SystemExit(2) from None
+
+
+def _tell_the_others(world: World) -> None:
+    """Say that rank 0 reports a mistake, and stay until they know, since the store goes with this process.
+
+    They may not have met it: after a moment it goes anyway.
+    """
+    if not dist.is_initialized():
+        return
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + _LINGER_SECONDS
+    store.set(_REPORTED, "")
+    while store.add(_SEEN, 0) < world.size - 1 and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS / 10)
 
 
 def _main_reports() -> bool:
@@ -125,6 +141,8 @@ def _main_reports() -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(_POLL_SECONDS)
-    except RuntimeError:  # rank 0 keeps the store, and is gone
+        store.add(_SEEN, 1)
+        time.sleep(_POLL_SECONDS)  # a launcher that ends all with the first to fail must not be faster than its report
+    except RuntimeError:  # rank 0 is gone, and the store with it
         pass
     return True
