@@ -28,6 +28,7 @@ from crt.data.shards import classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.errors import UserError
+from crt.files import write_json
 from crt.progress import Progress
 
 if TYPE_CHECKING:
@@ -219,9 +220,7 @@ def _copied(source: Path, target: Path, columns: _Columns) -> _Copy:
         record.unlink(missing_ok=True)
         sizes, labels = _copy(source, images, columns)
         known = {"of": identity, "sizes": sizes, "labels": labels}
-        temporary = record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        os.replace(temporary, record)
+        write_json(record, known)
     return _Copy(images, state.st_mtime_ns, np.array(known["sizes"], np.int64), known["labels"])
 
 
