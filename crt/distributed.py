@@ -80,6 +80,14 @@ def stop_signal(world: World) -> int:
     return int(signum)
 
 
+def said_by_main(number: int, world: World) -> int:
+    """The number that rank 0 gives. A collective call; what the others give does not matter."""
+    told = torch.tensor([number], device=world.device)
+    if dist.is_initialized():
+        dist.broadcast(told, 0)
+    return int(told)
+
+
 @contextmanager
 def main_alone(world: World) -> Iterator[None]:
     """For what rank 0 does while the others wait, however long: in a collective they would give up after a while.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,8 +58,8 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
         with_regularizer: whether lambda is above 0; without, no regularizer runs.
     """
     from crt.tokenizer.discriminator import build_discriminator
-    from crt.tokenizer.losses import adaptive_weight
     from crt.tokenizer.model import Tokenizer, TokenizerConfig
+    from crt.tokenizer.objective import Objective
     from crt.tokenizer.regularizer import build_regularizer
 
     quantizer, size = params.quantizer, params.image_size
@@ -73,30 +73,14 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
                 params.regularizer, quantizer.codebook_dim, model.num_tokens, quantizer.codebook_size
             )
 
+        objective = Objective(params, model, regularizer, discriminator, perceptual=perceptual, device_type="cpu")
+
         def step(adversarial: bool, batch_size: int) -> None:
-            images = torch.zeros(batch_size, 3, size, size)
-            latents = model.latents(images)
-            quantized = model.quantizer(latents)
-            reconstructions = model.reconstruct(quantized.values)
-            loss = reconstructions.mean() + quantized.commitment_loss + quantized.codebook_loss
-            if perceptual is not None:
-                loss = loss + (perceptual(reconstructions) - perceptual(images)).mean()
-            if adversarial and discriminator is not None:
-                discriminator.requires_grad_(False)  # only the decoder learns from this pass
-                judged = discriminator(reconstructions).mean()
-                discriminator.requires_grad_(True)
-                if params.discriminator.adaptive_weight:
-                    judged = judged * adaptive_weight(loss, judged, model.decoder.conv_out.weight)
-                loss = loss + judged
-            if params.loss.entropy_weight > 0:
-                loss = loss + model.quantizer.entropy_loss(latents, params.loss.entropy_temperature)
-            if regularizer is not None:
-                raster = latents.flatten(2).transpose(1, 2)
-                loss = loss + regularizer(raster, quantized.codes.flatten(1), model.quantizer.vectors())
-            loss.backward()
-            if adversarial and discriminator is not None:
-                fake = reconstructions.detach()
-                (discriminator(images).mean() - discriminator(fake).mean()).backward()
+            images, uniforms = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, model.num_tokens)
+            made = objective.tokenizer_loss(images, uniforms, 1.0, adversarial)
+            made.total.backward()
+            if adversarial:
+                objective.discriminator_loss(images, made.reconstructions).backward()
 
         def flops(adversarial: bool) -> int:
             # Some products are made once for all images of a batch: one and two images tell.
@@ -113,11 +97,12 @@ def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) ->
     return tokenizer_training_flops(params, with_regularizer) // (params.steps * params.batch_size)
 
 
-def _perceptual_network() -> nn.Module:
+def _perceptual_network() -> Callable[[Tensor, Tensor], Tensor]:
     """VGG-16 up to the last layer that LPIPS compares; the package's 1x1 convolutions of one output are left out."""
     from torchvision.models import vgg16
 
-    return vgg16(weights=None).features[:30].requires_grad_(False)
+    network = vgg16(weights=None).features[:30].requires_grad_(False)
+    return lambda reconstructions, images: (network(reconstructions) - network(images)).mean()
 
 
 def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False) -> int:

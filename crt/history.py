@@ -32,6 +32,10 @@ class History:
             writer.writerows({**row, "step": int(row["step"])} for row in kept)
         os.replace(temporary, self.path)
 
+    def has(self, step: int) -> bool:
+        """Whether there is a row of this step."""
+        return any(row["step"] == step for row in read_history(self.path))
+
     def append(self, step: int, figures: Mapping[str, float]) -> None:
         """Add one row and hand it to the operating system."""
         with open(self.path, "a", newline="", encoding="utf-8") as file:

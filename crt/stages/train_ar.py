@@ -45,12 +45,13 @@ from crt.ar.engine import (
 )
 from crt.ar.model import config_from_params, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
-from crt.distributed import World, join_world, reported_once
+from crt.distributed import World, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
 from crt.flops import ar_flops_per_image, matmul_rate
 from crt.history import History, read_history
 from crt.interrupt import Stopped, stop_requested
 from crt.live import Live, live_folder
+from crt.params import TrainAR
 from crt.progress import Progress
 from crt.randomness import numpy_generator, seed_torch
 from crt.schedules import learning_rate_factor
@@ -88,7 +89,7 @@ def run(run: StageRun) -> None:
 def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: TokenCache) -> None:
     params, seed = run.params.train_ar, run.params.seed
     config = config_from_params(params.model, train_codes)
-    micro, accumulation = micro_batches(params, world.size)
+    micro, _ = micro_batches(params, world.size)
     share = params.batch_size // world.size
     report_steps = _GPU_REPORT_STEPS if world.device.type == "cuda" else 1
 
@@ -117,13 +118,19 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             rank=world.rank,
             world_size=world.size,
         )
+        validated = log.has_validated(first_step)  # a stop may have come before its end
         engine.train()
         for step in range(first_step, params.steps + 1):  # `step` updates are done
             last, fresh = step == params.steps, step > first_step
-            if fresh and (last or step % params.validate_every == 0):
-                log.validation(step, validate(engine, val_codes, micro, world))
-                if grid.enabled:
-                    log.picture(step, grid.draw(engine.module))
+            due = step > 0 and (last or step % params.validate_every == 0)
+            if due and not log.stop_signal and (fresh or not validated):
+                losses = validate(engine, val_codes, micro, world)
+                if losses is None:
+                    log.stop_signal = stop_signal(world)
+                else:
+                    log.validation(step, losses)
+                    if grid.enabled:
+                        log.picture(step, grid.draw(engine.module))
                 engine.train()
 
             if fresh and (last or log.stop_signal or step % params.checkpoint_every == 0):
@@ -137,25 +144,12 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             dropped = _dropped_labels(seed, step, params.batch_size, params.model.label_dropout)
             labels[dropped[world.rank * share : (world.rank + 1) * share]] = config.null_class
             codes, labels = codes.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-            rate = params.optimizer.learning_rate * learning_rate_factor(
-                step,
-                params.steps,
-                params.optimizer.schedule,
-                params.optimizer.warmup_steps,
-                params.optimizer.final_fraction,
-            )
+            rate = _learning_rate(step, params)
             set_learning_rate(engine, rate)
-            step_loss = torch.zeros((), device=world.device)
-            for index in range(accumulation):
-                rows = slice(index * micro, (index + 1) * micro)
-                seed_torch(seed, "dropout", step, index, world.rank)
-                loss = engine(codes[rows], labels[rows]).mean()
-                engine.backward(loss)
-                engine.step()
-                step_loss += loss.detach() / accumulation
+            loss = _update(engine, step, codes, labels, run=run, world=world)
 
             done = step + 1
-            log.training(done, step_loss, gradient_norm(engine), rate)
+            log.training(done, loss, gradient_norm(engine), rate)
             if done % report_steps == 0 or _is_due(done, params):
                 log.flush()
                 speed = log.speed(params.batch_size * config.num_tokens)
@@ -172,7 +166,33 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
             run.summary["tokens_seen"] = params.steps * params.batch_size * config.num_tokens
 
 
-def _is_due(step: int, params: Any) -> bool:
+def _update(engine: Any, step: int, codes: Tensor, labels: Tensor, *, run: StageRun, world: World) -> Tensor:
+    """Step number `step`, counted from 0, on this process's (B, T) codes and (B,) labels. A collective call.
+
+    Returns:
+        Mean loss of this process's share, a scalar on the device.
+    """
+    micro, accumulation = micro_batches(run.params.train_ar, world.size)
+    step_loss = torch.zeros((), device=world.device)
+    for index in range(accumulation):
+        rows = slice(index * micro, (index + 1) * micro)
+        seed_torch(run.params.seed, "dropout", step, index, world.rank)
+        loss = engine(codes[rows], labels[rows]).mean()
+        engine.backward(loss)
+        engine.step()
+        step_loss += loss.detach() / accumulation
+    return step_loss
+
+
+def _learning_rate(step: int, params: TrainAR) -> float:
+    optimizer = params.optimizer
+    factor = learning_rate_factor(
+        step, params.steps, optimizer.schedule, optimizer.warmup_steps, optimizer.final_fraction
+    )
+    return optimizer.learning_rate * factor
+
+
+def _is_due(step: int, params: TrainAR) -> bool:
     """Whether a validation or checkpoint follows, before which the losses so far must be looked at."""
     return step == params.steps or step % params.validate_every == 0 or step % params.checkpoint_every == 0
 
@@ -183,7 +203,7 @@ def _dropped_labels(seed: int, step: int, batch_size: int, probability: float) -
 
 
 @torch.no_grad()
-def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> np.ndarray:
+def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> np.ndarray | None:
     """Mean loss of each code of the raster over a whole split, each image in its first view. A collective call.
 
     Args:
@@ -193,12 +213,14 @@ def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> n
         world: the processes that share the work.
 
     Returns:
-        (T,) float64, nats.
+        (T,) float64, nats; None where a process was asked to stop meanwhile.
     """
     engine.eval()
     total = torch.zeros(codes.num_tokens, dtype=torch.float64, device=world.device)
     # All processes make equally many passes of one size, as ZeRO-3 needs; rows beyond the end count nothing.
     for start in range(0, len(codes), batch_size * world.size):
+        if stop_signal(world):
+            return None
         rows = start + world.rank * batch_size + np.arange(batch_size)
         inside = torch.from_numpy(rows < len(codes)).to(world.device)
         rows = np.minimum(rows, len(codes) - 1)
@@ -287,11 +309,15 @@ class _Log:
         """Finish the curves. Rank 0 only."""
         self.live.close()
 
+    def has_validated(self, step: int) -> bool:
+        """Whether the validation after `step` steps is recorded. A collective call."""
+        return bool(said_by_main(self.world.is_main and self.val.has(step), self.world))
+
     def validation(self, step: int, loss_per_position: np.ndarray) -> None:
         """Record a validation."""
         if self.world.is_main:
-            self.val.append(step, {"loss": float(loss_per_position.mean())})
             _write_positions(self.folder / "loss_per_position.csv", loss_per_position)
+            self.val.append(step, {"loss": float(loss_per_position.mean())})
             self.live.log(step, {"validation/loss": float(loss_per_position.mean())})
             self.live.positions(step, loss_per_position)
         self.steps_since, self.since = 0, time.monotonic()

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from crt.data.loader import training_batches
 from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
-from crt.distributed import World, join_world, reported_once, stop_signal
+from crt.distributed import World, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import LocalError, UserError
 from crt.evaluation.grids import save_png
 from crt.flops import tokenizer_training_flops
@@ -47,14 +46,9 @@ from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor
 from crt.stage import StageRun
 from crt.tokenizer.collectives import mean_over_ranks, sum_over_ranks
-from crt.tokenizer.losses import (
-    PerceptualLoss,
-    adaptive_weight,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    pixel_loss,
-)
-from crt.tokenizer.regularizer import annealed_lambda, scale_gradient
+from crt.tokenizer.losses import PerceptualLoss
+from crt.tokenizer.objective import Objective
+from crt.tokenizer.regularizer import annealed_lambda
 from crt.tokenizer.state import TrainingState
 from crt.tokenizer.validation import reconstruction_picture, validate
 
@@ -81,19 +75,27 @@ def run(run: StageRun) -> None:
 
 
 def _train(run: StageRun, world: World) -> None:
-    params, lambda_, seed = run.params.train_tokenizer, run.params.lambda_, run.params.seed
-    share = rank_slice(params.batch_size, world.rank, world.size)
+    params = run.params.train_tokenizer
+    rank_slice(params.batch_size, world.rank, world.size)  # a batch that does not divide must not wait for anything
     train_images, val_images = (PackedImages(run.inputs["data"], split) for split in ("train", "val"))
     # A continued run must choose the same kernels as an uninterrupted one.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
-    state = TrainingState(params, lambda_, seed, world.device)
-    model, regularizer, discriminator = state.model, state.regularizer, state.discriminator
+    state = TrainingState(params, run.params.lambda_, run.params.seed, world.device)
     perceptual = None
     if params.loss.lpips_weight > 0:
         perceptual = PerceptualLoss(params.loss.lpips_weights).to(world.device)
-    first_step = state.load(run.work / "checkpoint.pt")
-    check_same_step(first_step, run.work / "checkpoint.pt", world)
+    objective = Objective(
+        params,
+        state.model,
+        state.regularizer,
+        state.discriminator,
+        perceptual=perceptual,
+        device_type=world.device.type,
+    )
+    checkpoint = run.work / "checkpoint.pt"
+    first_step = state.load(checkpoint)
+    check_same_step(first_step, checkpoint, world)
     if params.compile:
         state.compile()
 
@@ -105,23 +107,29 @@ def _train(run: StageRun, world: World) -> None:
         batch_size=params.batch_size,
         min_crop=params.min_crop,
         horizontal_flip=params.horizontal_flip,
-        seed=seed,
+        seed=run.params.seed,
         first_step=first_step,
         steps=params.steps,
         rank=world.rank,
         world_size=world.size,
     )
+    validated = log.has_validated(first_step)  # a stop may have come before its end
     signum = 0
     for step in range(first_step, params.steps + 1):  # `step` updates are done
         last, fresh = step == params.steps, step > first_step
-        if fresh and (last or step % params.validate_every == 0):
+        due = step > 0 and (last or step % params.validate_every == 0)
+        if due and not signum and (fresh or not validated):
             size = params.batch_size // world.size
-            log.validation(step, validate(state.averaged, regularizer, val_images, size, world))
-            if world.is_main:
-                log.picture(step, reconstruction_picture(state.averaged, val_images, world.device))
+            validation = validate(state.averaged, state.regularizer, val_images, size, world)
+            if validation is None:
+                signum = stop_signal(world)
+            else:
+                if world.is_main:
+                    log.picture(step, reconstruction_picture(state.averaged, val_images, world.device))
+                log.validation(step, validation)
 
         if world.is_main and fresh and (last or signum or step % params.checkpoint_every == 0):
-            state.save(run.work / "checkpoint.pt", step)
+            state.save(checkpoint, step)
         if signum:
             sum_over_ranks(torch.zeros(1, device=world.device))  # nobody leaves before rank 0 has saved
             raise Stopped(signum)
@@ -129,77 +137,8 @@ def _train(run: StageRun, world: World) -> None:
             break
 
         images = to_unit_range(next(batches).to(world.device, non_blocking=True))
-        if params.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if params.architecture.dropout:
-            seed_torch(seed, "dropout", step, world.rank)
-        state.set_learning_rates(_rate_factor(step, params))
-        now_lambda = annealed_lambda(step, lambda_, params.regularizer.anneal_steps)
-        adversarial = discriminator is not None and step >= params.discriminator.start_step
-        autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=params.precision == "bf16")
-
-        with autocast:
-            latents = model.latents(images)  # B, D, h, w
-            raster = latents.flatten(2).transpose(1, 2)  # B, N, D
-            drawn = None
-            if regularizer is not None:
-                uniforms = torch.rand(
-                    (params.batch_size, model.num_tokens), generator=torch_generator(seed, "codes", step)
-                )[share]
-                drawn = regularizer.draw_codes(raster, model.quantizer.vectors(), uniforms.to(world.device))
-            quantized = model.quantizer(latents, None if drawn is None else drawn.view(-1, *latents.shape[2:]))
-            reconstructions = model.reconstruct(quantized.values)
-
-            figures = {"pixel": pixel_loss(reconstructions, images, params.loss.pixel)}
-            loss = params.loss.pixel_weight * figures["pixel"]
-            if perceptual is not None:
-                figures["lpips"] = perceptual(reconstructions, images)
-                loss = loss + params.loss.lpips_weight * figures["lpips"]
-            if adversarial:
-                assert discriminator is not None
-                # Only the decoder learns from this pass.
-                discriminator.requires_grad_(False)
-                figures["adversarial"] = hinge_generator_loss(discriminator(reconstructions))
-                discriminator.requires_grad_(True)
-                weight: Tensor | float = params.discriminator.weight
-                if params.discriminator.adaptive_weight:
-                    last_layer = model.decoder.conv_out.weight
-                    weight = weight * adaptive_weight(loss, figures["adversarial"], last_layer)
-                    figures["adaptive_weight"] = torch.as_tensor(weight)
-                loss = loss + weight * figures["adversarial"]
-            figures["codebook"], figures["commitment"] = quantized.codebook_loss, quantized.commitment_loss
-            if params.quantizer.update == "gradient":
-                loss = loss + params.loss.codebook_weight * quantized.codebook_loss
-            loss = loss + params.loss.commitment_weight * quantized.commitment_loss
-            if params.loss.entropy_weight > 0:
-                figures["entropy"] = model.quantizer.entropy_loss(latents, params.loss.entropy_temperature)
-                loss = loss + params.loss.entropy_weight * figures["entropy"]
-
-            total = loss
-            if regularizer is not None:
-                # The encoder's gradient is scaled by lambda, the regularizer's own is not.
-                scaled = scale_gradient(raster, now_lambda)
-                figures["regularizer"] = regularizer(scaled, quantized.codes.flatten(1), model.quantizer.vectors())
-                total = loss + figures["regularizer"]
-                loss = loss.detach() + now_lambda * figures["regularizer"].detach()
-
-        total.backward()
-        figures["grad_norm"] = state.descend("tokenizer", params.optimizer.clip_norm)
-        if regularizer is not None:
-            figures["regularizer_grad_norm"] = state.descend("regularizer", params.optimizer.clip_norm)
-        if adversarial:
-            assert discriminator is not None
-            with autocast:
-                real_logits, fake_logits = discriminator(images), discriminator(reconstructions.detach())
-                figures["discriminator"] = hinge_discriminator_loss(real_logits, fake_logits)
-            figures["discriminator"].backward()
-            figures["discriminator_grad_norm"] = state.descend("discriminator", params.optimizer.clip_norm)
-
-        counts = sum_over_ranks(torch.bincount(quantized.codes.flatten(), minlength=model.codebook_size))
-        replaced = state.upkeep.update(step, latents, quantized.codes, counts)
-        state.average_weights(step, replaced)
-        figures |= {"loss": loss, "code_usage": (counts > 0).float().mean()}
-        log.training(step + 1, figures, {"lambda": now_lambda, "learning_rate": state.learning_rate})
+        figures, settings = _update(step, images, state, objective, run=run, world=world)
+        log.training(step + 1, figures, settings)
         signum = stop_signal(world)
         progress.update(step + 1, loss=log.last["loss"], pixel=log.last["pixel"], code_usage=log.last["code_usage"])
 
@@ -208,11 +147,49 @@ def _train(run: StageRun, world: World) -> None:
         run.summary.update(log.summary())
         log.close()
         run.summary.update(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            grid=list(model.grid),
-            codebook_size=model.codebook_size,
-            training_flops=tokenizer_training_flops(params, lambda_ > 0),
+            parameters=sum(parameter.numel() for parameter in state.model.parameters()),
+            grid=list(state.model.grid),
+            codebook_size=state.model.codebook_size,
+            training_flops=tokenizer_training_flops(params, run.params.lambda_ > 0),
         )
+
+
+def _update(
+    step: int, images: Tensor, state: TrainingState, objective: Objective, *, run: StageRun, world: World
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Step number `step`, counted from 0, of all networks on this process's images. A collective call.
+
+    Returns:
+        Figures of this process's share, scalars on the device; and what the step was set to.
+    """
+    params, seed = run.params.train_tokenizer, run.params.seed
+    if params.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    if params.architecture.dropout:
+        seed_torch(seed, "dropout", step, world.rank)
+    state.set_learning_rates(_rate_factor(step, params))
+    now_lambda = annealed_lambda(step, run.params.lambda_, params.regularizer.anneal_steps)
+    adversarial = objective.is_adversarial(step)
+    shape = (params.batch_size, state.model.num_tokens)
+    uniforms = torch.rand(shape, generator=torch_generator(seed, "codes", step))
+    share = rank_slice(params.batch_size, world.rank, world.size)
+
+    clip_norm = params.optimizer.clip_norm
+    made = objective.tokenizer_loss(images, uniforms[share].to(world.device), now_lambda, adversarial)
+    made.total.backward()
+    figures = made.figures | {"grad_norm": state.descend("tokenizer", clip_norm)}
+    if state.regularizer is not None:
+        figures["regularizer_grad_norm"] = state.descend("regularizer", clip_norm)
+    if adversarial:
+        figures["discriminator"] = objective.discriminator_loss(images, made.reconstructions)
+        figures["discriminator"].backward()
+        figures["discriminator_grad_norm"] = state.descend("discriminator", clip_norm)
+
+    counts = sum_over_ranks(torch.bincount(made.codes.flatten(), minlength=state.model.codebook_size))
+    replaced = state.upkeep.update(step, made.latents, made.codes, counts)
+    state.average_weights(step, replaced)
+    figures["code_usage"] = (counts > 0).float().mean()
+    return figures, {"lambda": now_lambda, "learning_rate": state.learning_rate}
 
 
 def check_same_step(step: int, path: Path, world: World) -> None:
@@ -222,13 +199,11 @@ def check_same_step(step: int, path: Path, world: World) -> None:
         LocalError: this process has found another one, or none: nodes may see a shared file system differently for a
             while after a change.
     """
-    of_main = torch.tensor([step], device=world.device)
-    if world.size > 1:
-        dist.broadcast(of_main, 0)
-    if int(of_main) != step:
+    of_main = said_by_main(step, world)
+    if of_main != step:
         raise LocalError(
             f"{path}: process {world.rank} finds the state after {step} steps there, the first one that after "
-            f"{int(of_main)}: see to the shared file system, or wait a minute, and run the same command again"
+            f"{of_main}: see to the shared file system, or wait a minute, and run the same command again"
         )
 
 
@@ -292,11 +267,16 @@ class _Log:
             speed = self.steps_since * self.batch_size / seconds
             self.live.training(step, row | {"images_per_second": speed})
 
+    def has_validated(self, step: int) -> bool:
+        """Whether the validation after `step` steps is recorded. A collective call."""
+        return bool(said_by_main(self.world.is_main and self.validated.has(step), self.world))
+
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Record a validation."""
         if self.world.is_main:
             self.validated.append(step, figures)
             self.live.log(step, {f"validation/{name}": value for name, value in figures.items()})
+        self.steps_since, self.since = 0, time.monotonic()
 
     def picture(self, step: int, reconstructions: Image.Image) -> None:
         """Keep the picture of a validation, the last one in the result too. Rank 0 only."""
@@ -305,7 +285,6 @@ class _Log:
         save_png(reconstructions, temporary)
         temporary.replace(path)
         self.live.picture(step, "reconstructions", reconstructions)
-        self.steps_since, self.since = 0, time.monotonic()
 
     def close(self) -> None:
         """Finish the curves. Rank 0 only."""

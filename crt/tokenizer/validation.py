@@ -10,8 +10,9 @@ from torch import Tensor
 from crt.data.loader import eval_batches
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
-from crt.distributed import World
+from crt.distributed import World, stop_signal
 from crt.evaluation.grids import reconstruction_grid, spread
+from crt.interrupt import stop_requested
 from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
@@ -26,7 +27,7 @@ _COLLAPSED_SHARE = 0.05
 @torch.no_grad()
 def validate(
     model: Tokenizer, regularizer: Regularizer | None, images: PackedImages, batch_size: int, world: World
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Reconstruct a whole split in float32, with the nearest codes. A collective call.
 
     Args:
@@ -43,10 +44,13 @@ def validate(
         code_entropy: of the codes' frequencies, in bits per token;
         perplexity: 2 ** code_entropy, the number of equally frequent codes that would have this entropy;
         regularizer: its mean over images, if there is one.
+        None where a process was asked to stop meanwhile.
     """
     counts = torch.zeros(model.codebook_size, dtype=torch.int64, device=world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     for pixels, _ in eval_batches(images, model.image_size, batch_size, world.rank, world.size):
+        if stop_requested():  # each process by itself: there is no collective before the end
+            break
         originals = to_unit_range(pixels.to(world.device))
         latents = model.latents(originals)
         quantized = model.quantizer(latents)
@@ -60,6 +64,8 @@ def validate(
             raster = latents.flatten(2).transpose(1, 2)
             loss = regularizer(raster, quantized.codes.flatten(1), model.quantizer.vectors())
             sums[2] += loss.double() * len(pixels)
+    if stop_signal(world):
+        return None
     mse, psnr_mean, loss_mean = (sum_over_ranks(sums) / len(images)).tolist()
     counts = sum_over_ranks(counts)
     figures = {"mse": mse, "psnr": psnr_mean, **code_statistics(counts)}
