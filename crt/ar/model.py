@@ -269,7 +269,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        _draw(self.weight, self.std)
 
 
 class Embedding(nn.Embedding):
@@ -280,7 +280,13 @@ class Embedding(nn.Embedding):
         super().__init__(rows, width)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        _draw(self.weight, self.std)
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, std: float) -> None:
+    """Fill with draws from N(0, std): in float32 also where ZeRO-3 makes bfloat16, so that all stages draw the same."""
+    weight.copy_(weight.float().normal_(std=std))
 
 
 def rotary_table(grid: tuple[int, int], head_width: int, base: float) -> Tensor:

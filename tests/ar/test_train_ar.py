@@ -134,6 +134,7 @@ def test_what_is_kept_and_shown_may_change_while_a_run_is_stopped(
         {"train_ar__offload": "optimizer"},
         {"train_ar__offload": "optimizer_and_parameters", "train_ar__zero_stage": 3},
         {"train_ar__precision": "bf16", "train_ar__zero_stage": 0},
+        {"train_ar__precision": "bf16", "train_ar__zero_stage": 3},
         {"train_ar__precision": "bf16", "train_ar__zero_stage": 1, "train_ar__micro_batch_size": 8},
     ],
 )
