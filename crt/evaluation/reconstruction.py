@@ -18,7 +18,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB; an identical image, where it is infinite, counts as 100 dB.
 
     Args:
-        a: uint8 (B, H, W, 3).
+        a: uint8 (B, H, W, 3) or (B, 3, H, W).
         b: likewise.
 
     Returns:

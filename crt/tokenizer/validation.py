@@ -12,6 +12,7 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World, stop_signal
 from crt.evaluation.grids import reconstruction_grid, spread
+from crt.evaluation.reconstruction import psnr
 from crt.interrupt import stop_requested
 from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
@@ -19,7 +20,6 @@ from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer
 
 _PICTURE_IMAGES = 16
-_MAX_PSNR = 100.0
 # A codebook with a smaller share of its codes in use is told to have collapsed.
 _COLLAPSED_SHARE = 0.05
 
@@ -55,10 +55,8 @@ def validate(
         latents = model.latents(originals)
         quantized = model.quantizer(latents)
         reconstructions = model.reconstruct(quantized.values)
-        error = to_uint8(reconstructions).double() - pixels.to(world.device).double()
-        psnr = 10 * torch.log10(255.0**2 / error.square().mean((1, 2, 3)))
         sums[0] += (reconstructions - originals).double().square().mean((1, 2, 3)).sum()
-        sums[1] += psnr.clamp_max(_MAX_PSNR).sum()
+        sums[1] += psnr(to_uint8(reconstructions), pixels.to(world.device)).sum()
         counts += torch.bincount(quantized.codes.flatten(), minlength=len(counts))
         if regularizer is not None:
             raster = latents.flatten(2).transpose(1, 2)
