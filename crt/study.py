@@ -25,7 +25,15 @@ from crt.errors import UserError
 from crt.evaluation.names import ALL_FIGURES, figure_names
 from crt.files import make_folder
 from crt.params import Params, validate_params
-from crt.pipeline import StageSpec, canonical_json, expected_fingerprints, load_stages, path_variables, stamp_name
+from crt.pipeline import (
+    NEUTRAL_KEYS,
+    StageSpec,
+    canonical_json,
+    expected_fingerprints,
+    load_stages,
+    path_variables,
+    stamp_name,
+)
 from crt.yaml_files import Section, checked, in_yaml, read_yaml
 
 STUDY_FOLDER = Path("studies")
@@ -191,20 +199,35 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
 def write_params_files(run: StudyRun) -> None:
     """Write the params file of each stage of a run, once: stages are shared, so the first run's file serves all.
 
+    Again only where the stage's own keys that change no result are others now: a stopped run is to continue with them.
+
     Raises:
         UserError: the disk is full, or does not take it.
     """
     for stage in run.stages.values():
         path = _params_file(stage.output)
-        if not path.exists():
+        # In the first line, since reading all files as YAML takes seconds for a large study.
+        neutral = {
+            key: {name: run.values[key][name] for name in names}
+            for key, names in NEUTRAL_KEYS.items()
+            if key in stage.keys
+        }
+        mark = f"# free to change: {canonical_json(neutral)}\n"
+        if not path.exists() or _first_line(path) != mark:
             temporary = path.with_suffix(".tmp")
             try:
                 make_folder(path.parent)
                 with open(temporary, "w", encoding="utf-8") as file:
+                    file.write(mark)
                     YAML(typ="safe", pure=True).dump(dict(run.values), file)
                 temporary.rename(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}): see to its disk or folder") from None
+
+
+def _first_line(path: Path) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.readline()
 
 
 def study_target(path: Path, scale: str, study: Study) -> str:

@@ -110,6 +110,21 @@ def test_params_files_are_valid_and_written_once(study_file, monkeypatch, tmp_pa
     assert path.stat().st_mtime_ns == written
 
 
+def test_what_may_change_while_a_study_is_stopped_reaches_the_runs_that_read_it(study_file, monkeypatch, tmp_path):
+    first = study_runs(study_file(), "small")[0]
+    overrides = STUDY["scales"]["small"].get("overrides", {}) | {"train_ar.keep_checkpoints": 1}
+    changed = study_file(scales={"small": STUDY["scales"]["small"] | {"overrides": overrides}})
+    now = study_runs(changed, "small")[0]
+    assert now.fingerprints == first.fingerprints
+    in_a_folder_of_its_own(monkeypatch, tmp_path)
+    files = {name: Path(f"{stage.output}.yaml") for name, stage in first.stages.items()}
+    write_params_files(first)
+    written = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    write_params_files(now)
+    assert {name for name, path in files.items() if path.stat().st_mtime_ns != written[name]} == {"train_ar"}
+    assert load_params(files["train_ar"]).train_ar.keep_checkpoints == 1
+
+
 def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_file, monkeypatch, tmp_path):
     figure = {"x": "stage2_training_flops", "y": "stage2_val_loss", "lines": "lambda"}
     axes = {
