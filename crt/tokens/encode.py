@@ -6,7 +6,6 @@ sum, and a last bit can decide between two codes. So batches never depend on ran
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from crt.data.loader import made_by_workers
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_unit_range
+from crt.launch import keep_freed_memory
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.views import render_batch, render_views
 
@@ -26,8 +26,6 @@ from crt.tokens.views import render_batch, render_views
 BLOCK_IMAGES = 512
 # Pixels that one thread of a CPU encodes at once: one image of 256 px. More at once is no faster.
 _PIECE_PIXELS = 256 * 256
-# Of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def rows_per_unit(num_views: int, batch_size: int) -> int:
@@ -112,7 +110,7 @@ class Encoder:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         if self.device.type == "cpu":
             torch.set_num_threads(1)
-            _keep_freed_memory()
+            keep_freed_memory()
             self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
@@ -142,15 +140,3 @@ class Encoder:
         # Both modes hold per thread.
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self.tokenizer.nearest_codes(to_unit_range(pixels.to(self.device, non_blocking=True)))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next layer, for the rest of the process.
-
-    By default it returns each to the system, which clears its pages again at the next use: a quarter of the
-    CPU time of VQ-16 at 256 px.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(option, 2**31 - 1)
