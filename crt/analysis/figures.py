@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MplFigure
 
 _LINEAR_RANGE = 10
+# No law is fitted to a line whose compute-optimal cells end at less than this part of its compute.
+_MAX_UNSEEN = 4.0
 
 
 def value_name(axis: str, value: str) -> str:
@@ -36,9 +38,9 @@ def line_name(row: Row, figure: Figure) -> str:
 def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequence[Published] = ()) -> None:
     """Draw mean and standard deviation over seeds of every cell.
 
-    Over compute, each line's fitted scaling law is dashed within its own points, and the cells that nothing cheaper
-    beats are joined by a grey line: the compute-optimal frontier. Published values stand as stars at the compute of
-    our cell. Positive values that span more than a decade get a logarithmic axis.
+    Over compute, the scaling law fitted to each line's own compute-optimal cells is dashed, and the cells that nothing
+    cheaper beats are joined by a grey line: the compute-optimal frontier. Published values stand as stars at the
+    compute of our cell. Positive values that span more than a decade get a logarithmic axis.
 
     Args:
         rows: a study's results.
@@ -148,9 +150,27 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > _LINEAR_RANGE
 
 
+def compute_optimal(rows: Sequence[Row], figure: Figure, name: str) -> list[list[Row]]:
+    """The cells of one line that no cheaper one beats in the mean over seeds: what a scaling law is fitted to.
+
+    A law through all cells would tell how many of them are trained too long or too briefly for their size.
+
+    Raises:
+        Undetermined: much of the compute is spent on cells that cheaper ones beat, so that nothing shows the law there.
+    """
+    own = [group for group in cells(rows) if line_name(group[0], figure) == name]
+    x, y = (
+        np.array([mean_and_spread([row[key] for row in group])[0] for group in own]) for key in (figure.x, figure.y)
+    )
+    best = pareto_frontier(x, y)
+    if x[best].max() < x.max() / _MAX_UNSEEN:
+        raise Undetermined(f"beyond {x[best].max():.3g} FLOPs nothing is better than what less compute reaches")
+    return [own[index] for index in best]
+
+
 def _fitted_curve(rows: Sequence[Row], figure: Figure, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    points = [(row[figure.x], row[figure.y]) for row in rows if line_name(row, figure) == name]
     try:
+        points = [(row[figure.x], row[figure.y]) for cell in compute_optimal(rows, figure, name) for row in cell]
         fit = fit_scaling_law(*zip(*points, strict=True), resamples=0)
     except Undetermined:
         return None

@@ -7,24 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
-from crt.analysis.figures import line_name, value_name
+from crt.analysis.figures import compute_optimal, line_name, value_name
 from crt.analysis.scaling import Undetermined, compute_saved, fit_scaling_law, pareto_frontier
 from crt.evaluation.wording import axis_title
 from crt.study import Figure
 
 
 def scaling_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
-    """The scaling law fitted to each line of a figure over compute, or why it cannot be."""
+    """The scaling law fitted to the compute-optimal cells of each line of a figure, or why it cannot be."""
     lines = []
     for name in _lines(rows, figure):
-        points = [(row[figure.x], row[figure.y]) for row in rows if line_name(row, figure) == name]
         try:
-            fit = fit_scaling_law(*zip(*points, strict=True))
+            best = compute_optimal(rows, figure, name)
+            fit = fit_scaling_law(*zip(*((row[figure.x], row[figure.y]) for cell in best for row in cell), strict=True))
         except Undetermined as error:
             lines.append(f"{name}: no fit: {error}")
             continue
         low, high = fit.alpha_interval
         text = f"{name}: alpha {fit.alpha:.3f} ({low:.3f} .. {high:.3f}), L_min {fit.loss_min:.4g}"
+        count = len(cells(row for row in rows if line_name(row, figure) == name))
+        text += f", on its {len(best)} compute-optimal cells of {count}" if len(best) < count else ""
         lines.append(text + (f"; not to be extrapolated: {fit.undetermined}" if fit.undetermined else ""))
     return lines
 

@@ -286,7 +286,8 @@ def guidance_scales(settings: DrawSettings, num_tokens: int) -> Tensor:
 
     `constant` holds the scale s. The others grow from 1 at the first position to s at the last, for early codes fix the
     layout and suffer most from guidance: `linear` as in MAR (arXiv 2406.11838), `cosine` as in RAR (arXiv 2411.00776,
-    with power 1). Outside the interval (in shares of the sequence) the scale is 1.
+    with power 1, whose own last step falls a T-th short of s). Outside the interval (in shares of the sequence) the
+    scale is 1.
     """
     position = torch.arange(num_tokens, dtype=torch.float64)
     progress = GUIDANCE_SCHEDULES[settings.schedule](position / max(num_tokens - 1, 1))

@@ -20,6 +20,7 @@ PROTOCOL_FIELDS = {
     "generation_reference_images": "number of reference images",
     "generation_reference_moments": "mean and covariance of the reference of samples",
     "generation_images": "number of samples",
+    "generation_labels": "classes of the samples",
     "neighbours": "k of precision and recall",
     "pairwise_images": "images of kernel distance, precision and recall",
     "kernel_subsets": "subsets of the kernel distance",
@@ -31,10 +32,12 @@ PROTOCOL_FIELDS = {
 # Where the reference's mean and covariance come from.
 MOMENTS_OF_IMAGES = "of its images"
 STORED_MOMENTS = "of the whole data set, stored in the file"
+# Which labels samples are drawn for.
+ALL_CLASSES_ALIKE = "all classes alike"
 # What the classifier learned to tell apart.
 CLASSES, QUARTER_TURNS = "classes", "quarter turns"
 # What results without the field were measured by.
-_EARLIER = {"generation_reference_moments": MOMENTS_OF_IMAGES}
+_EARLIER = {"generation_reference_moments": MOMENTS_OF_IMAGES, "generation_labels": ALL_CLASSES_ALIKE}
 _DIGEST_DIGITS = 8
 
 
@@ -48,11 +51,11 @@ def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str
     a, b = _EARLIER | dict(a), _EARLIER | dict(b)
     differing = [name for name in PROTOCOL_FIELDS if a.get(name) != b.get(name)]
     # Another reference has other images: said once.
-    implied = {f"{name}_sha256" for name in differing} | {f"{name}_images" for name in differing}
+    implied = {f"{name}_sha256" for name in differing}
     return [
         f"{PROTOCOL_FIELDS[name]}: {_short(a.get(name))}, {_short(b.get(name))}"
         for name in differing
-        if name not in implied or name.endswith("_images")
+        if name not in implied
     ]
 
 

@@ -84,7 +84,7 @@ class InceptionFeatures:
         device: where the network runs, in float32.
         sha256: the checksum that the file must have; TorchScript is code, so nothing else is loaded.
         image_size: side to which images are brought first, by torch's bicubic interpolation and rounded to uint8, as
-            published figures of larger images are measured (LlamaGen's at 256 px); None: each has its own.
+            LlamaGen's scripts bring larger samples and reconstructions to 256 px; None: each has its own.
 
     Raises:
         UserError: the file is missing, cannot be fetched, or is another one.
@@ -126,7 +126,7 @@ class InceptionFeatures:
     @torch.inference_mode()
     def arrays(self, images: np.ndarray) -> dict[str, np.ndarray]:
         if self.image_size not in (None, images.shape[1]):
-            images = _interpolated(images, self.image_size)
+            images = interpolated(images, self.image_size)
         if self.resize == "clean":
             resized = np.stack(list(self._threads.map(self._resizer, images)))
         else:
@@ -146,8 +146,8 @@ class InceptionFeatures:
         return logits.softmax(dim=1).cpu().numpy()
 
 
-def _interpolated(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (B, H, W, 3) to uint8 (B, side, side, 3)."""
+def interpolated(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (B, H, W, 3) to uint8 (B, side, side, 3), by torch's bicubic interpolation without antialiasing."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
     pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False)
     return pixels.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()

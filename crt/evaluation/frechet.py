@@ -136,20 +136,20 @@ def expected_distance(reference: Moments, counts: tuple[float, float]) -> float:
     return float((1 / counts[0] + 1 / counts[1]) * (1.25 * values.sum() + products.sum() / 2))
 
 
-def scarcity(name: str, dimension: int, expected: float, counts: Mapping[str, float]) -> str:
+def scarcity(name: str, dimension: int, counts: Mapping[str, float], expected: float | None = None) -> str:
     """The warning that a set has fewer images than its covariance needs, naming the bias.
 
     Args:
         name: of the figure that suffers.
         dimension: D, the number of features; a covariance of full rank needs more images than that.
-        expected: what perfect images would score, see `expected_distance`.
         counts: number of images by what they are called.
+        expected: what perfect images would score where the sets are independent, see `expected_distance`.
     """
     scarce = " and ".join(f"{count} {which}" for which, count in counts.items() if count <= dimension)
+    floor = "" if expected is None else f", as many perfect images would score about {expected:.3g} instead of 0"
     return (
-        f"{name}: {scarce} are too few for a covariance of {dimension} features: the distance is biased upwards, "
-        f"as many perfect images would score about {expected:.3g} instead of 0: compare only with results of the same "
-        "numbers of images"
+        f"{name}: {scarce} are too few for a covariance of {dimension} features: the distance is biased upwards"
+        f"{floor}: compare only with results of the same numbers of images"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crt.evaluation.chunks import ChunkStore
-from crt.evaluation.comparable import CLASSES, MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.comparable import ALL_CLASSES_ALIKE, CLASSES, MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork
 from crt.evaluation.frechet import (
     GaussianStatistics,
@@ -23,11 +24,14 @@ from crt.evaluation.frechet import (
 from crt.evaluation.grids import spread
 from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
-from crt.evaluation.sources import AdmBatch, ImageSource
+from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.params import Evaluate
 from crt.tokenizer.validation import collapse_warning
+from crt.tokens.statistics import entropy_bits
 
 Metrics = dict[str, float | int | str]
+# Samples may differ from the reference in the classes of so many images, beside chance.
+_OTHER_SHARES = 0.1
 # Of section evaluate: what figures depend on besides images and networks.
 _SETTINGS = {"neighbours", "pairwise_images", "kernel_subsets", "kernel_subset_size", "inception_score_splits"}
 
@@ -39,8 +43,8 @@ def reconstruction_metrics(networks: Networks, passes: Passes, warnings: list[st
     copies = store_statistics(passes.copies, "features", dimension)
     originals = store_statistics(passes.val, "features", dimension)
     if originals.count <= dimension:
-        expected = expected_distance(originals, (copies.count, originals.count))
-        warnings.append(scarcity(name, dimension, expected, {"validation images": originals.count}))
+        # No floor to name: reconstructions are pairs with their originals, and perfect ones would score 0.
+        warnings.append(scarcity(name, dimension, {"validation images": originals.count}))
     metrics: Metrics = {name: frechet_distance(copies, originals)}
     for score in networks.similarities():
         metrics[score] = float(passes.copies.column(score).mean())
@@ -59,7 +63,7 @@ class Reference:
 def stored_moments(source: ImageSource, network: FeatureNetwork) -> dict[str, Moments]:
     """Moments of the reference that its file holds: of the whole data set, as published distances are measured.
 
-    They belong to TensorFlow's resize, under which alone they are used.
+    They belong to TensorFlow's resize and to images of their own side, under which alone they are used.
 
     Args:
         source: the reference.
@@ -72,6 +76,8 @@ def stored_moments(source: ImageSource, network: FeatureNetwork) -> dict[str, Mo
         UserError: they are damaged, or of other features.
     """
     if not isinstance(source, AdmBatch) or network.resize != TENSORFLOW_RESIZE:
+        return {}
+    if network.image_size not in (None, source.image_size):
         return {}
     given = {column: source.moments(column, size) for column, size in _columns(network).items()}
     return {column: moments for column, moments in given.items() if moments}
@@ -109,7 +115,7 @@ def generation_metrics(
         metrics |= {figure: frechet_distance(made, real), f"{figure}_of_perfect_images": expected}
         if min(made.count, real.count) <= dimension:
             counts = {"samples": made.count, "reference images": real.count}
-            warnings.append(scarcity(figure, dimension, expected, counts))
+            warnings.append(scarcity(figure, dimension, counts, expected))
 
     stores = samples, reference.store
     x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in stores)
@@ -140,16 +146,15 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
         stage2_val_loss: of the transformer, in nats per token.
         warnings: that of a collapsed codebook is added.
     """
-    shares = counts[counts > 0] / counts.sum()
-    entropy = float(-(shares * np.log(shares)).sum())
-    collapse = collapse_warning(len(shares), len(counts), int(counts.sum()))
+    used, entropy = int((counts > 0).sum()), entropy_bits(counts)
+    collapse = collapse_warning(used, len(counts), int(counts.sum()))
     warnings += [collapse] if collapse else []
     return {
-        "codebook_usage": len(shares) / len(counts),
-        "codebook_perplexity": math.exp(entropy),
+        "codebook_usage": used / len(counts),
+        "codebook_perplexity": 2**entropy,
         "tokens_per_image": tokens_per_image,
         "bits_per_image": tokens_per_image * math.log2(len(counts)),
-        "bits_per_image_entropy": tokens_per_image * entropy / math.log(2),
+        "bits_per_image_entropy": tokens_per_image * entropy,
         "bits_per_image_stage2": tokens_per_image * stage2_val_loss / math.log(2),
         "stage2_val_loss": stage2_val_loss,
     }
@@ -181,11 +186,13 @@ def guidance_sweep(
     return rows
 
 
-def class_metrics(networks: Networks, sources: Sources, passes: Passes) -> Metrics:
+def class_metrics(networks: Networks, sources: Sources, passes: Passes, warnings: list[str]) -> Metrics:
     """Whether samples show the class asked for, by a classifier whose own accuracy bounds what that can mean.
 
     Images of one class are to be recognised as upright instead, and the result says so: `classifier_task`.
     """
+    other_shares = other_shares_warning(sources.samples, sources.reference)
+    warnings += [other_shares] if other_shares else []
     task = networks.classifier.task
     return ({"classifier_task": task} if task != CLASSES else {}) | {
         "class_agreement": class_agreement(passes.samples.column("predictions"), sources.samples.labels),
@@ -200,7 +207,7 @@ def protocol(params: Evaluate, networks: Networks, sources: Sources, reference: 
     return {
         "features": networks.features.name,
         "features_sha256": networks.features.checksum,
-        "features_image_size": networks.features.image_size or sources.samples.image_size,
+        "features_image_size": networks.side,
         "features_resize": networks.features.resize,
         "features_precision": "float32, statistics float64",
         "reconstruction_reference": sources.val.name,
@@ -211,10 +218,43 @@ def protocol(params: Evaluate, networks: Networks, sources: Sources, reference: 
         "generation_reference_images": len(sources.reference),
         "generation_reference_moments": STORED_MOMENTS if stored else MOMENTS_OF_IMAGES,
         "generation_images": len(sources.samples),
+        "generation_labels": drawn_labels(sources.samples),
         "guidance_scale": sources.samples.guidance_scale,
         **params.model_dump(include=_SETTINGS),
         **{name: checksum for name, checksum in judges.items() if checksum},
     }
+
+
+def drawn_labels(samples: SampleSource) -> str:
+    """In words, which labels the samples were drawn for."""
+    counts = np.bincount(samples.labels, minlength=len(samples.class_names))
+    if counts.max() - counts.min() <= 1:
+        return ALL_CLASSES_ALIKE
+    digest = hashlib.sha256(np.ascontiguousarray(counts, "<i8").tobytes()).hexdigest()
+    return f"{(counts > 0).sum()} of {len(counts)} classes, numbers of SHA-256 {digest[:8]}"
+
+
+def other_shares_warning(samples: SampleSource, reference: ImageSource) -> str:
+    """That the samples are of other classes, or in other shares, than the images that they are held against, or "".
+
+    A distance between sets grows by that however good each sample is. Where the reference has no labels nobody knows.
+    """
+    if not isinstance(reference, SplitSource):
+        return ""
+    counts = [np.bincount(labels, minlength=len(samples.class_names)) for labels in (samples.labels, reference.labels)]
+    made, real = (count / count.sum() for count in counts)
+    # Half the sum of differences is the share of images that another class would have to be asked for. The standard
+    # deviation of the reference's shares is what chance does to few images.
+    by_chance = np.sqrt(made * (1 - made) / len(reference)).sum() / 2
+    differing = np.abs(made - real).sum() / 2
+    if differing <= _OTHER_SHARES + by_chance:
+        return ""
+    worst = int(np.abs(made - real).argmax())
+    return (
+        f"sample.labels: the samples show other shares of the classes than {reference.name} (of "
+        f"{samples.class_names[worst]} {made[worst]:.0%} instead of {real[worst]:.0%}), which adds to their distance: "
+        "give sample.labels a list in which each class occurs as often as it should"
+    )
 
 
 def store_statistics(store: ChunkStore, column: str, dimension: int) -> GaussianStatistics:

@@ -49,7 +49,8 @@ def figure_names(params: Params) -> list[str]:
 
     Few images, or other weights of Inception, may yet cost it the kernel distance, precision and recall, or sFID.
     """
-    structural = "ms_ssim" if params.train_tokenizer.image_size >= MS_SSIM_MIN_SIDE else "ssim"
+    side = params.evaluate.image_size or params.train_tokenizer.image_size
+    structural = "ms_ssim" if side >= MS_SSIM_MIN_SIDE else "ssim"
     perceptual = ["lpips"] if params.evaluate.lpips else []
     distances = _OF_INCEPTION if params.evaluate.features == "inception" else _OF_CLASSIFIER
     return [*distances, "psnr", structural, *perceptual, *_ALWAYS]

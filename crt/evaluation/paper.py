@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from crt.evaluation.comparable import STORED_MOMENTS
+from crt.evaluation.comparable import ALL_CLASSES_ALIKE, STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE
 from crt.manifest import Manifest
 
+# The table is of this setting.
+_TOKENS, _CODEBOOK = 256, 16_384
 PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M")
 PAPER_TABLE = {
     "baseline": ("2.21", "4.90", "2.89", "2.55"),
@@ -42,6 +44,12 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
         reasons.append(
             f"they are measured under resize {TENSORFLOW_RESIZE}, this run under {metrics['features_resize']}"
         )
+    elif metrics["features_image_size"] != _SIDE:
+        reasons.append(f"they are measured at {_SIDE} px, this run at {metrics['features_image_size']}")
+    tokens = metrics["tokens_per_image"]
+    codebook = round(2 ** (metrics["bits_per_image"] / tokens))
+    if not reasons and (tokens, codebook) != (_TOKENS, _CODEBOOK):
+        reasons.append(f"they are for {_TOKENS} tokens of {_CODEBOOK:,} codes, this run has {tokens} of {codebook:,}")
     if reasons:
         return {"rows": [], "reasons": reasons}
     rows = []
@@ -55,6 +63,8 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
         reasons.append(f"gFID is for {_IMAGES:,} samples against the ADM batch")
     elif not stored:
         reasons.append("gFID is for the moments that the ADM batch file holds, under resize legacy_tensorflow")
+    elif metrics.get("generation_labels", ALL_CLASSES_ALIKE) != ALL_CLASSES_ALIKE:
+        reasons.append("gFID is for samples of all classes alike")
     elif column is None:
         reasons.append("gFID is for transformers of 111M, 340M and 775M parameters")
     else:

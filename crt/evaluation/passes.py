@@ -19,7 +19,7 @@ from crt.distributed import World, main_alone
 from crt.evaluation import reconstruction
 from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
-from crt.evaluation.features import FeatureNetwork
+from crt.evaluation.features import FeatureNetwork, deterministic_float32, interpolated
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
 from crt.params import MS_SSIM_MIN_SIDE
@@ -57,6 +57,11 @@ class Networks:
     lpips: PerceptualLoss | None
 
     @property
+    def side(self) -> int:
+        """Side at which images are measured, in pixels."""
+        return self.features.image_size or self.tokenizer.image_size
+
+    @property
     def lpips_checksum(self) -> str | None:
         return weights_checksum(self.lpips.state_dict()) if self.lpips else None
 
@@ -64,15 +69,15 @@ class Networks:
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, S, S, 3) -> the same through encoder, codes and decoder, in float32."""
         pieces = []
-        for piece in _pieces(torch.from_numpy(images)):
-            codes = self.tokenizer.encode(to_unit_range(piece.to(self.device)))
-            pieces.append(to_uint8(self.tokenizer.decode(codes)).cpu().numpy())
+        with deterministic_float32():
+            for piece in _pieces(torch.from_numpy(images)):
+                codes = self.tokenizer.encode(to_unit_range(piece.to(self.device)))
+                pieces.append(to_uint8(self.tokenizer.decode(codes)).cpu().numpy())
         return np.concatenate(pieces)
 
     def similarities(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """What compares uint8 images (B, S, S, 3) with others, by the score's name; each returns float64 (B,)."""
-        large = self.tokenizer.image_size >= MS_SSIM_MIN_SIDE
-        structural = reconstruction.ms_ssim if large else reconstruction.ssim
+        structural = reconstruction.ms_ssim if self.side >= MS_SSIM_MIN_SIDE else reconstruction.ssim
         scores = {"psnr": reconstruction.psnr, structural.__name__: structural}
         return scores | ({"lpips": self._lpips} if self.lpips else {})
 
@@ -116,9 +121,12 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
         own = features if features_of is classifier else classifier(images)
         return classifier.probabilities(own).argmax(axis=1)
 
+    side = networks.side
+
     def compare(originals: np.ndarray, copies: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores of each pair, float64 (B,)."""
-        pairs = zip(*(_pieces(torch.from_numpy(images)) for images in (originals, copies)), strict=True)
+        """Scores of each pair, float64 (B,), at the features' side, as LlamaGen's script compares larger images."""
+        both = (images if images.shape[1] == side else interpolated(images, side) for images in (originals, copies))
+        pairs = zip(*(_pieces(torch.from_numpy(images)) for images in both), strict=True)
         scores = [
             {name: score(x.to(world.device), y.to(world.device)).cpu().numpy() for name, score in measures.items()}
             for x, y in pairs
@@ -131,8 +139,11 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
         return {"features": features_of(copies), **compare(originals, copies)}
 
     def features_and_predictions(source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
-        images = source.read(start, stop)
-        arrays = features_of.arrays(images)
+        images = seen = source.read(start, stop)
+        if isinstance(source, SplitSource) and images.shape[1] != side:
+            # Real images are cropped at that side at once, as those of published references are.
+            seen = source.read_rows(np.arange(start, stop), side)
+        arrays = features_of.arrays(seen)
         return {**arrays, "predictions": predictions(images, arrays["features"])}
 
     def own(source: ImageSource, kind: str) -> ChunkStore:
@@ -150,6 +161,7 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
                 features_of.spatial_dimension,
             ],
             "batch_size": batch_size,
+            "cropped_at": side,
         }
         path = shared_path(shared, kind, recipe | depends_on)
         store = ChunkStore(path, len(source), batch_size)

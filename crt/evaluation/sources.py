@@ -70,14 +70,12 @@ class SplitSource:
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.read_rows(np.arange(start, stop))
 
-    def read_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Images of any rows, uint8 (B, S, S, 3)."""
-        if self.images.storage == "pixels" and self.images.image_size == self.image_size:
+    def read_rows(self, rows: np.ndarray, side: int | None = None) -> np.ndarray:
+        """Images of any rows, uint8 (B, S, S, 3), or cropped at another `side` than S."""
+        side = side or self.image_size
+        if self.images.storage == "pixels" and self.images.image_size == side:
             return self.images.pixels(rows)
-        return np.stack(list(self._threads.map(self._cropped, rows.tolist())))
-
-    def _cropped(self, row: int) -> np.ndarray:
-        return center_crop(self.images.image(row), self.image_size)
+        return np.stack(list(self._threads.map(lambda row: center_crop(self.images.image(row), side), rows.tolist())))
 
 
 class SampleSource:

@@ -172,7 +172,7 @@ def _write_results(
         reconstruction_metrics(networks, passes, warnings)
         | generated
         | code_metrics(counts, networks.tokenizer.num_tokens, run.manifests["train_ar"].summary["val_loss"], warnings)
-        | class_metrics(networks, sources, passes)
+        | class_metrics(networks, sources, passes, warnings)
         | {
             "stage1_training_flops": run.manifests["train_tokenizer"].summary["training_flops"],
             "stage2_training_flops": run.manifests["train_ar"].summary["training_flops"],

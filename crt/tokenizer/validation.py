@@ -18,6 +18,7 @@ from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer
+from crt.tokens.statistics import entropy_bits
 
 _PICTURE_IMAGES = 16
 # A codebook with a smaller share of its codes in use is told to have collapsed.
@@ -28,7 +29,7 @@ _COLLAPSED_SHARE = 0.05
 def validate(
     model: Tokenizer, regularizer: Regularizer | None, images: PackedImages, batch_size: int, world: World
 ) -> dict[str, float] | None:
-    """Reconstruct a whole split in float32, with the nearest codes. A collective call.
+    """Reconstruct a whole split in float32 (on a GPU: TF32 in convolutions), with the nearest codes. A collective call.
 
     Args:
         model: in evaluation mode.
@@ -79,12 +80,11 @@ def code_statistics(counts: Tensor) -> dict[str, float]:
     Args:
         counts: (K,) int64, how often each code occurs; at least one does.
     """
-    shares = counts.double() / counts.sum()
-    entropy = -torch.special.xlogy(shares, shares).sum().item() / np.log(2)
+    entropy = entropy_bits(counts.cpu().numpy())
     return {
         "codebook_usage": (counts > 0).double().mean().item(),
-        "perplexity": float(2**entropy),
-        "code_entropy": float(entropy),
+        "perplexity": 2**entropy,
+        "code_entropy": entropy,
     }
 
 

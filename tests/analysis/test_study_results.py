@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from crt.analysis.comparison import cells
 from crt.analysis.figures import draw_figure, draw_position_losses, line_name
+from crt.analysis.scaling import fit_scaling_law
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_page
 from crt.errors import UserError
@@ -49,6 +51,37 @@ def test_fitted_exponent_and_saved_compute_are_those_of_the_laws():
     # Between the points the curves are taken as straight.
     assert "median 2.0" in saved
     assert winner_lines(rows, FIGURE) == ["from 1e+03 FLOPs on: crt (loss 1.894)"]
+
+
+def chinchilla_rows(rising: bool = False) -> list[dict]:
+    """L(N, D) = 2 + N^-0.3 + D^-0.3 of every size with every budget: optimal models fall as C^-0.15 (C = 6 N D)."""
+    return [
+        {
+            "tokenizer": "plain",
+            "generator": f"{size:g}",
+            "budget": f"{tokens:g}",
+            "seed": 0,
+            "stage2_training_flops": 6 * size * tokens,
+            "loss": 2 + 50 * size**-0.3 + 50 * tokens**-0.3 + rising * 1e-19 * size * tokens,
+        }
+        for size in np.geomspace(1e6, 1e9, 7)
+        for tokens in np.geomspace(1e6, 1e10, 9)
+    ]
+
+
+def test_the_law_is_that_of_models_whose_size_suits_their_compute():
+    rows = chinchilla_rows()
+    (line,) = scaling_lines(rows, FIGURE)
+    alpha = float(line.split("alpha ")[1].split()[0])
+    assert alpha == pytest.approx(-0.15, abs=0.012)
+    every = fit_scaling_law(*zip(*((row["stage2_training_flops"], row["loss"]) for row in rows), strict=True))
+    assert abs(every.alpha + 0.15) > 0.03  # as far off a law through all of them is
+    assert re.search(r", on its \d\d compute-optimal cells of 63", line)
+
+
+def test_no_law_is_read_off_the_start_of_a_loss_that_rises_again():
+    (line,) = scaling_lines(chinchilla_rows(rising=True), FIGURE)
+    assert re.fullmatch(r"plain: no fit: beyond .* FLOPs nothing is better than what less compute reaches", line)
 
 
 def test_the_winner_changes_where_the_curves_cross():

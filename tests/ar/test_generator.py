@@ -119,6 +119,11 @@ def test_equal_logits_at_the_edge_of_top_k_are_all_kept() -> None:
     assert kept.tolist() == [True, True, True, False]
 
 
+def test_codes_that_reach_top_p_exactly_are_enough() -> None:
+    kept = distribution(torch.zeros(1, 4), temperature=1.0, top_k=0, top_p=0.5)[0] > 0
+    assert kept.tolist() == [True, True, False, False]
+
+
 def test_uniforms_are_uniform_and_never_shared() -> None:
     uniforms = image_uniforms(0, range(2000), 8).flatten()
     assert stats.kstest(uniforms.numpy(), "uniform").pvalue > 1e-3

@@ -23,18 +23,25 @@ import pytest
 import torch
 from cleanfid import fid as cleanfid_fid
 from PIL import Image
+from safetensors.torch import save_file
 
 from crt.__main__ import main
 from crt.ar.model import ARTransformer, config_from_params, save_model
 from crt.commands.results import table
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
+from crt.distributed import World
 from crt.evaluation import chunks
-from crt.evaluation.classifier import ClassifierFeatures
-from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS
-from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier
+from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences
+from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures, interpolated
+from crt.evaluation.frechet import kernel_distance
+from crt.evaluation.metrics import stored_moments
 from crt.evaluation.names import figure_names
+from crt.evaluation.passes import Networks, Sources, measure
+from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
+from crt.evaluation.sources import AdmBatch, SampleSource, SplitSource
 from crt.files import sha256_file
 from crt.history import History, read_history
 from crt.params import load_params
@@ -156,8 +163,23 @@ def test_figures_are_those_of_the_images_taken_in_one_go(evaluated):
     assert metrics["bits_per_image_entropy"] == pytest.approx(16 * entropy)
     assert metrics["bits_per_image_stage2"] == pytest.approx(16 * 2.5 / np.log(2))
     assert metrics["stage2_val_loss"] == 2.5
-    assert 0 <= metrics["recall"] <= 1
-    assert 0 <= metrics["precision"] <= 1
+    settings = load_params(evaluated.params).evaluate
+    expected = kernel_distance(made, real, settings.kernel_subsets, settings.kernel_subset_size, seed=0)
+    assert metrics["kd_classifier_gen"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+def test_precision_and_recall_are_those_of_samples_against_the_reference(evaluated):
+    """Balls so wide that an untrained model's noise lies in some of them."""
+    assert evaluated.evaluate("wide", neighbours=39) == 0
+    network = ClassifierFeatures(evaluated.root / "wide/classifier.safetensors", "cpu")
+    val = PackedImages(evaluated.root / "data", "val")
+    with h5py.File(evaluated.root / "samples/samples.h5") as file:
+        made, real = (network(images).astype(float) for images in (file["images"][:], val.pixels(np.arange(len(val)))))
+    precision, recall = precision_recall(made, real, 39)
+    assert precision != recall
+    metrics = evaluated.metrics("wide")
+    assert (metrics["precision"], metrics["recall"]) == (precision, recall)
 
 
 def test_a_result_says_what_it_was_measured_by_and_never_calls_it_fid(evaluated, tmp_path):
@@ -250,7 +272,30 @@ def test_too_few_images_are_warned_of_with_the_bias(evaluated, capfd):
     for name in ("fd_classifier_gen: 40 samples and 120 reference images", "fd_classifier_rec: 120 validation"):
         assert name in metrics["warnings"]
         assert f"warning: {name}" in capfd.readouterr().err or name.startswith("fd_classifier_rec")
+    # Perfect reconstructions would be the originals themselves, at distance 0.
+    assert "perfect" not in metrics["warnings"].split("fd_classifier_rec")[1].split(";")[0]
     assert f"about {metrics['fd_classifier_gen_of_perfect_images']:.3g} instead of 0" in metrics["warnings"]
+
+
+def test_samples_of_other_classes_than_the_reference_are_warned_of(evaluated, capfd):
+    """One of ten classes alone, against all of them."""
+    samples = evaluated.root / "samples"
+    samples.rename(evaluated.root / "of_all_classes")
+    one = evaluated.changes | {"sample.labels": [3]}
+    try:
+        write_params(evaluated.params, one)
+        assert evaluated.stage("sample", "samples", "tokenizer", "ar") == 0
+        inputs = [text for key in NAMES for text in (f"--{key}", str(evaluated.root / key))]
+        out = str(evaluated.root / "one_class")
+        assert main(["evaluate", "--params", str(evaluated.params), *inputs, "--out", out]) == 0
+    finally:
+        shutil.rmtree(samples)
+        (evaluated.root / "of_all_classes").rename(samples)
+    metrics, usual = evaluated.metrics("one_class"), evaluated.metrics("evaluation")
+    assert "other shares of the classes than val (of 3 100% instead of 10%)" in metrics["warnings"]
+    assert "warning: sample.labels:" in capfd.readouterr().err
+    (difference,) = [line for line in protocol_differences(usual, metrics) if line.startswith("classes of the samples")]
+    assert "all classes alike, 1 of 10 classes" in difference
 
 
 @pytest.mark.parametrize(
@@ -330,13 +375,18 @@ def some_moments() -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_inception_figures_against_an_adm_batch(evaluated, inception_folder, monkeypatch):
     """The whole protocol of published figures, on the stand-in network: 2,048 features make the root slow."""
-    metrics, _ = inception_run(evaluated, inception_folder, monkeypatch, some_moments())
+    metrics, samples = inception_run(evaluated, inception_folder, monkeypatch, some_moments())
     # The images of the file are the very samples; its moments belong to another resize than this one.
     assert metrics["gfid"] == pytest.approx(0, abs=1e-3)
     assert metrics["sfid"] == pytest.approx(0, abs=1e-3)
     assert (metrics["precision"], metrics["recall"]) == (1, 1)
     assert metrics["rfid"] > 0.01
-    assert metrics["inception_score"] >= 1
+    network = InceptionFeatures(inception_folder, "clean", "cpu", sha256_file(inception_folder / INCEPTION_FILE))
+    settings = load_params(evaluated.params).evaluate
+    probabilities = network.probabilities(network(samples))
+    expected = inception_score(probabilities, settings.inception_score_splits, seed=0)
+    assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(expected, rel=1e-3)
+    assert expected[0] > 1
     assert metrics["features_sha256"] == sha256_file(inception_folder / INCEPTION_FILE)
     assert metrics["generation_reference"] == "adm_train"
     assert metrics["generation_reference_moments"] == MOMENTS_OF_IMAGES
@@ -419,6 +469,56 @@ def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales
     assert [metrics["psnr"], metrics["ms_ssim"]] == pytest.approx(np.mean(scores, axis=0), rel=1e-3)
     with Image.open(tmp_path / "evaluation/reconstructions.png") as image:
         assert image.width > 256
+
+
+def test_larger_images_are_measured_at_the_side_of_published_references(imagenet_sample, inception_folder, tmp_path):
+    """64 px measured at 32: real images are cropped at 32, reconstructions interpolated, as LlamaGen's scripts do."""
+    changes = CHANGES | {
+        "prepare_data.source": "imagefolder",
+        "prepare_data.path": str(imagenet_sample),
+        "prepare_data.storage": "encoded",
+        "prepare_data.image_size": None,
+        "prepare_data.max_images_per_class": None,
+        "train_tokenizer.image_size": 64,
+        "train_tokenizer.architecture.channel_multipliers": [1, 1, 1],
+        "sample.num_images": 4,
+        "evaluate.classifier.steps": 2,
+    }
+    Pipeline(tmp_path, changes)
+    val = PackedImages(tmp_path / "data", "val")
+    network = ConvClassifier(4, val.num_classes, 64)
+    save_file(network.state_dict(), tmp_path / "c.safetensors", metadata={"sizes": json.dumps(
+        {"channels": 4, "classes": val.num_classes, "image_size": 64})})  # fmt: skip
+    checksum = sha256_file(inception_folder / INCEPTION_FILE)
+    inception = InceptionFeatures(inception_folder, "legacy_tensorflow", "cpu", checksum, image_size=32)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    classifier = ClassifierFeatures(tmp_path / "c.safetensors", "cpu")
+    networks = Networks(tokenizer, "content", torch.device("cpu"), classifier, inception, None)
+    source = SplitSource(tmp_path / "data", "val", 64, "content")
+    samples = SampleSource(tmp_path / "samples", "content")
+    world = World(0, 1, 0, torch.device("cpu"))
+    passes = measure(
+        tmp_path / "w", tmp_path / "s", 4, world, networks=networks, sources=Sources(source, samples, source)
+    )
+
+    plain = InceptionFeatures(inception_folder, "legacy_tensorflow", "cpu", checksum)
+    small = np.stack([center_crop(val.image(row), 32) for row in range(len(val))])
+    np.testing.assert_allclose(passes.val.column("features"), plain(small), rtol=1e-4, atol=1e-4)
+    large = np.stack([center_crop(val.image(row), 64) for row in range(len(val))])
+    assert np.abs(plain(small) - plain(interpolated(large, 32))).max() > 1e-2
+    copies = networks.reconstruct(large)
+    np.testing.assert_allclose(passes.copies.column("features"), plain(interpolated(copies, 32)), rtol=1e-4, atol=1e-4)
+    pairs = (torch.from_numpy(interpolated(images, 32)) for images in (large, copies))
+    np.testing.assert_allclose(passes.copies.column("psnr"), psnr(*pairs).numpy(), rtol=1e-4)
+    predicted = classifier.probabilities(classifier(large)).argmax(axis=1)  # which learned at the images' own side
+    np.testing.assert_array_equal(passes.val.column("predictions"), predicted)
+    assert stored_moments(AdmBatch(adm_file(tmp_path, side=64)), inception) == {}
+    assert set(stored_moments(AdmBatch(adm_file(tmp_path, side=32)), inception)) == {"features", "spatial"}
+
+
+def adm_file(folder: Path, side: int) -> Path:
+    np.savez(folder / "adm.npz", np.zeros((2, side, side, 3), np.uint8), **some_moments())
+    return folder / "adm.npz"
 
 
 def test_the_page_stands_alone_and_tells_the_run(evaluated):

@@ -121,7 +121,7 @@ def test_given_moments_are_those_of_a_population(rng):
 
 
 def test_scarcity_names_the_set_the_numbers_and_the_bias():
-    text = scarcity("gfid", 2048, 31.4, {"samples": 500, "reference images": 50_000})
+    text = scarcity("gfid", 2048, {"samples": 500, "reference images": 50_000}, 31.4)
     assert "\n" not in text
     assert "500 samples are too few" in text
     assert "50000" not in text

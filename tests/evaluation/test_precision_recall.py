@@ -44,6 +44,12 @@ def test_sets_on_and_off_the_manifold():
     assert precision_recall(reference, modes, 3) == (1.0, 0.5)
 
 
+def test_a_ball_holds_its_edge():
+    """Integers about 0, so that no distance is rounded: 3 and -3 lie as far out as the ball of 2 and -2 reaches."""
+    reference = np.array([[-2.0], [-1.0], [1.0], [2.0]])
+    assert precision_recall(np.array([[3.0], [-3.0], [4.0], [5.0]]), reference, 1)[0] == 0.5
+
+
 def test_too_few_images_for_the_neighbours():
     with pytest.raises(ValueError, match="3 neighbours"):
         precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), 3)
