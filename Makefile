@@ -10,15 +10,23 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
+# Scripts of a virtual environment hold its path: that of a folder that was moved or copied serves no more.
+MOVED := $(shell [ -s .venv/installed ] && [ "$$(cat .venv/installed)" != "$(CURDIR)" ] && echo moved)
+
+.PHONY: moved
+moved:
+	@echo "this folder was moved: .venv is made anew"
+	rm -rf .venv
+
 setup: .venv/installed ## install everything into .venv (nothing else is touched)
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock pyproject.toml $(MOVED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): make setup PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	@echo "$(CURDIR)" > $@
 
 run: setup ## run the pipeline of params.yaml: by default real handwritten digits, some minutes on two cores
 	snakemake --profile workflow/profiles/default all

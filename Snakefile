@@ -13,6 +13,7 @@ from crt.pipeline import (
     expected_fingerprints,
     load_stages,
     plot_files,
+    refuse_config,
     stamp_name,
 )
 from crt.study import (
@@ -23,6 +24,7 @@ from crt.study import (
 )
 
 try:
+    refuse_config(config)
     VALUES = load_params(PARAMS_FILE).model_dump(by_alias=True)
     FINGERPRINTS = expected_fingerprints(VALUES)
     # Rule name, stage, stamp, stamps of its inputs.

@@ -195,7 +195,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 def _disk_message(error: BaseException, out: Path | None) -> str | None:
     """One line for a disk that is full or cannot be written, whichever library met it; None for other errors."""
-    code = getattr(error, "errno", None)
+    # torch raises anew, without a number, while it closes the file that could not be written.
+    code = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
     if code is None:
         # h5py, safetensors and torch put the number only into their text.
         match = re.search(r"(?:errno = |os error |Errno )(\d+)", str(error))

@@ -25,6 +25,7 @@ VERSIONS_FILE = "crt/stage_versions.yaml"
 # Keys by section that change neither a result nor the state that a stopped run continues from, so that they may be
 # changed meanwhile, for instance when a disk fills up.
 NEUTRAL_KEYS = {
+    "prepare_data": ("max_rejected_fraction",),
     "train_tokenizer": ("checkpoint_every",),
     "train_ar": ("checkpoint_every", "keep_checkpoints", "sample_images"),
 }
@@ -112,6 +113,19 @@ def without_neutral(params: Mapping[str, Any]) -> dict[str, Any]:
         neutral = NEUTRAL_KEYS.get(section)
         kept[section] = {k: v for k, v in values.items() if k not in neutral} if neutral and values else values
     return kept
+
+
+def refuse_config(config: Mapping[str, Any]) -> None:
+    """Refuse values of `snakemake --config`, which would be passed over in silence.
+
+    Raises:
+        UserError: there are any.
+    """
+    if config:
+        raise UserError(
+            f"--config {', '.join(config)}: values stand in {PARAMS_FILE} alone: change them there, or run "
+            "`dvc exp run -S KEY=VALUE`"
+        )
 
 
 def recipe_fingerprint(stage: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -45,6 +45,8 @@ RUN_FOLDER = Path("out/runs")
 REPORT_FOLDER = Path("out/studies")
 # What the results of a study have beside the figures of metrics.json: FLOPs of both trainings together.
 TRAINING_FLOPS = "training_flops"
+# A file's name, as an option's value, has a dot.
+_TARGET = re.compile(r"study_[\w-]+")
 _NAME = re.compile(r"\w[\w.-]*")
 _AXIS_FORM = "{low: {lambda: 0.1}, high: {lambda: 1.0}}"
 
@@ -244,17 +246,27 @@ def requested_studies(arguments: Sequence[str]) -> dict[str, tuple[Path, str, li
 
     Returns:
         (study file, scale, runs) by target.
+
+    Raises:
+        UserError: there is no such study or scale.
     """
     inside_job = any(f"{RUN_RULE}_" in argument for argument in arguments)
     if not inside_job and not any(argument.startswith("study_") for argument in arguments):
         return {}
-    requested = {}
+    requested, known = {}, []
     for path in sorted(STUDY_FOLDER.glob("*.yaml")):
         study = load_study(path)
         for scale in study.scales:
-            target = study_target(path, scale, study)
-            if inside_job or target in arguments:
-                requested[target] = (path, scale, study_runs(path, scale))
+            # The first scale's target may name it, too.
+            for target in dict.fromkeys((study_target(path, scale, study), f"study_{path.stem}_{scale}")):
+                known.append(target)
+                if target in arguments or (inside_job and target == study_target(path, scale, study)):
+                    requested[target] = (path, scale, study_runs(path, scale))
+    for argument in arguments:
+        if _TARGET.fullmatch(argument) and argument not in known:
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"{argument}: no study of {STUDY_FOLDER}/, or no scale of it: {hint}")
     return requested
 
 

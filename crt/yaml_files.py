@@ -47,7 +47,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}): give the path of a YAML file") from None
+        elsewhere = isinstance(error, FileNotFoundError) and not Path("dvc.yaml").exists()
+        remedy = "run from the project's root folder" if elsewhere else "give the path of a YAML file"
+        raise UserError(f"{path}: cannot be read ({_reason(error)}): {remedy}") from None
     try:
         values = yaml.load(text)
     except YAMLError as error:

@@ -83,6 +83,28 @@ def test_what_a_file_system_refuses_is_one_line(params_file, tmp_path, monkeypat
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
+def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_path, monkeypatch, capsys):
+    """As torch's writer does: it raises again, in other words, while it closes the file that could not be written."""
+
+    def full(run):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1459136 vs 1459024")
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", full)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert "data: No space left on device: free some space and run" in capsys.readouterr().err
+
+
+def test_outside_the_project_the_remedy_is_to_go_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check"]) == 2
+    assert "params.yaml: cannot be read (No such file or directory): run from the project's root folder" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
     params, disk = params_file(), tmp_path / "disk"
     text = on_a_disk_of_its_own(

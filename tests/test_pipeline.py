@@ -81,3 +81,10 @@ def test_canonical_json_has_one_spelling_per_value():
     )
     with pytest.raises(ValueError, match="JSON"):
         canonical_json(float("inf"))
+
+
+def test_values_of_snakemakes_config_are_refused_not_passed_over():
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "--config", "lambda=0.3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: --config lambda: values stand in params.yaml alone" in done.stderr

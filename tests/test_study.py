@@ -162,6 +162,19 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
             assert study_stamp(path, scale, runs).startswith(f"out/studies/{path.stem}-{scale}/complete-")
             assert study_target(path, scale, study) in requested_studies([study_target(path, scale, study)])
     assert requested_studies(["--cores", "2", "all"]) == {}
+    (runs,) = requested_studies(["study_lambda_cifar10_short"]).values()  # its first scale, by its own name
+    assert runs[:2] == (Path("studies/lambda.yaml"), "cifar10_short")
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [("study_lambdaa", "did you mean study_lambda[?]"), ("study_zzz", "there are study_crt_vs_baseline, ")],
+)
+def test_a_study_that_is_none_is_named_with_the_nearest(monkeypatch, target, hint):
+    monkeypatch.chdir(ROOT)
+    assert requested_studies(["--report", "study_of_mine.html", "all"]) == {}
+    with pytest.raises(UserError, match=f"^{target}: no study of studies/, or no scale of it: {hint}"):
+        requested_studies(["-n", target])
 
 
 def test_the_digits_studies_share_their_runs(monkeypatch):
