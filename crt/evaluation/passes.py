@@ -28,7 +28,7 @@ from crt.tokenizer.model import Tokenizer
 
 # Pixels that tokenizer and SSIM work on at once, 16 images of 256 px: each takes some thousand bytes on the way.
 _PIECE_PIXELS = 16 * 256 * 256
-_Work = Callable[[int, int], dict[str, np.ndarray]]
+_Look = Callable[[ImageSource, int, int], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,36 @@ class Networks:
         scores = {"psnr": reconstruction.psnr, structural.__name__: structural}
         return scores | ({"lpips": self._lpips} if self.lpips else {})
 
+    def look(self, source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Features of the images of some rows, and the classes (B,) that the classifier sees in them."""
+        images = seen = source.read(start, stop)
+        if isinstance(source, SplitSource) and images.shape[1] != self.side:
+            # Real images are cropped at that side at once, as those of published references are.
+            seen = source.read_rows(np.arange(start, stop), self.side)
+        arrays = self.features.arrays(seen)
+        own = arrays["features"] if self.features is self.classifier else self.classifier(images)
+        return {**arrays, "predictions": self.classifier.probabilities(own).argmax(axis=1)}
+
+    def look_at_copies(self, source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Features of the reconstructions of some rows, and their scores beside the originals, float64 (B,) each."""
+        originals = source.read(start, stop)
+        copies = self.reconstruct(originals)
+        return {"features": self.features(copies), **self._compare(originals, copies)}
+
+    def _compare(self, originals: np.ndarray, copies: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores of each pair, float64 (B,), at the features' side, as LlamaGen's script compares larger images."""
+        both = (
+            images if images.shape[1] == self.side else interpolated(images, self.side)
+            for images in (originals, copies)
+        )
+        pairs = zip(*(_pieces(torch.from_numpy(images)) for images in both), strict=True)
+        measures = self.similarities()
+        scores = [
+            {name: score(x.to(self.device), y.to(self.device)).cpu().numpy() for name, score in measures.items()}
+            for x, y in pairs
+        ]
+        return {name: np.concatenate([piece[name] for piece in scores]) for name in measures}
+
     @torch.inference_mode()
     def _lpips(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.lpips is not None
@@ -114,54 +144,21 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
     Raises:
         Stopped: a signal arrived; what was measured stays.
     """
-    classifier, features_of = networks.classifier, networks.features
-    measures = networks.similarities()
+    features = networks.features
 
-    def predictions(images: np.ndarray, features: np.ndarray) -> np.ndarray:
-        own = features if features_of is classifier else classifier(images)
-        return classifier.probabilities(own).argmax(axis=1)
-
-    side = networks.side
-
-    def compare(originals: np.ndarray, copies: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores of each pair, float64 (B,), at the features' side, as LlamaGen's script compares larger images."""
-        both = (images if images.shape[1] == side else interpolated(images, side) for images in (originals, copies))
-        pairs = zip(*(_pieces(torch.from_numpy(images)) for images in both), strict=True)
-        scores = [
-            {name: score(x.to(world.device), y.to(world.device)).cpu().numpy() for name, score in measures.items()}
-            for x, y in pairs
-        ]
-        return {name: np.concatenate([piece[name] for piece in scores]) for name in measures}
-
-    def measure_copies(start: int, stop: int) -> dict[str, np.ndarray]:
-        originals = sources.val.read(start, stop)
-        copies = networks.reconstruct(originals)
-        return {"features": features_of(copies), **compare(originals, copies)}
-
-    def features_and_predictions(source: ImageSource, start: int, stop: int) -> dict[str, np.ndarray]:
-        images = seen = source.read(start, stop)
-        if isinstance(source, SplitSource) and images.shape[1] != side:
-            # Real images are cropped at that side at once, as those of published references are.
-            seen = source.read_rows(np.arange(start, stop), side)
-        arrays = features_of.arrays(seen)
-        return {**arrays, "predictions": predictions(images, arrays["features"])}
-
-    def own(source: ImageSource, kind: str) -> ChunkStore:
+    def own(source: ImageSource) -> ChunkStore:
         # The weights are files of the user's, which may be others today.
-        made_of = hashlib.sha256(f"{source.checksum} {features_of.checksum}".encode()).hexdigest()
-        return ChunkStore(work / f"{kind}-{made_of[:16]}", len(source), batch_size)
+        made_of = hashlib.sha256(f"{source.checksum} {features.checksum}".encode()).hexdigest()
+        store = ChunkStore(work / f"{source.name}-{made_of[:16]}", len(source), batch_size)
+        store.fill(source.name.replace("_", " "), partial(networks.look, source), world)
+        return store
 
-    def common(label: str, kind: str, source: ImageSource, work: _Work, **depends_on: Any) -> ChunkStore:
+    def common(label: str, kind: str, source: ImageSource, look: _Look, **depends_on: Any) -> ChunkStore:
         recipe = {
             "images": [source.checksum, source.name, source.image_size, len(source)],
-            "features": [
-                features_of.checksum,
-                features_of.resize,
-                features_of.image_size,
-                features_of.spatial_dimension,
-            ],
+            "features": [features.checksum, features.resize, features.image_size, features.spatial_dimension],
             "batch_size": batch_size,
-            "cropped_at": side,
+            "cropped_at": networks.side,
         }
         path = shared_path(shared, kind, recipe | depends_on)
         store = ChunkStore(path, len(source), batch_size)
@@ -170,22 +167,20 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
             with main_alone(world):
                 if world.is_main:
                     lock.enter_context(exclusively(path, alone=world.size == 1))
-            store.fill(label, work, world)
+            store.fill(label, partial(look, source), world)
         return store
 
     def real(source: ImageSource) -> ChunkStore:
-        work = partial(features_and_predictions, source)
-        return common(f"reference {source.name}", "features", source, work, classifier=classifier.checksum)
+        return common(f"reference {source.name}", "features", source, networks.look, classifier=classifier)
 
+    classifier = networks.classifier.checksum
     val = real(sources.val)
     reference = val if sources.reference is sources.val else real(sources.reference)
-    made_of = {"tokenizer": networks.tokenizer_content, "scores": sorted(measures), "lpips": networks.lpips_checksum}
-    copies = common("reconstructions", "reconstructions", sources.val, measure_copies, **made_of)
-    drawn = []
-    for source in (sources.samples, *sources.sweep):
-        drawn.append(own(source, source.name))
-        drawn[-1].fill(source.name.replace("_", " "), partial(features_and_predictions, source), world)
-    return Passes(val, copies, drawn[0], reference, tuple(drawn[1:]))
+    scores, lpips = sorted(networks.similarities()), networks.lpips_checksum
+    made_of = {"tokenizer": networks.tokenizer_content, "scores": scores, "lpips": lpips}
+    copies = common("reconstructions", "reconstructions", sources.val, networks.look_at_copies, **made_of)
+    samples, *sweep = (own(source) for source in (sources.samples, *sources.sweep))
+    return Passes(val, copies, samples, reference, tuple(sweep))
 
 
 def _pieces(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
