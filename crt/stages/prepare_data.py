@@ -41,6 +41,7 @@ from crt.progress import Progress, logger
 from crt.stage import StageRun
 
 CHUNK_IMAGES = 256
+REJECTED = "rejected.jsonl"
 
 
 def run(run: StageRun) -> None:
@@ -59,7 +60,7 @@ def run(run: StageRun) -> None:
     splits = {name: _first_per_class(source, name, params) for name in source.splits}
     form = Form(params.storage, params.image_size, params.resize_filter)
     checked = {name: _check(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
-    rejected = _rejected(splits, checked, params.max_rejected_fraction)
+    rejected = _rejected(splits, checked, params.max_rejected_fraction, run.work)
     kept = {name: _accepted(splits[name], checked[name]) for name in splits}
     packed, duplicates = _split(kept, params)
     _refuse_empty_splits(packed, params)
@@ -71,7 +72,7 @@ def run(run: StageRun) -> None:
     except SourceChanged:
         shutil.rmtree(run.work / "checked", ignore_errors=True)
         raise
-    _write_lines(run.staging / "rejected.jsonl", rejected)
+    _write_lines(run.staging / REJECTED, rejected)
     _write_lines(run.staging / "duplicates.jsonl", duplicates)
     write_json(run.staging / INDEX, _index(source, packed, shards, params))
     run.summary.update(
@@ -227,11 +228,13 @@ def _is_finished(shard: _Shard, form: Form, staging: Path, records: Path) -> boo
         return False
 
 
-def _rejected(splits: dict[str, Listing], checked: dict[str, Checked], max_fraction: float) -> list[dict[str, Any]]:
+def _rejected(
+    splits: dict[str, Listing], checked: dict[str, Checked], max_fraction: float, work: Path
+) -> list[dict[str, Any]]:
     """One record per file that could not be decoded.
 
     Raises:
-        UserError: they are more than `max_fraction` of all files.
+        UserError: they are more than `max_fraction` of all files; all of them are then listed in `work`.
     """
     rejected = [
         {"split": name, "source_id": splits[name].ids[row], "reason": reason}
@@ -244,9 +247,11 @@ def _rejected(splits: dict[str, Listing], checked: dict[str, Checked], max_fract
         more = ", ..." if len(rejected) > 3 else ""
         share = f"{len(rejected)} of {total} files ({100 * len(rejected) / total:.3g}%) cannot be decoded"
         if len(rejected) > max_fraction * total:
+            path = work / REJECTED
+            _write_lines(path, rejected)
             raise UserError(
                 f"{share}, more than prepare_data.max_rejected_fraction {max_fraction:g} allows: "
-                f"{examples}{more}: mend or delete them, or raise the limit"
+                f"{examples}{more}: mend or delete them ({path} lists all), or raise the limit"
             )
         logger.warning("prepare_data: %s and are left out: %s%s", share, examples, more)
     return rejected

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -265,6 +266,9 @@ def test_too_many_of_them_stop_the_stage(refused, make, tmp_path):
     message = refused(path=damaged(make, tmp_path / "images"), max_rejected_fraction=0.1)
     assert "4 of 24 files (16.7%) cannot be decoded, more than prepare_data.max_rejected_fraction 0.1" in message
     assert "a/cut.jpg" in message and "a/empty.jpg (empty file)" in message and "..." in message
+    found = re.search(r"mend or delete them \((.*) lists all\), or raise the limit$", message)
+    names = ["a/cut.jpg", "a/empty.jpg", "b/text.png", "b/thin.png"]
+    assert [record["source_id"] for record in make.lines(Path(found[1]))] == names
 
 
 def test_a_file_that_was_mended_is_looked_at_again(prepare, make, tmp_path):
