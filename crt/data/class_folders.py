@@ -7,6 +7,7 @@ images, which lie in one folder, have their classes from the file beside it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,10 @@ _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # Names that mean a split also where other folders stand beside it, or none.
 _PLAIN_VAL = ("val", "valid", "validation", "test")
+# Further names that are given to splits: train2017, training_set, devset, eval-images.
+_LIKE_SPLIT = re.compile(
+    "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
+)
 # Endings of files with many images inside, and the source that reads them.
 _SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
 ONE_CLASS = "images"
@@ -47,8 +52,8 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         only: the class folders that may be there; None: any.
 
     Raises:
-        UserError: it is missing, damaged, empty, or laid out otherwise; or validation has a class that
-            training lacks.
+        UserError: it is missing, damaged, empty, or laid out otherwise; class folders look like splits; or
+            validation has a class that training lacks.
     """
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
@@ -72,8 +77,11 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     classes = sorted(found.get("train", found.get("all", {})))
     if only is not None:
         check_classes(tree.name, classes, only)
+    root, by_class = next((roots[split], found[split]) for split in ("train", "all") if split in found)
     if len(classes) == 1:
-        _note_inner_folders(tree, roots.get("train", roots.get("all", "")), classes[0], notes)
+        _note_inner_folders(tree, root, classes[0], notes)
+    elif only is None:
+        _note_upper_folders(tree, root, by_class, notes)
     if "val" in found:
         check_val_classes(tree.name, classes, sorted(found["val"]), notes)
     splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}
@@ -224,7 +232,7 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     """Where each split's class folders are, as prefixes of paths.
 
     Folders that only wrap the whole (archives often have one) are entered. train/ and val/ count as splits
-    where nothing stands beside them; a class may be called "train".
+    where no folder with images stands beside them; a class may be called "train".
 
     Raises:
         UserError: splits with a folder beside them, or validation images without training images.
@@ -233,6 +241,8 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     while True:
         top = _folders_in(tree, root)
         train, val = _named(top, _TRAIN_FOLDERS), _named(top, _VAL_FOLDERS)
+        if train and val and top > {*train, *val}:
+            top = _without_bare(tree, root, top, [*train, *val], notes)
         if len(train) == 1 and top == {*train, *val} and (val or train == ["train"]):
             if not val:
                 notes.append(f"{tree.name}: has {train[0]}/ only: validation images are set aside from it")
@@ -257,6 +267,15 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
             return {"all": root}
         root += min(top) + "/"
         notes.append(f"{tree.name}: class folders are those in {root}")
+
+
+def _without_bare(tree: Tree, root: str, top: set[str], splits: Sequence[str], notes: list[str]) -> set[str]:
+    """The folders of `root` but those without images, such as annotations, that stand beside its splits."""
+    full = {*splits, *(name.partition("/")[0] for name in _images_in(tree, root) if "/" in name)}
+    if bare := sorted(top - full):
+        beside = ", ".join(splits)
+        notes.append(f"{tree.name}: folders without images beside {beside} are ignored: {_first_three(bare)}")
+    return top - set(bare)
 
 
 def _named(folders: set[str], names: Sequence[str]) -> list[str]:
@@ -294,12 +313,47 @@ def _note_inner_folders(tree: Tree, root: str, name: str, notes: list[str]) -> N
         inner += folders[0] + "/"
         folders = sorted({image.partition("/")[0] for image in _images_in(tree, inner) if "/" in image})
     if folders:
-        more = ", ..." if len(folders) > 3 else ""
         first = "" if tree.container.layout == "folder" else "unpack it and "
         notes.append(
-            f"{tree.name}: one class {name}, which holds folders {', '.join(folders[:3])}{more}: "
+            f"{tree.name}: one class {name}, which holds folders {_first_three(folders)}: "
             f"{first}set prepare_data.path to its folder {inner[:-1]} if those are the classes"
         )
+
+
+def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], notes: list[str]) -> None:
+    """Note classes that may be splits, or whose own folders may be the classes, since all images lie in those.
+
+    Raises:
+        UserError: such class folders look like splits, by their names or since all hold the same folders.
+    """
+    like_split = [name for name in sorted(by_class) if _LIKE_SPLIT.fullmatch(name.lower())]
+    inner: dict[str, set[str]] = {}
+    for name, rows in by_class.items():
+        parts = [tree.files[row][len(root) + len(name) + 1 :].partition("/") for row in rows]
+        if not all(slash for _, slash, _ in parts):
+            if len(like_split) == len(by_class):
+                shown = ", ".join(map(printable, like_split))
+                notes.append(f"{tree.name}: the classes are {shown}: if those are splits, name them train and val")
+            return
+        inner[name] = {folder for folder, _, _ in parts}
+    several = sorted(set().union(*inner.values()))
+    names, inside = (_first_three(some) for some in (sorted(inner), several))
+    is_alike = all(folders == set(several) for folders in inner.values())
+    is_in_split = PurePosixPath(root).name.lower() in _TRAIN_FOLDERS
+    if not is_in_split and (len(like_split) > 1 or (len(several) > 1 and (like_split or is_alike))):
+        raise UserError(
+            f"{tree.name}: folders {names} look like splits, since their images lie in folders {inside} of each: "
+            "name them train and val; or, if they are the classes, move their images out of their inner folders"
+        )
+    if len(several) > 1:  # one name alone, such as images, tells nothing
+        notes.append(
+            f"{tree.name}: the classes are the {len(inner)} upper folders {names}, whose images lie in folders "
+            f"{inside}: to have the inner ones, put those into one folder and set prepare_data.path to it"
+        )
+
+
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _folders_in(tree: Tree, root: str) -> set[str]:

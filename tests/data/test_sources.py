@@ -515,6 +515,62 @@ def test_a_class_may_be_called_train(prepare, make, tmp_path):
     assert status == 0 and PackedImages(out, "train").class_names == ["bus", "train"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "folders",
+    [
+        *(["train/x", "dev/x"], ["train/x", "train/y", "Eval/x"], ["train2017/x", "val2017/y"]),
+        *(["training_set/x", "test_set/x"], ["trainset/x", "testset/x"], ["2019/x", "2019/y", "2020/x", "2020/y"]),
+        ["wrapper/mine/x", "wrapper/mine/y", "wrapper/eval/x", "wrapper/eval/z"],
+    ],
+)
+def test_splits_under_other_names_are_no_classes(refused, make, tmp_path, folders, kind):
+    root = tmp_path / "images"
+    for number, folder in enumerate(folders):
+        make.class_folders(root, {folder: 2}, first_seed=10 * number)
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    names = ", ".join(sorted({folder.removeprefix("wrapper/").partition("/")[0] for folder in folders}))
+    message = refused(path=path)
+    assert f"folders {names} look like splits" in message and "name them train and val; or, if they are" in message
+
+
+@pytest.mark.parametrize(
+    ("folders", "note"),
+    [
+        (
+            ["animals/x", "animals/y", "vehicles/x", "vehicles/z"],
+            "the classes are the 2 upper folders animals, vehicles, whose images lie in folders x, y, z: to have",
+        ),
+        (["train/a/x", "train/a/y", "train/b/x", "train/b/y"], "the classes are the 2 upper folders a, b"),
+        (["valley/x", "testudo/y"], "the classes are the 2 upper folders testudo, valley"),
+        (["a/images", "b/images"], None),
+        (["animals/x", "vehicles"], None),
+        (["train2017", "val2017"], "the classes are train2017, val2017: if those are splits, name them train and val"),
+    ],
+)
+def test_classes_whose_images_lie_deeper_are_noted(prepare, make, tmp_path, capfd, folders, note):
+    root = tmp_path / "images"
+    for number, folder in enumerate(folders):
+        make.class_folders(root, {folder: 6}, first_seed=10 * number)
+    status, out = prepare(path=root)
+    told = capfd.readouterr().err
+    assert status == 0 and PackedImages(out, "train").num_classes == 2
+    assert note in told if note else "the classes are" not in told
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_folders_without_images_beside_splits_are_ignored(prepare, make, tmp_path, capfd, kind):
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 3, "b": 3}).parent
+    make.class_folders(root / "val", {"a": 1, "b": 1}, first_seed=50)
+    make.write(root / "annotations" / "x.xml", b"<x/>")
+    make.write(root / "labels" / "deep" / "x.txt", b"0")
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    status, out = prepare(path=path)
+    assert status == 0 and (len(PackedImages(out, "train")), len(PackedImages(out, "val"))) == (6, 2)
+    told = "folders without images beside train, val are ignored: annotations, labels"
+    assert told in capfd.readouterr().err
+
+
 def test_an_image_of_strange_name_is_told_of_in_one_line(refused, make, tmp_path):
     lines = ["\ufeffImageId,PredictionString", *KAGGLE_LINES, ""]
     folder = kaggle(tmp_path / "kaggle", make)
