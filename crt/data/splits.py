@@ -24,14 +24,20 @@ def split_by_content(labels: np.ndarray, digests: np.ndarray, val_fraction: floa
     if val_fraction == 0 or len(labels) == 0:
         return np.zeros(len(labels), bool)
     _, groups = np.unique(_keys(digests), return_inverse=True)
-    pairs = np.unique(np.stack([labels, groups]), axis=1)
-    if np.bincount(pairs[0]).max() < 2:
+    if not has_class_to_split(labels, digests):
         labels = np.zeros_like(labels)
     side = np.full(groups.max() + 1, -1, np.int8)  # of each distinct image: 1 validation, 0 training, -1 open
     order = np.lexsort((groups, labels))
     for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         _split_class(groups[rows], side, val_fraction)
     return side[groups] == 1
+
+
+def has_class_to_split(labels: np.ndarray, digests: np.ndarray) -> bool:
+    """Whether any class has two distinct images, (n,) labels and (n, 32) digests given, n > 0."""
+    _, groups = np.unique(_keys(digests), return_inverse=True)
+    pairs = np.unique(np.stack([labels, groups]), axis=1)
+    return bool(np.bincount(pairs[0]).max() > 1)
 
 
 def _split_class(groups: np.ndarray, side: np.ndarray, val_fraction: float) -> None:

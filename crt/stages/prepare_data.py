@@ -31,7 +31,7 @@ from crt.data.packed import INDEX, SCHEMA, SPLITS, create_shard
 from crt.data.pool import available_cpus, ordered_map
 from crt.data.source import Source
 from crt.data.sources import open_source
-from crt.data.splits import shared_with, split_by_content
+from crt.data.splits import has_class_to_split, shared_with, split_by_content
 from crt.data.store import Checked, Chunk, Form, SourceChanged, check_images, write_images
 from crt.errors import UserError
 from crt.files import sha256_file, write_json
@@ -42,6 +42,9 @@ from crt.stage import StageRun
 
 CHUNK_IMAGES = 256
 REJECTED = "rejected.jsonl"
+MIN_VAL_IMAGES = 2  # of which evaluation takes a covariance
+# Shares that a message proposes.
+_VAL_FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def run(run: StageRun) -> None:
@@ -49,7 +52,7 @@ def run(run: StageRun) -> None:
 
     Raises:
         UserError: the source is missing or not laid out as it must be, too many of its files cannot be
-            decoded, or a split would be empty against the user's wish.
+            decoded, or a split would have too few.
     """
     if environment_rank()[0] != 0:
         return
@@ -57,14 +60,19 @@ def run(run: StageRun) -> None:
     source = open_source(params, run.work)
     for note in source.notes:
         logger.info("prepare_data: %s", printable(note))
+    if "all" in source.splits and not params.val_fraction:
+        raise UserError(
+            f"prepare_data.val_fraction: 0 leaves no validation image, and {_where(params)} has no validation split: "
+            "set it to a share of the images, such as 0.1"
+        )
     splits = {name: _first_per_class(source, name, params) for name in source.splits}
     form = Form(params.storage, params.image_size, params.resize_filter)
     checked = {name: _check(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
     rejected = _rejected(splits, checked, params.max_rejected_fraction, run.work)
     kept = {name: _accepted(splits[name], checked[name]) for name in splits}
     packed, duplicates = _split(kept, params)
-    _refuse_empty_splits(packed, params)
-    _note_lost_classes(source, packed["train"])
+    _refuse_small_splits(source, kept, packed, params)
+    _note_lost_classes(source, kept, packed, run.target)
     shards = _plan(packed, params.images_per_shard)
     _drop_unexpected(run.staging, {shard.name for shard in shards})
     try:
@@ -265,12 +273,7 @@ def _accepted(listing: Listing, checked: Checked) -> _Packed:
 def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Packed], list[dict[str, str]]]:
     """Training and validation images, and a record per training image dropped because validation has it."""
     if "all" in kept:
-        everything = kept["all"]
-        in_val = split_by_content(everything.listing.labels, everything.digests, params.val_fraction)
-        train, val = everything.select(np.flatnonzero(~in_val)), everything.select(np.flatnonzero(in_val))
-        limit = params.max_images_per_class
-        if limit is not None:
-            train, val = (part.select(_first_rows(part.listing.labels, limit)) for part in (train, val))
+        train, val = _set_aside(kept["all"], params.val_fraction, params.max_images_per_class)
     else:
         train, val = kept["train"], kept["val"]
     shared = shared_with(train.digests, val.digests)
@@ -286,35 +289,83 @@ def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Pa
     return {"train": train.select(np.flatnonzero(~shared)), "val": val}, duplicates
 
 
-def _refuse_empty_splits(packed: dict[str, _Packed], params: PrepareData) -> None:
+def _set_aside(everything: _Packed, val_fraction: float, limit: int | None) -> tuple[_Packed, _Packed]:
+    """Training and validation images of a source that has no validation split, at most `limit` of a class in each."""
+    in_val = split_by_content(everything.listing.labels, everything.digests, val_fraction)
+    train, val = everything.select(np.flatnonzero(~in_val)), everything.select(np.flatnonzero(in_val))
+    if limit is not None:
+        train, val = (part.select(_first_rows(part.listing.labels, limit)) for part in (train, val))
+    return train, val
+
+
+def _refuse_small_splits(
+    source: Source, kept: dict[str, _Packed], packed: dict[str, _Packed], params: PrepareData
+) -> None:
     """Tell of splits too small for later stages now, rather than after hours of training.
 
     Raises:
-        UserError: no training image is left, or no validation image though `val_fraction` asks for some.
+        UserError: no training image is left, or fewer validation images than a distance of distributions needs.
     """
-    where = params.path or params.source
-    num_train, num_val = (len(packed[split].listing) for split in SPLITS)
-    if not num_train:
+    where = _where(params)
+    if not len(packed["train"].listing):
         raise UserError(f"{where}: no training image is left, all were rejected or serve validation: add images")
-    if not num_val and params.val_fraction:
-        raise UserError(f"{where}: no image is left for validation: add images, until two at least differ")
-    if num_val == 1:
-        logger.warning(
-            "prepare_data: one validation image, evaluate needs two: add images, or raise prepare_data.val_fraction"
-        )
+    num_val = len(packed["val"].listing)
+    if num_val >= MIN_VAL_IMAGES:
+        return
+    left = "1 image is" if num_val else "no image is"
+    few = f"{where}: {left} left for validation, evaluate needs {MIN_VAL_IMAGES}"
+    limit = params.max_images_per_class
+    if "val" in source.splits:
+        if limit is not None and np.bincount(source.splits["val"].labels).max(initial=0) > limit:
+            raise UserError(f"{few}: raise prepare_data.max_images_per_class, or add images to the validation split")
+        raise UserError(f"{few}: add images to the validation split")
+    for fraction in _VAL_FRACTIONS:
+        if fraction > params.val_fraction and _suffices(kept["all"], fraction, limit):
+            raise UserError(f"{few}: raise prepare_data.val_fraction, to {fraction:g} at least, or add images")
+    if limit is not None and any(_suffices(kept["all"], fraction, None) for fraction in _VAL_FRACTIONS):
+        raise UserError(f"{few}: raise prepare_data.max_images_per_class, or add images")
+    raise UserError(f"{few}: add images, until a class has {MIN_VAL_IMAGES + 1} that differ")
 
 
-def _note_lost_classes(source: Source, train: _Packed) -> None:
+def _suffices(everything: _Packed, val_fraction: float, limit: int | None) -> bool:
+    """Whether so large a share leaves images enough for both splits."""
+    train, val = _set_aside(everything, val_fraction, limit)
+    return len(train.listing) > 0 and len(val.listing) >= MIN_VAL_IMAGES
+
+
+def _where(params: PrepareData) -> str:
+    return params.path or params.source
+
+
+def _note_lost_classes(source: Source, kept: dict[str, _Packed], packed: dict[str, _Packed], target: Path) -> None:
     """Tell of classes that no training image is left of: they stay, since other classes' numbers depend on them."""
-    lost = np.flatnonzero(np.bincount(train.listing.labels, minlength=len(source.class_ids)) == 0)
-    if len(lost):
-        names = ", ".join(printable(source.class_ids[label]) for label in lost[:3]) + (", ..." if len(lost) > 3 else "")
-        what = "1 class has" if len(lost) == 1 else f"{len(lost)} classes have"
+    num_train, num_val = (
+        np.bincount(packed[split].listing.labels, minlength=len(source.class_ids)) for split in SPLITS
+    )
+    lost = num_train == 0
+    if "all" in kept and not has_class_to_split(kept["all"].listing.labels, kept["all"].digests):
+        moved = np.flatnonzero(lost & (num_val > 0))
+        verb = "serves" if len(moved) == 1 else "serve"
+        logger.warning(
+            "prepare_data: each class has one image, so %d of them %s validation, and their classes are never trained: "
+            "merge classes, or give a flat folder, and delete %s: %s",
+            len(moved),
+            verb,
+            target,
+            _shown_classes(source, moved),
+        )
+        lost &= num_val == 0
+    rows = np.flatnonzero(lost)
+    if len(rows):
         logger.warning(
             "prepare_data: %s no training image left, since all were rejected or are validation images too: %s",
-            what,
-            names,
+            "1 class has" if len(rows) == 1 else f"{len(rows)} classes have",
+            _shown_classes(source, rows),
         )
+
+
+def _shown_classes(source: Source, labels: np.ndarray) -> str:
+    return ", ".join(printable(source.class_ids[label]) for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
 
 
 def _plan(packed: dict[str, _Packed], images_per_shard: int) -> list[_Shard]:

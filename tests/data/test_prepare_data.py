@@ -65,8 +65,9 @@ def test_digits_are_scikit_learns(prepare):
 def test_stored_pixels_are_pillows_resize_of_the_central_square(prepare, make, tmp_path, name):
     sizes = [(40, 64), (64, 40), (16, 16), (7, 9), (16, 30)]
     for number, size in enumerate(sizes):
-        make.write(tmp_path / "images" / "a" / f"{number}.png", make.encode(make.noise(number, *size)))
-    status, out = prepare(path=tmp_path / "images", resize_filter=name, val_fraction=0)
+        make.write(tmp_path / "images" / "train" / "a" / f"{number}.png", make.encode(make.noise(number, *size)))
+    make.class_folders(tmp_path / "images" / "val", {"a": 2}, first_seed=50)
+    status, out = prepare(path=tmp_path / "images", resize_filter=name)
     assert status == 0
     packed = PackedImages(out, "train")
     for row, (height, width) in enumerate(sizes):
@@ -90,11 +91,12 @@ def test_encoded_files_are_kept_unless_they_are_too_large(prepare, make, tmp_pat
         "6.bmp": make.encode(make.noise(6, 64, 32), "BMP"),
     }
     for name, data in files.items():
-        make.write(tmp_path / "images" / "a" / name, data)
-    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=16, val_fraction=0)
+        make.write(tmp_path / "images" / "train" / "a" / name, data)
+    make.class_folders(tmp_path / "images" / "val", {"a": 2}, first_seed=50)
+    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=16)
     assert status == 0
     packed = PackedImages(out, "train")
-    stored = {packed.source_id(row)[2:]: packed.encoded(row) for row in range(len(packed))}
+    stored = {packed.source_id(row).removeprefix("train/a/"): packed.encoded(row) for row in range(len(packed))}
     assert stored["0.jpg"] == files["0.jpg"] and stored["1.jpg"] == files["1.jpg"]
     for name in ("3.png", "4.webp", "6.bmp"):
         assert stored[name].startswith(b"\x89PNG")
@@ -103,7 +105,7 @@ def test_encoded_files_are_kept_unless_they_are_too_large(prepare, make, tmp_pat
         assert np.array_equal(decode(stored[name]), np.asarray(original.resize(size, Image.Resampling.BICUBIC)))
     for name in ("2.jpg", "5.webp"):
         assert stored[name].startswith(b"\xff\xd8") and decode(stored[name]).shape == (16, 32, 3)
-    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=None, val_fraction=0)
+    status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=None)
     packed = PackedImages(out, "train")
     assert [packed.encoded(row) for row in range(len(packed))] == list(files.values())
 
@@ -183,15 +185,18 @@ def test_a_limit_keeps_the_first_of_each_class_and_split(prepare, make, tmp_path
 
 
 def test_one_class_is_fine(prepare, make, tmp_path):
-    status, out = prepare(path=make.class_folders(tmp_path / "images", {"only": 5}))
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"only": 10}))
     assert status == 0
-    assert PackedImages(out, "train").num_classes == 1 and len(PackedImages(out, "val")) == 1
+    assert PackedImages(out, "train").num_classes == 1 and len(PackedImages(out, "val")) == 2
 
 
-def test_validation_may_be_empty_by_wish(prepare, make, tmp_path):
-    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 3}), val_fraction=0)
-    assert status == 0 and len(PackedImages(out, "train")) == 3
-    assert read_index(out)["splits"]["val"]["images"] == 0
+def test_no_share_for_validation_needs_a_validation_split(prepare, refused, make, tmp_path):
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 3}).parent
+    message = refused(path=root, val_fraction=0)
+    assert "prepare_data.val_fraction: 0 leaves no validation image" in message and "set it to a share" in message
+    make.class_folders(root / "val", {"a": 2}, first_seed=50)
+    status, out = prepare(path=root, val_fraction=0)
+    assert status == 0 and list(map(len, both(out))) == [3, 2]
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------
@@ -241,8 +246,8 @@ def test_images_too_elongated_to_be_resized_are_set_aside(storage, size, limit):
 def test_a_thin_image_is_rejected_with_the_reason(prepare, make, tmp_path):
     root = make.class_folders(tmp_path / "images", {"a": 3})
     make.write(root / "a" / "thin.png", make.encode(np.zeros((2, 60_000, 3), np.uint8)))
-    status, out = prepare(path=root, storage="encoded", image_size=None, val_fraction=0, max_rejected_fraction=0.5)
-    assert status == 0 and len(PackedImages(out, "train")) == 3
+    status, out = prepare(path=root, storage="encoded", image_size=None, val_fraction=0.5, max_rejected_fraction=0.5)
+    assert status == 0 and sum(map(len, both(out))) == 3
     assert "60000x2 pixels: too elongated" in make.lines(out / "rejected.jsonl")[0]["reason"]
 
 
@@ -254,9 +259,9 @@ def test_classes_without_a_training_image_left_are_noted(prepare, make, tmp_path
     if official:
         make.class_folders(root.parent / "val", {"a": 1, "b": 1}, first_seed=50)
         shutil.copytree(root.parent / "val" / "b", root / "c\nd")
-    status, out = prepare(path=tmp_path / "images", max_rejected_fraction=0.5)
+    status, out = prepare(path=tmp_path / "images", val_fraction=0.5, max_rejected_fraction=0.5)
     assert status == 0
-    assert np.bincount(PackedImages(out, "train").labels).tolist()[:1] == [3 if official else 2]
+    assert np.bincount(PackedImages(out, "train").labels).tolist()[:1] == [3 if official else 1]
     told = capfd.readouterr().err
     reason = "no training image left, since all were rejected or are validation images too"
     assert (f"2 classes have {reason}: b, c\\nd" if official else f"1 class has {reason}: b") in told
@@ -314,9 +319,9 @@ def test_names_that_are_no_utf8_are_escaped(prepare, make, tmp_path):
         file.write(data)
     make.write(root / "a" / "empty.png", b"")
     os.rename(root / "a" / "empty.png", os.fsencode(root / "a") + b"/\xff.png")
-    status, out = prepare(path=root, val_fraction=0, max_rejected_fraction=0.5)
+    status, out = prepare(path=root, val_fraction=0.5, max_rejected_fraction=0.5)
     assert status == 0
-    assert "a/caf\\udce9.png" in [PackedImages(out, "train").source_id(row) for row in range(4)]
+    assert "a/caf\\udce9.png" in [packed.source_id(row) for packed in both(out) for row in range(len(packed))]
     assert make.lines(out / "rejected.jsonl")[0]["source_id"] == "a/\\udcff.png"
 
 
@@ -327,7 +332,7 @@ def test_names_of_rejected_files_take_one_line(prepare, refused, make, tmp_path,
         pass
     message = refused(path=root, max_rejected_fraction=0.1)
     assert "a/line\\nbreak.png (not a" in message and "a/\\udcff.png (empty file)" in message
-    assert prepare(path=root, out=tmp_path / "kept", max_rejected_fraction=0.5)[0] == 0
+    assert prepare(path=root, out=tmp_path / "kept", max_rejected_fraction=0.5, val_fraction=0.5)[0] == 0
     assert "Logging error" not in capfd.readouterr().err
     make.write(root / "b" / "x.png", make.encode(make.noise(9)))
     make.write(root / "line\nbreak.png", make.encode(make.noise(10)))
@@ -392,22 +397,61 @@ def test_no_training_image_left_is_refused(refused, make, tmp_path):
     assert "no training image is left" in refused(path=tmp_path / "bad", max_rejected_fraction=1.0)
 
 
-def test_no_validation_image_left_is_refused(prepare, refused, make, tmp_path, capfd):
+def test_no_validation_image_left_is_refused(refused, make, tmp_path):
     """Oracle: each split needs an image of its own, and equal images stay together."""
     root = tmp_path / "photos"
     for name, seed in (("1.png", 1), ("copy.png", 1)):
         make.write(root / name, make.encode(make.noise(seed)))
-        assert "photos: no image is left for validation: add images" in refused(path=root)
-    make.write(root / "2.png", make.encode(make.noise(2)))
-    status, out = prepare(path=root, out=tmp_path / "two")
-    assert status == 0
-    assert sorted(map(len, both(out))) == [1, 2]
-    told = "one validation image, evaluate needs two" in capfd.readouterr().err
-    assert told == (len(PackedImages(out, "val")) == 1)
+        message = refused(path=root)
+        assert "photos: no image is left for validation, evaluate needs 2: add images, until a class has 3" in message
 
     official = make.class_folders(tmp_path / "official" / "train", {"a": 2}).parent
     make.write(official / "val" / "a" / "1.png", b"no image")
-    assert "no image is left for validation" in refused(path=official, max_rejected_fraction=1.0)
+    message = refused(path=official, max_rejected_fraction=1.0)
+    assert "no image is left for validation" in message and message.endswith("add images to the validation split")
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "remedy"),
+    [
+        ({"train/a": 4, "val/a": 1}, {}, "add images to the validation split"),
+        ({"train/a": 4, "val/a": 3}, {"max_images_per_class": 1}, "raise prepare_data.max_images_per_class, or add"),
+        ({"a": 2}, {"val_fraction": 0.5}, "add images, until a class has 3 that differ"),
+        ({"a": 2, "b": 1, "c": 1}, {"val_fraction": 0.5}, "add images, until a class has 3 that differ"),
+        ({"a": 30}, {"val_fraction": 0.01}, "raise prepare_data.val_fraction, to 0.05 at least, or add images"),
+        ({"a": 30}, {"max_images_per_class": 1}, "raise prepare_data.max_images_per_class, or add images"),
+    ],
+)
+def test_one_validation_image_is_refused_with_a_remedy_that_helps(
+    refused, prepare, make, tmp_path, classes, values, remedy
+):
+    root = make.class_folders(tmp_path / "images", classes)
+    message = refused(path=root, **values)
+    assert f"images: 1 image is left for validation, evaluate needs 2: {remedy}" in message
+    if "val_fraction, to" in remedy:
+        assert prepare(path=root, val_fraction=0.05)[0] == 0
+    elif "max_images_per_class" in remedy:
+        assert prepare(path=root, max_images_per_class=2)[0] == 0
+    else:
+        make.class_folders(root, {"val/a" if "val/a" in classes else "a": 3}, first_seed=100)
+        assert prepare(path=root, val_fraction=0.6)[0] == 0
+
+
+def test_classes_of_one_image_that_serve_validation_are_noted(prepare, make, tmp_path, capfd):
+    root = make.class_folders(tmp_path / "images", dict.fromkeys("abcdefghij", 1))
+    make.write(root / "bad" / "0.png", b"no image")
+    status, out = prepare(path=root, max_rejected_fraction=0.5)
+    assert status == 0
+    train, val = (set(packed.labels.tolist()) for packed in both(out))
+    assert len(train) == 8 and len(val) == 2 and not train & val
+    told = capfd.readouterr().err
+    served = ", ".join("abcdefghij"[label - (label > 1)] for label in sorted(val))  # "bad" sorts behind "b"
+    remedy = f"merge classes, or give a flat folder, and delete {out}: {served}"
+    assert (
+        f"each class has one image, so 2 of them serve validation, and their classes are never trained: {remedy}"
+        in told
+    )
+    assert "1 class has no training image left, since all were rejected or are validation images too: bad" in told
 
 
 def test_an_archive_that_leads_outside_is_refused(refused, make, tmp_path):
@@ -555,22 +599,23 @@ def test_a_source_that_changes_meanwhile_is_noticed_and_checked_anew(prepare, ma
     assert np.array_equal(rows["a/007.png"], np.asarray(expected)[:, 1:17])
 
 
-@pytest.mark.parametrize("calls", [3, 4])  # all is checked; the first shard, with the file in it, is finished
+@pytest.mark.parametrize("calls", [4, 5])  # all is checked; the first shard, with the file in it, is finished
 def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
     prepare, make, tmp_path, monkeypatch, capfd, calls
 ):
     monkeypatch.setattr(stage, "CHUNK_IMAGES", 4)
     root = tmp_path / "images"
     for number in range(12):
-        make.write(root / "a" / f"{number:03d}.bmp", make.encode(make.noise(number), "BMP"))
-    source = {"path": root, "images_per_shard": 4, "val_fraction": 0}
+        make.write(root / "train" / "a" / f"{number:03d}.bmp", make.encode(make.noise(number), "BMP"))
+    make.class_folders(root / "val", {"a": 2}, first_seed=50)
+    source = {"path": root, "images_per_shard": 4}
     stopped_after(prepare, monkeypatch, tmp_path / "stopped", calls, **source)
-    changed = root / "a" / "001.bmp"
+    changed = root / "train" / "a" / "001.bmp"
     size = changed.stat().st_size
     assert make.write(changed, make.encode(make.noise(99), "BMP")).stat().st_size == size
     capfd.readouterr()
     status, out = prepare(out=tmp_path / "stopped", **source)
-    assert status == 0 and "checking images: continues at 8 of 12" in capfd.readouterr().err
+    assert status == 0 and "checking train images: continues at 8 of 12" in capfd.readouterr().err
     status, expected = prepare(out=tmp_path / "expected", **source)
     assert status == 0
     assert [(out / f"train-0000{n}.h5").read_bytes() for n in range(3)] == [
@@ -582,7 +627,7 @@ def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "webdataset", "imagenet"])
 def test_an_archive_replaced_by_one_of_the_same_layout_is_taken_anew(prepare, make, tmp_path, monkeypatch, kind):
-    source = {"path": tmp_path / "data", "images_per_shard": 4, "val_fraction": 0, "max_rejected_fraction": 0.0}
+    source = {"path": tmp_path / "data", "images_per_shard": 4, "val_fraction": 0.25, "max_rejected_fraction": 0.0}
 
     def pack(first: int) -> None:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
@@ -595,7 +640,7 @@ def test_an_archive_replaced_by_one_of_the_same_layout_is_taken_anew(prepare, ma
             shutil.make_archive(str(nested / "n01440764"), "tar", files)
             (tmp_path / "data").mkdir()
             (tmp_path / "data" / "ILSVRC2012_img_train.tar").write_bytes(tar_of(nested))
-            val = make.class_folders(tmp_path / "data" / "val", {"n01440764": 1}, first_seed=500)
+            val = make.class_folders(tmp_path / "data" / "val", {"n01440764": 2}, first_seed=500)
             assert val.is_dir()
         else:
             made = shutil.make_archive(str(tmp_path / "data" / "all"), "zip" if kind == "zip" else "tar", files.parent)
@@ -612,8 +657,8 @@ def test_an_archive_replaced_by_one_of_the_same_layout_is_taken_anew(prepare, ma
     listing._opened.cache_clear()  # a run of its own opens what lies there
     status, out = prepare(**source)
     assert status == 0
-    packed = PackedImages(out, "train")
-    found = {packed.image(row).tobytes() for row in range(len(packed))}
+    splits = both(out)[:1] if kind == "imagenet" else both(out)
+    found = {packed.image(row).tobytes() for packed in splits for row in range(len(packed))}
     new = [Image.fromarray(make.noise(100 + n)).resize((19, 16), Image.Resampling.BICUBIC) for n in range(8)]
     assert found == {np.asarray(image)[:, 1:17].tobytes() for image in new}
 
@@ -634,7 +679,7 @@ def test_only_the_first_process_of_a_job_works(prepare, make, tmp_path, monkeypa
 
 
 def test_files_say_nothing_of_where_and_when(prepare, make, tmp_path):
-    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 3}))
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 10}))
     assert status == 0
     for path in out.iterdir():
         if path.name != "manifest.json":  # it records the params, and so prepare_data.path

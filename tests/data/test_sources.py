@@ -400,7 +400,7 @@ def test_folders_around_folders_are_entered(prepare, make, tmp_path, capfd, insi
     root = tmp_path / "around"
     make.class_folders(root, {f"archive/pets/{inside}cat": 2, f"archive/pets/{inside}dog": 2})
     path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
-    status, out = prepare(path=path, val_fraction=0)
+    status, out = prepare(path=path, val_fraction=0.5)
     assert status == 0 and PackedImages(out, "train").class_names == ["cat", "dog"]
     assert "class folders are those in archive/pets/" in capfd.readouterr().err
 
@@ -421,9 +421,9 @@ def test_folders_around_folders_are_entered(prepare, make, tmp_path, capfd, insi
 def test_one_class_whose_images_lie_in_several_folders_is_noted(prepare, make, tmp_path, capfd, folders, note):
     root = tmp_path / "images"
     for number, folder in enumerate(folders):
-        make.class_folders(root, {folder: 0 if "empty" in folder else 2}, first_seed=10 * number)
+        make.class_folders(root, {folder: 0 if "empty" in folder else 4}, first_seed=10 * number)
         (root / folder).mkdir(exist_ok=True)
-    status, out = prepare(path=root)
+    status, out = prepare(path=root, val_fraction=0.5)
     assert status == 0 and len(PackedImages(out, "train").class_names) == 1
     told = capfd.readouterr().err
     assert note in told if note else "which holds" not in told
@@ -436,11 +436,11 @@ def test_images_without_class_folders_are_one_class(prepare, make, tmp_path, cap
     for number, split in enumerate(splits):
         make.class_folders(root, {split: 4}, first_seed=10 * number)
     path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
-    status, out = prepare(path=path, val_fraction=0.25)
+    status, out = prepare(path=path, val_fraction=0.5)
     assert status == 0
     assert "no class folders: its images are one class" in capfd.readouterr().err
     train, val = PackedImages(out, "train"), PackedImages(out, "val")
-    assert (len(train), len(val)) == ((4, 4) if "val/" in splits else (3, 1))
+    assert (len(train), len(val)) == ((4, 4) if "val/" in splits else (2, 2))
     assert train.num_classes == val.num_classes == 1
     assert {train.source_id(row) for row in range(len(train))} <= {f"{s}{n:03d}.png" for s in splits for n in range(4)}
     assert not train.labels.any()

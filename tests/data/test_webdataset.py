@@ -148,8 +148,10 @@ def test_labels_are_numbers_by_their_size_whatever_that_is(prepare, make, tmp_pa
     status, out = prepare(path=write_shard(tmp_path / "s/0.tar", members).parent, val_fraction=0.25, **SHARDS)
     assert status == 0
     assert [entry["id"] for entry in read_index(out)["classes"]] == ["-20", "-1", "2", "10"]
-    long = sample(make, 1, "9" * 5000) | sample(make, 2, 1) | sample(make, 3, json_label=" 1\n")
-    status, out = prepare(path=write_shard(tmp_path / "t/0.tar", long).parent, out=tmp_path / "long", **SHARDS)
+    long = sample(make, 1, "9" * 5000) | sample(make, 2, 1) | sample(make, 3, json_label=" 1\n") | sample(make, 4, 1)
+    status, out = prepare(
+        path=write_shard(tmp_path / "t/0.tar", long).parent, out=tmp_path / "long", val_fraction=0.9, **SHARDS
+    )
     assert status == 0
     assert [entry["id"] for entry in read_index(out)["classes"]] == ["1", "9" * 5000]
 
@@ -157,19 +159,19 @@ def test_labels_are_numbers_by_their_size_whatever_that_is(prepare, make, tmp_pa
 def test_the_split_named_last_in_a_path_counts(prepare, make, tmp_path, capfd):
     folder = tmp_path / "shards"
     write_shard(folder / "train_val/train-0.tar", sample(make, 1, 0) | sample(make, 2, 0))
-    write_shard(folder / "train_val/training_val_0.tar", sample(make, 3, 0))
+    write_shard(folder / "train_val/training_val_0.tar", sample(make, 3, 0) | sample(make, 4, 0))
     status, out = prepare(path=folder, **SHARDS)
     assert status == 0
     check(out, make, "train", {1: "0", 2: "0"})
-    check(out, make, "val", {3: "0"})
+    check(out, make, "val", {3: "0", 4: "0"})
     (folder / "train_val/train-0.tar").rename(folder / "train_val/val-1.tar")
     capfd.readouterr()
-    assert prepare(path=folder, out=tmp_path / "other", **SHARDS)[0] == 0
+    assert prepare(path=folder, out=tmp_path / "other", val_fraction=0.5, **SHARDS)[0] == 0
     assert "shards of val only: validation images are set aside" in capfd.readouterr().err
 
 
 def test_links_in_shards_are_followed_and_sparse_files_refused(prepare, refused, make, tmp_path):
-    shard = write_shard(tmp_path / "s/0.tar", sample(make, 1, 0) | {"00002.jpg": image(make, 2)})
+    shard = write_shard(tmp_path / "s/0.tar", sample(make, 1, 0) | sample(make, 4, 0) | {"00002.jpg": image(make, 2)})
     with tarfile.open(shard, "a") as tar:
         for name, kind, target in [
             ("00002.cls", tarfile.LNKTYPE, "00001.cls"),
@@ -179,11 +181,12 @@ def test_links_in_shards_are_followed_and_sparse_files_refused(prepare, refused,
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, target
             tar.addfile(link)
-    status, out = prepare(path=shard.parent, val_fraction=0, **SHARDS)
+    status, out = prepare(path=shard.parent, val_fraction=0.6, **SHARDS)
     assert status == 0
-    images = PackedImages(out, "train")
-    names = {images.source_id(row): images.encoded(row) for row in range(len(images))}
-    expected = {"00001.jpg": 1, "00002.jpg": 2, "x/00003.jpg": 1}
+    names = {}
+    for images in (PackedImages(out, split) for split in ("train", "val")):
+        names |= {images.source_id(row): images.encoded(row) for row in range(len(images))}
+    expected = {"00001.jpg": 1, "00002.jpg": 2, "x/00003.jpg": 1, "00004.jpg": 4}
     assert names == {f"0.tar/{name}": image(make, number) for name, number in expected.items()}
     shutil.rmtree(out)
     with tarfile.open(shard, "a") as tar:
