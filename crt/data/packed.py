@@ -52,8 +52,8 @@ class PackedImages:
             raise UserError(f"{self.folder}: has no split {split!r}: choose one of {', '.join(index['splits'])}")
         shards = index["splits"][split]["shards"]
         if not shards:
-            remedy = "raise prepare_data.val_fraction or add images" if split == "val" else "add images"
-            raise UserError(f"{self.folder}: split {split!r} holds no images: {remedy} and run prepare_data again")
+            remedy = "raise prepare_data.val_fraction, or add images" if split == "val" else "add images"
+            raise UserError(f"{self.folder}: split {split!r} holds no images: {remedy}, {_made_again(self.folder)}")
         self.storage: str = index["storage"]
         self.image_size: int | None = index["image_size"]
         self.class_names: list[str] = [entry["name"] for entry in index["classes"]]
@@ -88,7 +88,7 @@ class PackedImages:
             shard, row = self._locate(index)
             raise LocalError(
                 f"{self._files[shard]}: image {row} ({printable(self.source_id(index))}) is damaged ({error}): "
-                f"delete {self.folder} and run prepare_data again"
+                f"{_made_again(self.folder)}"
             ) from None
 
     def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -130,7 +130,9 @@ class PackedImages:
             with _open_shard(path) as file:
                 parts.append(file[name][()])
             if len(parts[-1]) != expected:
-                raise UserError(f"{path}: holds {len(parts[-1])} images instead of {expected}: run prepare_data again")
+                raise UserError(
+                    f"{path}: holds {len(parts[-1])} images instead of {expected}: {_made_again(self.folder)}"
+                )
         return np.concatenate(parts)
 
     def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -167,9 +169,10 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         schema = index["schema"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: missing or damaged: make the data set with stage prepare_data") from None
+        remedy = _made_again(path.parent) if path.exists() else "make the data set with stage prepare_data"
+        raise UserError(f"{path}: missing or damaged: {remedy}") from None
     if schema != SCHEMA:
-        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: run prepare_data again")
+        raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: {_made_again(path.parent)}")
     return index
 
 
@@ -240,7 +243,12 @@ def _open_shard(path: Path) -> h5py.File:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise UserError(f"{path}: {reason}: delete {path.parent} and run prepare_data again") from None
+        raise UserError(f"{path}: {reason}: {_made_again(path.parent)}") from None
+
+
+def _made_again(folder: Path) -> str:
+    """The remedy for a published data set: a current result is kept, whatever became of its source or its files."""
+    return f"delete {folder} and run prepare_data again"
 
 
 def _memory_map(path: Path, data: h5py.Dataset) -> np.ndarray:

@@ -128,7 +128,8 @@ def test_mistakes_are_named(pixels, tmp_path):
     folder, _ = pixels
     with pytest.raises(UserError, match=r"has no split 'test': choose one of train, val"):
         PackedImages(folder, "test")
-    with pytest.raises(UserError, match=r"'val' holds no images: raise prepare_data\.val_fraction"):
+    again = f"delete {folder} and run prepare_data again"
+    with pytest.raises(UserError, match=rf"holds no images: raise prepare_data\.val_fraction, or add images, {again}$"):
         PackedImages(folder, "val")
     with pytest.raises(UserError, match=r"index\.json: missing or damaged"):
         PackedImages(tmp_path / "nowhere", "train")
@@ -140,5 +141,15 @@ def test_mistakes_are_named(pixels, tmp_path):
         PackedImages(folder, "train")
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"schema": 99}))
-    with pytest.raises(UserError, match="has schema 99, this version reads 1"):
+    with pytest.raises(UserError, match=f"has schema 99, this version reads 1: {again}$"):
         read_index(folder)
+    (folder / "index.json").write_text("torn")
+    with pytest.raises(UserError, match=rf"index\.json: missing or damaged: {again}$"):
+        read_index(folder)
+
+
+def test_a_shard_of_another_length_is_refused(pixels):
+    folder, _ = pixels
+    (folder / "train-00000.h5").write_bytes((folder / "train-00002.h5").read_bytes())
+    with pytest.raises(UserError, match=f"holds 2 images instead of 4: delete {folder} and run prepare_data again$"):
+        PackedImages(folder, "train")
