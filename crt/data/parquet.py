@@ -2,7 +2,7 @@
 
 A folder holds the files, below folders or not; a file belongs to the split that its path names
 (`data/train-00000-of-00294.parquet`). Images are a column of encoded files, which the Hub's metadata or its type
-tells; labels are the column of class labels that the metadata names, else one called "label".
+tells; labels are the column of class labels that the metadata names, else one called label, labels, cls or class.
 
 Images inside a Parquet file can only be read in groups of hundreds, but a data set is stored by class. So they are
 first copied behind each other into one plain file per Parquet file, under the stage's working folder, which needs
@@ -24,7 +24,7 @@ import numpy as np
 from crt import interrupt
 from crt.data.class_folders import ONE_CLASS
 from crt.data.listing import PLACE, Container, printable, sorted_listing
-from crt.data.shards import classes_of_labels, list_shards, splits_of_shards
+from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.errors import UserError
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pyarrow import DataType, RecordBatch
     from pyarrow.parquet import ParquetFile
 
-_LABEL_COLUMNS = ("label", "labels", "cls", "class")
 _BATCH_ROWS = 64
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -82,7 +81,8 @@ def open_parquet(path: Path, work: Path) -> Source:
         if not found:
             which = "files" if split == "all" else f"files of {split}"
             raise UserError(f"{path}: the {which} hold no images: give other files")
-    classes = classes_of_labels(folder, samples, f"column {columns.label}", notes)
+    looked_for = f"column {columns.label}" if columns.label is not None else f"column {' or '.join(LABEL_NAMES)}"
+    classes = classes_of_labels(folder, samples, looked_for, notes)
     index = {label: row for row, label in enumerate(classes)}
     listings = {}
     for split, found in samples.items():
@@ -172,8 +172,8 @@ def _columns(parquet: ParquetFile, where: str) -> _Columns:
         found = f"several columns of images ({', '.join(images)})" if images else "no column of images"
         raise UserError(f"{where}: has {found}; one is needed, of bytes or of the Hub's type Image: write it with one")
     labels = [name for name in schema.names if described.get(name) == "ClassLabel"]
-    labels = labels or [name for name in _LABEL_COLUMNS if name in schema.names][:1]
-    label = next((name for name in _LABEL_COLUMNS if name in labels), labels[0] if labels else None)
+    labels = labels or [name for name in LABEL_NAMES if name in schema.names][:1]
+    label = next((name for name in LABEL_NAMES if name in labels), labels[0] if labels else None)
     if label is not None and not _is_label(schema.field(label).type):
         raise UserError(
             f"{where}: column {label} holds {schema.field(label).type}: labels are integers or text, one per image: "
@@ -207,6 +207,7 @@ def _holds_bytes(kind: DataType) -> str:
 def _is_label(kind: DataType) -> bool:
     from pyarrow import types
 
+    kind = kind.value_type if types.is_dictionary(kind) else kind  # as pandas writes categories
     return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
 

@@ -11,6 +11,8 @@ from crt.data.listing import printable
 from crt.data.tree import folder_tree
 from crt.errors import UserError
 
+LABEL_NAMES = ("label", "labels", "cls", "class")
+"""What a label's column or key may be called; of several the first counts."""
 _SPLITS = {
     "train": re.compile(r"(?<![a-z])(train|training)(?![a-z])"),
     "val": re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])"),
@@ -75,7 +77,7 @@ def classes_of_labels(
     Args:
         folder: the source, for messages.
         samples: by split, the (path, label) of each image; a label of None is none.
-        where: what a label is called in this kind of shard, for messages.
+        where: what was looked for, for messages.
 
     Raises:
         UserError: only some samples have labels, or validation has a class that training has not.
@@ -86,7 +88,7 @@ def classes_of_labels(
         name = next(path for some in samples.values() for path, label in some if label is None)
         raise UserError(f"{folder}: {printable(name)} has no label ({where}), others do: add it, or remove the image")
     if None in everywhere:
-        notes.append(f"{folder}: samples have no labels: the images are one class")
+        notes.append(f"{folder}: samples have no labels ({where}): the images are one class")
         return [ONE_CLASS]
     labels = [label for label in found.get("train", everywhere) if label is not None]
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)

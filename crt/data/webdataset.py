@@ -2,7 +2,7 @@
 
 The shards are read where they lie. A folder holds them, below folders or not; a shard belongs to the split that its
 path names (`imagenet1k-train-0000.tar`, `val/000.tar`). Labels are `.cls` members, an integer or a class's name, or
-`label` in `.json` members; samples without any are one class.
+one of `LABEL_NAMES` in `.json` members; samples without any are one class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crt import interrupt
 from crt.data.archives import tar_members
 from crt.data.class_folders import EXTENSIONS, ONE_CLASS
 from crt.data.listing import PLACE, Container, printable, sorted_listing
-from crt.data.shards import classes_of_labels, list_shards, splits_of_shards
+from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.errors import UserError
@@ -59,7 +59,7 @@ def open_webdataset(folder: Path) -> Source:
     if without_image:
         notes.append(f"{folder}: {without_image} samples have no image: left out")
     labels_of = {split: [(sample.id, sample.label) for _, sample in found] for split, found in samples.items()}
-    classes = classes_of_labels(folder, labels_of, ".cls or label in .json", notes)
+    classes = classes_of_labels(folder, labels_of, f".cls, or {' or '.join(LABEL_NAMES)} in .json", notes)
     index = {name: label for label, name in enumerate(classes)}
     listings = {}
     modified = [(folder / shard).stat().st_mtime_ns for shard in used]
@@ -137,9 +137,23 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _label_in(content: bytes, name: str) -> str | None:
+    """The label among the values of a JSON file, if it has one.
+
+    Raises:
+        UserError: the file is no JSON, or its label neither integer nor text.
+    """
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
         raise UserError(f"{name} is no JSON: fetch the shard again") from None
-    label = values.get("label") if isinstance(values, dict) else None
-    return (str(label).strip() or None) if isinstance(label, int | str) else None
+    values = values if isinstance(values, dict) else {}
+    key = next((key for key in LABEL_NAMES if values.get(key) is not None), None)
+    if key is None:
+        return None
+    if not isinstance(values[key], int | str) or isinstance(values[key], bool):
+        shown = json.dumps(values[key])
+        raise UserError(
+            f"{name}: {key} is {shown if len(shown) <= 40 else shown[:40] + '...'}: labels are integers or text, one "
+            "per image: write it as one"
+        )
+    return str(values[key]).strip() or None

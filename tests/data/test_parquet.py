@@ -82,7 +82,9 @@ def test_rows_without_image_or_labels(prepare, make, tmp_path, capfd):
     assert status == 0
     assert [entry["name"] for entry in read_index(out)["classes"]] == ["images"]
     assert len(found_in(out, "train")) == len(found_in(out, "val")) == 3
-    assert "3 rows have no image: left out" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "3 rows have no image: left out" in told
+    assert "samples have no labels (column label or labels or cls or class): the images are one class" in told
 
 
 def test_several_label_columns(prepare, make, tmp_path, capfd):
@@ -184,3 +186,19 @@ def test_columns_the_metadata_does_not_name_are_found_by_their_types(prepare, ma
     status, out = prepare(path=tmp_path / "f", val_fraction=0.5, **FILES)
     assert status == 0
     assert [entry["id"] for entry in read_index(out)["classes"]] == ["3", "7"]
+
+
+@pytest.mark.parametrize("values", [["dog", "cat", "dog"], [7, 3, 7]])
+def test_labels_as_pandas_categories(prepare, make, tmp_path, values):
+    images = {image(make, number): str(values[number % 3]) for number in range(12)}
+    columns = {"image": list(images), "label": pyarrow.array(values * 4).dictionary_encode()}
+    status, out = prepare(path=write_file(tmp_path / "f" / "0.parquet", columns).parent, **FILES)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == sorted(set(images.values()))
+    assert found_in(out, "train") | found_in(out, "val") == images
+
+
+def test_a_missing_category_is_a_missing_label(refused, make, tmp_path):
+    columns = {"image": [b"x", b"y"], "label": pyarrow.array(["dog", None]).dictionary_encode()}
+    path = write_file(tmp_path / "f" / "0.parquet", columns).parent
+    assert "0.parquet/000001 has no label (column label)" in refused(path=path, **FILES)

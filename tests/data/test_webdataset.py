@@ -71,14 +71,25 @@ def test_splits_by_the_shards_names_and_numbers_in_their_order(prepare, make, tm
     check(out, make, "val", {50: "2", 51: "10"})
 
 
-def test_shards_of_no_split_or_without_labels(prepare, make, tmp_path):
+def test_shards_of_no_split_or_without_labels(prepare, make, tmp_path, capfd):
     members = {f"./a/{name}": data for number in range(8) for name, data in sample(make, number).items()}
     folder = write_shard(tmp_path / "s" / "000.tar", members | {"a/00009.txt": b"a caption"}).parent
     status, out = prepare(path=folder, val_fraction=0.25, **SHARDS)
     assert status == 0
     assert [entry["id"] for entry in read_index(out)["classes"]] == ["images"]
+    told = "samples have no labels (.cls, or label or labels or cls or class in .json): the images are one class"
+    assert told in capfd.readouterr().err
     assert len(PackedImages(out, "train")) == 6 and len(PackedImages(out, "val")) == 2
     assert PackedImages(out, "train").source_id(0).startswith("000.tar/a/0000")
+
+
+def test_labels_in_json_under_any_of_their_names(prepare, make, tmp_path):
+    members, labels = {}, [{"label": "a", "class": 5}, {"label": None, "labels": "b"}, {"cls": "c"}, {"class": "d"}]
+    for number in range(8):
+        members |= sample(make, number) | {f"{number:05d}.json": json.dumps(labels[number % 4]).encode()}
+    status, out = prepare(path=write_shard(tmp_path / "s/0.tar", members).parent, **SHARDS)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["a", "b", "c", "d"]
 
 
 def test_wordnet_ids_are_named(prepare, make, tmp_path):
@@ -94,7 +105,11 @@ def test_wordnet_ids_are_named(prepare, make, tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (lambda make: sample(make, 1, 0) | sample(make, 2), "00002.jpg has no label (.cls or label in .json)"),
+        (lambda make: sample(make, 1, 0) | sample(make, 2), "00002.jpg has no label (.cls, or label or labels or"),
+        (lambda make: sample(make, 1, json_label=1.0), "00001.json: label is 1.0: labels are integers or text"),
+        (lambda make: sample(make, 1) | {"00001.json": b'{"class": [1]}'}, "class is [1]: "),
+        (lambda make: sample(make, 1) | {"00001.json": b'{"cls": {"id": 1}}'}, 'cls is {"id": 1}: '),
+        (lambda make: sample(make, 1) | {"00001.json": b'{"labels": true}'}, "labels is true: "),
         (lambda make: sample(make, 1, 0) | {"00001.png": b"x"}, "sample 00001 has two images"),
         (lambda make: sample(make, 1) | {"00001.cls": b" "}, "00001.cls is empty"),
         (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is no JSON"),
