@@ -49,8 +49,8 @@ def open_parquet(path: Path, work: Path) -> Source:
     Raises:
         UserError: there is none, one is damaged or has no images, files differ, or only some images have labels.
     """
-    folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ".parquet"))
     notes: list[str] = []
+    folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ".parquet", notes))
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     columns = _common_columns(folder, used)
@@ -61,13 +61,14 @@ def open_parquet(path: Path, work: Path) -> Source:
     containers = []
     samples: dict[str, list[tuple[str, str | None]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
     places: dict[str, list[np.ndarray]] = {split: [] for split in samples}
-    without_image = 0
+    without_image = with_path = 0
     progress = Progress("copying images", len(used), "files")
     for number, shard in enumerate(used):
         copy = _copied(folder / shard, copies / f"{number:05d}", columns)
         containers.append(Container(str(copy.path), "tar"))
         present = copy.sizes > 0
         without_image += int((~present).sum())
+        with_path += copy.with_path
         rows = np.flatnonzero(present)
         samples[split_of[shard]] += [(f"{shard}/{row:06d}", copy.labels[row]) for row in rows]
         of_shard = np.zeros(len(rows), PLACE)
@@ -75,12 +76,13 @@ def open_parquet(path: Path, work: Path) -> Source:
         of_shard["offset"], of_shard["size"] = (np.cumsum(copy.sizes) - copy.sizes)[rows], copy.sizes[rows]
         places[split_of[shard]].append(of_shard)
         progress.update(number + 1)
+    outside = f" ({with_path} only name a file elsewhere: write the files' bytes into the column)" if with_path else ""
     if without_image:
-        notes.append(f"{path}: {without_image} rows have no image: left out")
+        notes.append(f"{path}: {without_image} rows have no image{outside}: left out")
     for split, found in samples.items():
         if not found:
             which = "files" if split == "all" else f"files of {split}"
-            raise UserError(f"{path}: the {which} hold no images: give other files")
+            raise UserError(f"{path}: the {which} hold no images{outside}: give other files")
     looked_for = f"column {columns.label}" if columns.label is not None else f"column {' or '.join(LABEL_NAMES)}"
     classes = classes_of_labels(folder, samples, looked_for, notes)
     index = {label: row for row, label in enumerate(classes)}
@@ -116,6 +118,8 @@ class _Copy:
     sizes: np.ndarray
     """(rows,) int64: bytes of each image, 0 for none."""
     labels: list[str | None]
+    with_path: int
+    """Rows that name a file instead of holding it."""
 
 
 @contextmanager
@@ -219,17 +223,19 @@ def _copied(source: Path, target: Path, columns: _Columns) -> _Copy:
     known = _read_record(record)
     if known is None or known["of"] != identity or not images.exists():
         record.unlink(missing_ok=True)
-        sizes, labels = _copy(source, images, columns)
-        known = {"of": identity, "sizes": sizes, "labels": labels}
+        sizes, labels, with_path = _copy(source, images, columns)
+        known = {"of": identity, "sizes": sizes, "labels": labels, "with_path": with_path}
         write_json(record, known)
-    return _Copy(images, state.st_mtime_ns, np.array(known["sizes"], np.int64), known["labels"])
+    return _Copy(images, state.st_mtime_ns, np.array(known["sizes"], np.int64), known["labels"], known["with_path"])
 
 
-def _copy(source: Path, target: Path, columns: _Columns) -> tuple[list[int], list[str | None]]:
-    """Write the images of a file behind each other; their sizes in bytes (0 for none) and labels."""
+def _copy(source: Path, target: Path, columns: _Columns) -> tuple[list[int], list[str | None], int]:
+    """Write the images of a file behind each other; their sizes in bytes (0 for none), labels, and rows with a path."""
     sizes: list[int] = []
     labels: list[str | None] = []
-    wanted = [f"{columns.image}.bytes" if columns.is_struct else columns.image]
+    with_path = 0
+    fields = ("bytes", "path") if columns.is_struct else ()  # one that is not there is none that is read
+    wanted = [f"{columns.image}.{field}" for field in fields] or [columns.image]
     wanted += [columns.label] if columns.label is not None else []
     with open(target, "wb") as out:
         for batch in _batches(source, wanted):
@@ -237,11 +243,12 @@ def _copy(source: Path, target: Path, columns: _Columns) -> tuple[list[int], lis
             for image in batch.column(columns.image).to_pylist():
                 content = image["bytes"] if columns.is_struct and image is not None else image
                 sizes.append(out.write(content or b""))
+                with_path += columns.is_struct and image is not None and not content and bool(image.get("path"))
             found = batch.column(columns.label).to_pylist() if columns.label is not None else [None] * len(batch)
             labels += [_label(value, len(columns.names), source) for value in found]
         out.flush()
         os.fsync(out.fileno())
-    return sizes, labels
+    return sizes, labels, with_path
 
 
 def _batches(source: Path, columns: list[str]) -> Iterator[RecordBatch]:
@@ -270,4 +277,4 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return known if isinstance(known, dict) and {"of", "sizes", "labels"} <= set(known) else None
+    return known if isinstance(known, dict) and {"of", "sizes", "labels", "with_path"} <= set(known) else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from crt.data.class_folders import ONE_CLASS, check_val_classes
 from crt.data.listing import printable
@@ -13,6 +14,8 @@ from crt.errors import UserError
 
 LABEL_NAMES = ("label", "labels", "cls", "class")
 """What a label's column or key may be called; of several the first counts."""
+# Endings of packed files, which stand behind that of what is packed.
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _SPLITS = {
     "train": re.compile(r"(?<![a-z])(train|training)(?![a-z])"),
     "val": re.compile(r"(?<![a-z])(val|valid|validation)(?![a-z])"),
@@ -20,10 +23,11 @@ _SPLITS = {
 }
 
 
-def list_shards(folder: Path, ending: str, hint: str = "") -> list[str]:
-    """Paths in a folder of the files with an ending, below folders or not.
+def list_shards(folder: Path, ending: str, notes: list[str], hint: str = "") -> list[str]:
+    """Paths in a folder of the files with an ending, in upper case or lower, below folders or not.
 
     Args:
+        notes: gets a line on other files, if there are any.
         hint: what else to tell if there are none.
 
     Raises:
@@ -32,10 +36,22 @@ def list_shards(folder: Path, ending: str, hint: str = "") -> list[str]:
     if not folder.is_dir():
         state = "is no folder" if folder.exists() else "not found"
         raise UserError(f"{folder}: {state}: set prepare_data.path to the folder of the {ending} shards")
-    shards = [name for name in folder_tree(folder).files if name.endswith(ending)]
+    files = folder_tree(folder).files
+    shards = [name for name in files if name.lower().endswith(ending)]
+    ignored = Counter(_ending(name) for name in files if not name.lower().endswith(ending))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not shards:
-        raise UserError(f"{folder}: holds no {ending} shards{hint}: give the folder that does")
+        held = f", but {kinds}" if kinds else ""
+        raise UserError(f"{folder}: holds no {ending} shards{hint}{held}: give the folder that does")
+    if kinds:
+        notes.append(f"{folder}: files that are no {ending} shards by their names are ignored: {kinds}")
     return shards
+
+
+def _ending(name: str) -> str:
+    """The ending of a file's name in lower case, .tar.gz as a whole."""
+    inner, last = PurePosixPath(PurePosixPath(name.lower()).stem), PurePosixPath(name.lower()).suffix
+    return (inner.suffix + last if last in _PACKED else last) or "no extension"
 
 
 def splits_of_shards(folder: Path, shards: list[str], notes: list[str]) -> dict[str, str]:

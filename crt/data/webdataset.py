@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from crt import interrupt
-from crt.data.archives import tar_members
+from crt.data.archives import archive_kind, tar_members
 from crt.data.class_folders import EXTENSIONS, ONE_CLASS
 from crt.data.listing import PLACE, Container, printable, sorted_listing
 from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
@@ -37,14 +37,19 @@ class _Sample:
     label: str | None = None
 
 
-def open_webdataset(folder: Path) -> Source:
-    """The shards of a folder.
+def open_webdataset(path: Path) -> Source:
+    """The shards of a folder, or one alone.
 
     Raises:
         UserError: there is none, one is damaged, or only some samples have labels.
     """
-    shards = list_shards(folder, ".tar", " (compressed ones are not read)")
     notes: list[str] = []
+    if path.is_file():
+        if archive_kind(path) != "tar":
+            raise UserError(f"{path}: compressed: a shard is read where it lies: decompress it to a .tar file")
+        folder, shards = path.parent, [path.name]
+    else:
+        folder, shards = path, list_shards(path, ".tar", notes, " (compressed ones are not read)")
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     samples: dict[str, list[tuple[int, _Sample]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
@@ -86,6 +91,7 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
     samples: dict[str, _Sample] = {}
     fields: dict[str, tuple[int, int]] = {}
     places: dict[str, tuple[int, int]] = {}
+    dotted: dict[str, str] = {}  # by key the last member whose name ends like an image's, behind a further dot
     where = printable(str(path))
     try:
         file, other = open(path, "rb"), open(path, "rb")  # noqa: SIM115
@@ -119,12 +125,20 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
                 if sample.id:
                     raise UserError(f"{where}: sample {printable(key)} has two images: keep one of them in the shard")
                 sample.id, (sample.offset, sample.size) = f"{shard}/{inside}", place
+            elif extension.endswith(EXTENSIONS):
+                dotted[key] = shown
             elif extension == ".cls":
                 sample.label = _read(other, *place).decode("utf-8-sig", "replace").strip()
                 if not sample.label:
                     raise UserError(f"{where}: {shown} is empty: it must hold the label of its image")
             elif extension == ".json":
                 fields[key] = place
+        for key, member_name in dotted.items():
+            if not samples[key].id:
+                raise UserError(
+                    f"{where}: {member_name} is no image of its own, since a key ends at the first dot of a name: "
+                    f"sample {printable(key)} has none: rename its members, without dots in the key"
+                )
         for key, place in fields.items():
             if samples[key].label is None:
                 samples[key].label = _label_in(_read(other, *place), f"{where}: {printable(key)}.json")

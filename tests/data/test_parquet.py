@@ -83,8 +83,31 @@ def test_rows_without_image_or_labels(prepare, make, tmp_path, capfd):
     assert [entry["name"] for entry in read_index(out)["classes"]] == ["images"]
     assert len(found_in(out, "train")) == len(found_in(out, "val")) == 3
     told = capfd.readouterr().err
-    assert "3 rows have no image: left out" in told
+    assert "3 rows have no image (1 only name a file elsewhere: write the files' bytes" in told
     assert "samples have no labels (column label or labels or cls or class): the images are one class" in told
+
+
+def test_rows_that_only_name_files(refused, tmp_path):
+    rows = [{"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}]
+    path = write_file(tmp_path / "f" / "0.parquet", {"image": pyarrow.array(rows, HUB_IMAGE)}).parent
+    message = refused(path=path, **FILES)
+    assert "the files hold no images (2 only name a file elsewhere: write the files' bytes into the column)" in message
+
+
+def test_images_as_structs_without_paths(prepare, make, tmp_path):
+    rows = pyarrow.array([{"bytes": image(make, number)} for number in range(6)])
+    status, out = prepare(path=write_file(tmp_path / "0.parquet", {"image": rows}), val_fraction=0.5, **FILES)
+    assert status == 0 and len(found_in(out, "train") | found_in(out, "val")) == 6
+
+
+def test_files_of_other_endings_are_noted(prepare, make, tmp_path, capfd):
+    hub_file(tmp_path / "f" / "0.PARQUET", make, {number: number % 2 for number in range(10)})
+    for name in ("1.parquet.gz", "2.arrow"):
+        make.write(tmp_path / "f" / name, b"x")
+    status, out = prepare(path=tmp_path / "f", **FILES)
+    assert status == 0 and len(found_in(out, "train") | found_in(out, "val")) == 10
+    told = "files that are no .parquet shards by their names are ignored: 1 .arrow, 1 .parquet.gz"
+    assert told in capfd.readouterr().err
 
 
 def test_several_label_columns(prepare, make, tmp_path, capfd):

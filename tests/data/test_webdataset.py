@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -214,6 +215,51 @@ def test_links_in_shards_are_followed_and_sparse_files_refused(prepare, refused,
         sparse.type = tarfile.GNUTYPE_SPARSE
         tar.addfile(sparse)
     assert "5.jpg is stored as a sparse file" in refused(path=shard.parent, **SHARDS)
+
+
+@pytest.mark.parametrize("plain", [0, 4])
+def test_keys_with_dots_are_refused(refused, make, tmp_path, plain):
+    members = {f"{number:05d}.jpg": image(make, number) for number in range(plain)}
+    members |= {"photos.d/i.v1.JPG": image(make, 10), "photos.d/i.v2.JPG": image(make, 11)}
+    message = refused(path=write_shard(tmp_path / "s/0.tar", members).parent, **SHARDS)
+    assert "photos.d/i.v2.JPG is no image of its own, since a key ends at the first dot" in message
+    assert "sample photos.d/i has none: rename its members, without dots in the key" in message
+
+
+def test_further_images_of_a_sample_are_no_dotted_keys(prepare, make, tmp_path):
+    members = {}
+    for number in range(8):
+        members |= {f"{number:05d}.seg.png": b"mask"} | sample(make, number, number % 2)
+    status, out = prepare(path=write_shard(tmp_path / "s/0.tar", members).parent, val_fraction=0.25, **SHARDS)
+    assert status == 0 and len(PackedImages(out, "train")) == 6
+
+
+def test_shards_of_other_endings_are_noted(prepare, refused, make, tmp_path, capfd):
+    folder = write_shard(tmp_path / "s/0.tar", sample(make, 1, 0) | sample(make, 2, 0)).parent
+    write_shard(folder / "1.TAR", sample(make, 3, 0) | sample(make, 4, 0))
+    for name in ("2.tar.gz", "3.Tar.GZ", "4.tgz", "sizes.json", "README"):
+        make.write(folder / name, b"x")
+    status, out = prepare(path=folder, val_fraction=0.5, **SHARDS)
+    assert status == 0 and len(PackedImages(out, "train")) == len(PackedImages(out, "val")) == 2
+    kinds = "1 .json, 2 .tar.gz, 1 .tgz, 1 no extension"
+    assert f"files that are no .tar shards by their names are ignored: {kinds}" in capfd.readouterr().err
+    for name in ("0.tar", "1.TAR"):
+        (folder / name).unlink()
+    shutil.rmtree(out)
+    assert f"holds no .tar shards (compressed ones are not read), but {kinds}: give" in refused(path=folder, **SHARDS)
+
+
+def test_one_shard_alone(prepare, refused, make, tmp_path):
+    members = {}
+    for number in range(8):
+        members |= sample(make, number, number % 2)
+    shard = write_shard(tmp_path / "s" / "some.tar", members)
+    make.write(shard.parent / "other.tar", b"damaged")
+    packed = make.write(shard.parent / "some.tar.gz", gzip.compress(shard.read_bytes()))
+    assert "some.tar.gz: compressed: a shard is read where it lies" in refused(path=packed, **SHARDS)
+    status, out = prepare(path=shard, val_fraction=0.25, **SHARDS)
+    assert status == 0 and len(PackedImages(out, "train")) == 6
+    assert PackedImages(out, "train").source_id(0).startswith("some.tar/0000")
 
 
 def test_a_shard_that_leads_nowhere_is_refused(refused, make, tmp_path):
