@@ -36,6 +36,8 @@ _LIKE_SPLIT = re.compile(
 )
 # Endings of files with many images inside, and the source that reads them.
 _SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
+_IMAGENET_ARCHIVE = re.compile(r"ILSVRC2012_img_.*\.tar")
+_CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 ONE_CLASS = "images"
 """The class of images that have none."""
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
@@ -127,8 +129,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         notes.append(f"{where}: holds no class folders: its images are one class")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not any(found.values()):
-        other = next((source for ending, source in _SHARDS.items() if ending in ignored), None)
-        hint = f", or set prepare_data.source to {other} to read images inside these files" if other else ""
+        hint = _read_otherwise([name for name in tree.files if name.startswith(root)])
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
             f"or set prepare_data.path to the folder that holds them{hint}"
@@ -142,6 +143,19 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if ignored:
         notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
     return found
+
+
+def _read_otherwise(files: Sequence[str]) -> str:
+    """A further remedy where no file is an image: the source that reads images inside of them."""
+    names = [PurePosixPath(name).name for name in files]
+    if any(_IMAGENET_ARCHIVE.fullmatch(name) for name in names):
+        return ", or set prepare_data.source to imagenet to read ImageNet's own archives"
+    if any(_CLASS_ARCHIVE.fullmatch(name) for name in names):
+        return ", or unpack each class archive (nXXXXXXXX.tar) into a folder of its name"
+    for ending, source in _SHARDS.items():
+        if any(name.lower().endswith(ending) for name in names):
+            return f", or set prepare_data.source to {source} to read images inside these files"
+    return ""
 
 
 def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:
@@ -225,7 +239,8 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
         raise UserError(f"{name}: class {shown} has validation images, but no training images: add some")
     missing = sorted(set(classes) - set(val_classes))
     if missing:
-        notes.append(f"{name}: {len(missing)} classes have no validation images: {', '.join(missing[:3])}")
+        what = "1 class has" if len(missing) == 1 else f"{len(missing)} classes have"
+        notes.append(f"{name}: {what} no validation images: {_first_three(missing)}")
 
 
 def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:

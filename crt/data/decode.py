@@ -59,8 +59,10 @@ def decode(data: bytes) -> np.ndarray:
             pixels = _to_rgb(picture)
     except UnidentifiedImageError:
         raise Undecodable(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Undecodable(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found = re.search(r"\((\d+) pixels\)", str(error))  # Pillow does not hand out the picture
+        size = f"{found[1]} pixels: " if found else ""
+        raise Undecodable(f"{size}more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except (MemoryError, Undecodable):
         raise
     except Exception as error:  # a decoder that meets corrupt data may raise anything

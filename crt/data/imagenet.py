@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import posixpath
 import re
 import tarfile
 import zlib
@@ -33,7 +34,7 @@ from crt.data.class_folders import (
 from crt.data.listing import PLACE, Container, Listing, printable, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names, imagenet_names
-from crt.data.tree import Tree, folder_tree
+from crt.data.tree import Tree, folder_tree, is_clutter
 from crt.errors import UserError
 from crt.progress import Progress
 
@@ -87,7 +88,7 @@ def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listi
     if archive.is_file():
         _require_tar(archive)
         members, _ = list_tar(archive, str(archive))
-        files = sorted(name for name in members if is_image(name))
+        files = sorted(name for name in members if is_image(name) and not is_clutter(name))
         modified = archive.stat().st_mtime_ns
         places = np.array([(0, *members[name], modified) for name in files], PLACE)
         tree = Tree(str(archive), Container(str(archive), "tar"), [f"val/{name}" for name in files], places, set())
@@ -173,11 +174,11 @@ def _list_tar_of_tars(path: Path) -> tuple[list[str], list[str], np.ndarray]:
         progress = Progress(f"reading {path.name}", max(end >> 20, 1), "MiB")
         for member in tar_members(outer, 0, end, str(path)):
             name = Path(member.name)
-            if not (member.isreg() and name.suffix == ".tar"):
+            if not (member.isreg() and name.suffix == ".tar") or is_clutter(posixpath.normpath(member.name)):
                 continue
             before, stop = len(ids), member.offset_data + member.size
             for image in tar_members(inner, member.offset_data, stop, f"{path}: {member.name}"):
-                if image.isreg() and is_image(image.name):
+                if image.isreg() and is_image(image.name) and not is_clutter(posixpath.normpath(image.name)):
                     ids.append(f"train/{name.stem}/{Path(image.name).name}")
                     folders.append(name.stem)
                     entries.append((0, image.offset_data, image.size, -1, state.st_mtime_ns))

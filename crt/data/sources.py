@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.error import URLError
 
@@ -36,16 +37,17 @@ def open_source(params: PrepareData, work: Path) -> Source:
     """
     if params.source == "digits":
         return _open_digits(work)
+    path = None if params.path is None else Path(os.path.expanduser(params.path))
     if params.source == "cifar10":
-        return _fetch_cifar10(work) if params.path is None else _open_cifar10(Path(params.path), work)
-    assert params.path is not None
+        return _fetch_cifar10(work) if path is None else _open_cifar10(path, work)
+    assert path is not None
     if params.source == "imagenet":
-        return open_imagenet(Path(params.path))
+        return open_imagenet(path)
     if params.source == "webdataset":
-        return open_webdataset(Path(params.path))
+        return open_webdataset(path)
     if params.source == "parquet":
-        return open_parquet(Path(params.path), work)
-    return open_class_folders(Path(params.path), work)
+        return open_parquet(path, work)
+    return open_class_folders(path, work)
 
 
 def _open_digits(work: Path) -> Source:

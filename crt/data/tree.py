@@ -62,10 +62,10 @@ def open_tree(path: Path, key: str, work: Path) -> Tree:
     else:
         plain = path if kind == "tar" else unpacked(path, kind, work)
         container, (members, folders) = Container(str(plain), "tar"), list_tar(plain, str(path))
-    files = sorted(name for name in members if not _is_clutter(name))
+    files = sorted(name for name in members if not is_clutter(name))
     places = np.array([(0, *members[name], state.st_mtime_ns) for name in files], PLACE)
     parents = {parent for name in files for parent in _parents(name)}
-    return Tree(str(path), container, files, places, parents | {name for name in folders if not _is_clutter(name)})
+    return Tree(str(path), container, files, places, parents | {name for name in folders if not is_clutter(name)})
 
 
 def folder_tree(root: Path) -> Tree:
@@ -99,7 +99,7 @@ def _walk(folder: Path | str, prefix: str, ancestors: tuple[str, ...]) -> Iterat
     """
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not _is_clutter(entry.name)]
+            found = [entry for entry in entries if not is_clutter(entry.name)]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}): make it readable and run again") from None
     for entry in found:
@@ -138,7 +138,7 @@ def _state(entry: os.DirEntry[str]) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _is_clutter(name: str) -> bool:
+def is_clutter(name: str) -> bool:
     """Whether a path has a hidden part (.DS_Store, ._a.jpg), or one that systems leave behind."""
     return any(part.startswith(".") or part in _CLUTTER for part in name.split("/"))
 

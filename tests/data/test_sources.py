@@ -108,6 +108,51 @@ def test_imagenet_as_downloaded(prepare, make, tmp_path):
     check_imagenet(out, make)
 
 
+def test_clutter_in_imagenets_archives_is_skipped(prepare, make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    clutter = ["._n02119789_0.JPEG", "__MACOSX/n02119789_0.JPEG", "./.hidden/x.JPEG"]
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        add(outer, "._n01440764.tar", b"clutter")
+        for wnid in DEVKIT_WNIDS[:3]:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for name in clutter:
+                    add(tar, name, b"clutter")
+                for number in range(4):
+                    add(tar, f"./{wnid}_{number}.JPEG", train_image(make, wnid, number))
+            add(outer, f"./{wnid}.tar", inner.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "a") as tar:
+        for name in ("._ILSVRC2012_val_00000001.JPEG", "__MACOSX/ILSVRC2012_val_00000001.JPEG"):
+            add(tar, name, b"clutter")
+    status, out = prepare(path=folder, max_rejected_fraction=0.0, **IMAGENET)
+    assert status == 0
+    check_imagenet(out, make)
+
+
+def test_a_path_may_begin_at_home(prepare, make, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make.class_folders(tmp_path / "images", {"a": 5, "b": 5})
+    status, out = prepare(path="~/images")
+    assert status == 0 and PackedImages(out, "train").class_names == ["a", "b"]
+
+
+def test_the_source_proposed_for_archives_is_one_that_reads_them(refused, make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    assert "or set prepare_data.source to imagenet" in (message := refused(path=folder))
+    assert "webdataset" not in message
+    make.write(tmp_path / "unpacked" / "train" / "n01440764.tar", b"tar")
+    message = refused(path=tmp_path / "unpacked")
+    assert message.endswith("or unpack each class archive (nXXXXXXXX.tar) into a folder of its name")
+
+
+@pytest.mark.parametrize(("classes", "told"), [("ab", "1 class has"), ("a", "2 classes have")])
+def test_classes_without_validation_images_are_counted(prepare, make, tmp_path, capfd, classes, told):
+    root = make.class_folders(tmp_path / "images" / "train", dict.fromkeys("abc", 2)).parent
+    make.class_folders(root / "val", dict.fromkeys(classes, 2), first_seed=50)
+    assert prepare(path=root)[0] == 0
+    assert f"images: {told} no validation images: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("flat_val", [True, False])
 def test_imagenet_extracted_is_packed_to_the_same_images(prepare, make, tmp_path, flat_val):
     folder = official(tmp_path / "imagenet", make)
