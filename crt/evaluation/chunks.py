@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crt.distributed import World, stop_signal
-from crt.interrupt import Stopped
+from crt.interrupt import Stopped, raise_if_stopped
 from crt.progress import Progress
 
 _CHUNK_IMAGES = 2000
@@ -59,8 +59,13 @@ class ChunkStore:
                 progress.update(self._done())
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
-        """One array, a chunk at a time, in the order of the images."""
+        """One array, a chunk at a time, in the order of the images.
+
+        Raises:
+            Stopped: a signal arrived; the process must not be one of several that need each other.
+        """
         for start, stop in self.bounds:
+            raise_if_stopped()
             with safe_open(self._path(start, stop), "np") as file:
                 yield file.get_tensor(name)
 

@@ -1,4 +1,7 @@
-"""Samples in the formats of other tools: PNG folders by class, and the batch file of ADM's evaluator."""
+"""Samples in the formats of other tools: PNG folders by class, and the batch file of ADM's evaluator.
+
+Files appear in one rename, so one that is there is whole: a stopped export continues behind it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ import json
 import os
 import zipfile
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 from PIL import Image
+
+from crt.data.pool import available_cpus
+from crt.interrupt import raise_if_stopped
+from crt.progress import Progress
 
 _IMAGES_AT_ONCE = 256
 # Zip's earliest date: a fixed one, so that the same images make the same bytes.
@@ -18,12 +26,15 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def export_samples(path: Path, formats: Collection[str]) -> None:
-    """Write a samples file beside itself in other formats.
+    """Write a samples file beside itself in other formats; files that are there already stay.
 
     Args:
         path: an HDF5 file of the stage sample, NAME.h5.
         formats: of "npz" (NAME.npz: `arr_0` (N, S, S, 3) uint8, as ADM's evaluator reads it, and labels as `arr_1`)
             and "png" (NAME_png/CLASS/INDEX.png, where CLASS is the number of the class).
+
+    Raises:
+        Stopped: a signal arrived; complete files are kept.
     """
     if "npz" in formats:
         write_adm_batch(path, path.with_suffix(".npz"))
@@ -36,26 +47,55 @@ def write_adm_batch(source: Path, target: Path) -> None:
 
     In the order of the samples file, classes in turn: the evaluator's Inception Score takes its splits in this order.
     """
+    if target.exists():
+        return
     temporary = target.with_name(target.name + ".tmp")
-    with h5py.File(source, "r", locking=False) as file, zipfile.ZipFile(temporary, "w") as archive:
-        for name, key in (("arr_0", "images"), ("arr_1", "labels")):
-            data = file[key]
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
-                header = {"descr": data.dtype.str, "fortran_order": False, "shape": data.shape}
-                np.lib.format.write_array_header_1_0(stream, header)
-                for start in range(0, len(data), _IMAGES_AT_ONCE):
-                    stream.write(data[start : start + _IMAGES_AT_ONCE].tobytes())
+    with h5py.File(source, "r", locking=False) as file, open(temporary, "wb") as raw:
+        progress = Progress(f"export {target.name}", len(file["images"]), "images")
+        with zipfile.ZipFile(raw, "w") as archive:
+            for name, key in (("arr_0", "images"), ("arr_1", "labels")):
+                data = file[key]
+                with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
+                    header = {"descr": data.dtype.str, "fortran_order": False, "shape": data.shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    for start in range(0, len(data), _IMAGES_AT_ONCE):
+                        raise_if_stopped()
+                        stream.write(data[start : start + _IMAGES_AT_ONCE].tobytes())
+                        if key == "images":
+                            progress.update(min(start + _IMAGES_AT_ONCE, len(data)))
+        raw.flush()
+        os.fsync(raw.fileno())
     os.replace(temporary, target)
 
 
 def write_png_folders(source: Path, folder: Path) -> None:
     """One PNG per image; the names of the classes go to `class_names.json` beside the folders."""
-    with h5py.File(source, "r", locking=False) as file:
+    with (
+        h5py.File(source, "r", locking=False) as file,
+        ThreadPoolExecutor(available_cpus()) as threads,  # Pillow compresses outside the interpreter's lock
+    ):
         images, labels = file["images"], file["labels"][()]
         folder.mkdir(exist_ok=True)
         (folder / "class_names.json").write_text(json.dumps(json.loads(file.attrs["class_names"]), ensure_ascii=False))
         for label in np.unique(labels):
             (folder / f"{label:05d}").mkdir(exist_ok=True)
-        for start in range(0, len(images), _IMAGES_AT_ONCE):
-            for row, image in enumerate(images[start : start + _IMAGES_AT_ONCE], start):
-                Image.fromarray(image).save(folder / f"{labels[row]:05d}" / f"{row:08d}.png", compress_level=1)
+        paths = [folder / f"{label:05d}" / f"{row:08d}.png" for row, label in enumerate(labels)]
+        missing = np.array([not path.exists() for path in paths])
+        progress = Progress(f"export {folder.name}", len(paths), "images", done=int((~missing).sum()))
+        for start in range(0, len(paths), _IMAGES_AT_ONCE):
+            raise_if_stopped()
+            here = np.flatnonzero(missing[start : start + _IMAGES_AT_ONCE])
+            if len(here):
+                block = images[start : start + _IMAGES_AT_ONCE]
+                list(threads.map(_write_png, block[here], [paths[start + row] for row in here]))
+                progress.update(progress.done + len(here))
+
+
+def _write_png(image: np.ndarray, path: Path) -> None:
+    """uint8 (S, S, 3) to a file, whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        Image.fromarray(image).save(file, "PNG", compress_level=1)
+        file.flush()
+        os.fsync(file.fileno())  # or a node that goes down leaves an empty file under the final name
+    os.replace(temporary, path)

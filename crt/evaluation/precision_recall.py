@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from crt.interrupt import raise_if_stopped
 from crt.randomness import numpy_generator
 
 _BLOCK_ROWS = 2048
@@ -26,6 +27,9 @@ def precision_recall(
 
     Returns:
         (precision, recall).
+
+    Raises:
+        Stopped: a signal arrived between two blocks, which take minutes in all on a CPU.
     """
     for features in (samples, reference):
         if len(features) <= neighbours:
@@ -40,6 +44,7 @@ def _squared_radii(points: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Squared distance of each point to its k-th nearest other point; (N, D) -> (N,)."""
     radii = []
     for start in range(0, len(points), _BLOCK_ROWS):
+        raise_if_stopped()
         block = points[start : start + _BLOCK_ROWS]
         distances = _squared_distances(block, points)
         rows = torch.arange(len(block), device=points.device)
@@ -52,6 +57,7 @@ def _share_inside(points: torch.Tensor, centres: torch.Tensor, squared_radii: to
     """Share of points (N, D) that lie in at least one ball about the centres (M, D)."""
     inside = 0
     for start in range(0, len(points), _BLOCK_ROWS):
+        raise_if_stopped()
         distances = _squared_distances(points[start : start + _BLOCK_ROWS], centres)
         inside += int((distances <= squared_radii).any(dim=1).sum())
     return inside / len(points)

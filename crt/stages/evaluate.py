@@ -4,26 +4,33 @@ Reads the prepared data, the tokenizer, its codes, the transformer's validation 
 `report.html` (a page with everything in it), `metrics.json` (flat: figures, and the protocol that they were measured
 by), `guidance_sweep.csv` (generation figures at each scale of guidance), pictures, and `classifier.safetensors`.
 
+What was measured is on disk chunk by chunk, the figures of each scale as soon as they are taken: stopped at any moment,
+the stage continues there and ends with the same bytes.
+
 Cost: one pass over the samples of each scale; once for all evaluations of a tokenizer, one over the validation images
 (encode, decode, two feature networks); once for all of the same data, one over the real images and the classifier's
-training; then a matrix root of some seconds (128 features) to two minutes (2,048, and again for sFID) for each scale.
-Several processes share the passes; the first one does the rest. Inception's features of real images and
-reconstructions stay on disk, 16 kB and 8 kB for each. On the digits half a minute on two cores; expect
-`classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
+training; then for each scale, on one thread, 13 to 18 s for a matrix root of 2,048 features (twice with sFID; a moment
+with the classifier's 128), and up to a minute for the kernel distance's subsets. Several processes share the passes;
+the first one does the rest. Inception's features of real images and reconstructions stay on disk, 16 kB and 8 kB for
+each. On the digits half a minute on two cores; expect `classifier_accuracy` of 0.99 and `class_agreement` above 0.9.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from crt.distributed import World, join_world, main_alone, reported_once
 from crt.errors import UserError
-from crt.evaluation.chunks import raise_if_any_stopped
+from crt.evaluation.chunks import ChunkStore, raise_if_any_stopped
 from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
@@ -31,6 +38,7 @@ from crt.evaluation.frechet import Moments
 from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png, spread
 from crt.evaluation.metrics import (
     Metrics,
+    Reference,
     class_metrics,
     code_metrics,
     generation_metrics,
@@ -47,8 +55,8 @@ from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSou
 from crt.evaluation.wording import has_classes, shown
 from crt.files import write_json
 from crt.history import write_rows
-from crt.interrupt import Stopped
-from crt.progress import logger
+from crt.interrupt import Stopped, raise_if_stopped
+from crt.progress import Progress, logger
 from crt.stage import StageRun, read_seconds
 from crt.stages.sample import SAMPLES_FILE
 from crt.tokenizer.losses import PerceptualLoss
@@ -61,6 +69,7 @@ def run(run: StageRun) -> None:
 
     Raises:
         UserError: a missing or wrong reference or Inception file, or sets of images that do not fit together.
+        Stopped: a signal arrived at any process; what was measured is kept.
     """
     with join_world() as world, reported_once(world):
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
@@ -164,12 +173,10 @@ def _write_results(
     counts = _code_counts(run)
     warnings: list[str] = []
     reference = open_reference(passes.reference, networks.features, stored)
-    params, seed = run.params.evaluate, run.params.seed
-    generated = generation_metrics(
-        params, seed, networks, samples=passes.samples, reference=reference, warnings=warnings
-    )
+    params = run.params.evaluate
+    generated = _generation(run, networks, passes.samples, reference, warnings)
     metrics: Metrics = (
-        reconstruction_metrics(networks, passes, warnings)
+        _kept(run, (passes.copies, passes.val), partial(reconstruction_metrics, networks, passes), warnings)
         | generated
         | code_metrics(counts, networks.tokenizer.num_tokens, run.manifests["train_ar"].summary["val_loss"], warnings)
         | class_metrics(networks, sources, passes, warnings)
@@ -188,7 +195,7 @@ def _write_results(
             raise FloatingPointError(f"{name} is {value}")
     write_json(run.staging / "metrics.json", metrics)
     run.summary.update({name: value for name, value in metrics.items() if not isinstance(value, str)})
-    sweep = guidance_sweep(params, seed, networks, sources=sources, passes=passes, reference=reference, main=generated)
+    sweep = _sweep(run, networks, sources, passes, reference)
     write_rows(sweep, run.staging / "guidance_sweep.csv")
     write_rows(_usage_rows(counts), run.staging / "code_usage.csv")
     _draw(run, networks, sources, counts)
@@ -202,6 +209,62 @@ def _write_results(
     run.timed_files.add(REPORT_FILE)
     write_report(run.staging, metrics, sweep, run.manifests, run.manifest_so_far(), seconds=seconds)
     shutil.copyfile(networks.classifier.path, run.staging / CLASSIFIER_FILE)
+
+
+def _generation(
+    run: StageRun, networks: Networks, samples: ChunkStore, reference: Reference, warnings: list[str]
+) -> Metrics:
+    """The figures of the samples of one guidance scale."""
+    take = partial(
+        generation_metrics, run.params.evaluate, run.params.seed, networks, samples=samples, reference=reference
+    )
+    return _kept(run, (samples, reference.store), take, warnings)
+
+
+def _kept(
+    run: StageRun, stores: tuple[ChunkStore, ChunkStore], take: Callable[..., Metrics], warnings: list[str]
+) -> Metrics:
+    """What `take` finds in two stores, and its warnings, kept for a restart.
+
+    Their folders' names tell images and networks, the working folder's the params: nothing else shows in the figures.
+
+    Raises:
+        Stopped: a signal arrived.
+    """
+    key = hashlib.sha256(" ".join(store.folder.name for store in stores).encode()).hexdigest()
+    path = run.work / f"figures-{key[:16]}.json"
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        raise_if_stopped()
+        found: list[str] = []
+        kept = {"figures": take(warnings=found), "warnings": found}
+        if all(isinstance(value, str) or math.isfinite(value) for value in kept["figures"].values()):
+            write_json(path, kept)
+    warnings += kept["warnings"]
+    figures: Metrics = kept["figures"]
+    return figures
+
+
+def _sweep(
+    run: StageRun, networks: Networks, sources: Sources, passes: Passes, reference: Reference
+) -> list[dict[str, float]]:
+    """The figures at each scale of guidance, ascending, one scale safe on disk before the next."""
+    scales = zip((sources.samples, *sources.sweep), (passes.samples, *passes.sweep), strict=True)
+    progress, rows = Progress("distances of the sweep", len(sources.sweep), "scales"), []
+    for index, (source, store) in enumerate(scales):
+        rows += guidance_sweep(
+            run.params.evaluate,
+            run.params.seed,
+            networks,
+            sources=replace(sources, samples=source, sweep=()),
+            passes=replace(passes, samples=store, sweep=()),
+            reference=reference,
+            main=_generation(run, networks, store, reference, []),
+        )
+        if index > 0:  # the first one's were taken before
+            progress.update(index)
+    return sorted(rows, key=lambda row: row["guidance_scale"])
 
 
 def _code_counts(run: StageRun) -> np.ndarray:

@@ -9,7 +9,8 @@ nothing but its own scale: the same file as if that were `guidance_scale`. `samp
 The images are made in chunks of `sample.batch_size`: chunk c holds the images from c * batch_size on, whoever makes it,
 and the last one is drawn in full before it is cut. So an image depends on (seed, index) and on nothing that a restart
 or the number of processes changes (see `crt.ar.generator` for what holds at another batch size), and the first images
-of a larger run are those of a smaller one. Each chunk is safe on disk before the next one starts.
+of a larger run are those of a smaller one. Each chunk is safe on disk before the next one starts, and so is each file
+that is made of them: stopped at any moment, the stage continues there and ends with the same bytes.
 
 Cost: 2 x parameters FLOPs per code, twice that with guidance; from some hundred images in a batch on this bounds the
 speed, below it reading the weights once per code does.
@@ -34,7 +35,7 @@ from crt.data.transforms import to_uint8
 from crt.distributed import World, join_world, reported_once, stop_signal
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
-from crt.interrupt import Stopped
+from crt.interrupt import Stopped, raise_if_stopped
 from crt.params import Sample
 from crt.progress import Progress
 from crt.stage import StageRun
@@ -51,7 +52,7 @@ def run(run: StageRun) -> None:
 
     Raises:
         UserError: the model's codes are not the tokenizer's, or a label is no class of the model.
-        Stopped: a signal arrived at any process; finished chunks are kept.
+        Stopped: a signal arrived at any process; finished chunks and files are kept.
     """
     params = run.params.sample
     with join_world() as world:
@@ -67,7 +68,8 @@ def run(run: StageRun) -> None:
     if world.is_main:
         for scale in params.scales:
             path = run.staging / samples_file(params, scale)
-            _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
+            if not path.exists():  # complete or absent, as the exports are
+                _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
             export_samples(path, params.export)
         run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
 
@@ -203,7 +205,11 @@ def _missing_chunks(chunks: _Chunks, world: World) -> list[int]:
 
 
 def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig, scale: float) -> None:
-    """Join the chunks to one HDF5 file, in bounded memory."""
+    """Join the chunks to one HDF5 file, in bounded memory.
+
+    Raises:
+        Stopped: a signal arrived.
+    """
     params = run.params.sample
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     num_images = params.num_images
@@ -220,12 +226,15 @@ def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig,
         images = file.create_dataset("images", (num_images, *size), np.uint8)
         codes = file.create_dataset("codes", (num_images, config.num_tokens), code_type)
         file.create_dataset("labels", data=labels_of(np.arange(num_images), params, config))
+        progress = Progress(f"write {path.name}", num_images, "images")
         for index in range(chunks.count):
+            raise_if_stopped()
             chunk = chunks.load(index)
             start = index * chunks.size
             stop = min(start + chunks.size, num_images)
             images[start:stop] = chunk["images"][: stop - start]
             codes[start:stop] = chunk["codes"][: stop - start]
+            progress.update(stop)
         file.attrs["complete"] = True
         file.flush()
     with open(temporary, "rb") as written:

@@ -19,6 +19,7 @@ from crt import interrupt
 from crt.__main__ import main
 from crt.ar.generator import Generator
 from crt.errors import UserError
+from crt.evaluation import export
 from crt.progress import Progress
 from crt.stages import sample
 from crt.tokenizer.model import Tokenizer
@@ -111,6 +112,53 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert chunk.stat().st_mtime_ns == written  # not made again
     assert main(torn) == 0
     assert file_of(torn).read_bytes() == file_of(whole).read_bytes()
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writing_and_exporting_stop_and_continue(
+    sample_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: an uninterrupted run. A signal while each kind of file is written; finished ones are not made again."""
+    monkeypatch.setattr(export, "_IMAGES_AT_ONCE", 5)
+    changes = {"sample__export": ["npz", "png"], "sample__guidance_sweep": [1.0]}
+    whole, torn = (sample_run(tmp_path / name, **changes) for name in ("whole", "torn"))
+    assert main(whole) == 0
+    plan = [
+        ("write samples.h5", 8),
+        ("export samples.npz", 5),
+        ("export samples_png", 10),
+        ("write samples_guidance_1.0.h5", 16),
+        ("export samples_guidance_1.0_png", 15),
+    ]
+
+    class StopAsPlanned(Progress):
+        def update(self, done: int, **figures: float) -> None:
+            super().update(done, **figures)
+            if plan and plan[0] == (self.label, done):
+                del plan[0]
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for module in (sample, export):
+        monkeypatch.setattr(module, "Progress", StopAsPlanned)
+    finished: dict[str, int] = {}
+    while plan:
+        left = len(plan)
+        assert main(torn) == 128 + signal.SIGTERM
+        interrupt._received.clear()
+        assert len(plan) == left - 1
+        (staging,) = (tmp_path / "torn" / ".work").glob("samples-*/staging")
+        files = [path for path in staging.rglob("*") if path.suffix in (".h5", ".npz", ".png")]
+        times = {str(path.relative_to(staging)): path.stat().st_mtime_ns for path in files}
+        assert {name: times[name] for name in finished} == finished
+        finished = times
+    assert len([name for name in finished if name.endswith(".png")]) == 20 + 15
+    assert main(torn) == 0
+    made = tmp_path / "torn" / "samples"
+    assert {name: (made / name).stat().st_mtime_ns for name in finished} == finished
+    assert files_in(made) == files_in(tmp_path / "whole" / "samples")
 
 
 def test_the_first_images_of_a_larger_run_are_those_of_a_smaller(sample_run: Make, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from cleanfid import fid as cleanfid_fid
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crt.__main__ import main
@@ -32,6 +33,7 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World
 from crt.evaluation import chunks
+from crt.evaluation import metrics as metrics_module
 from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures, interpolated
@@ -595,21 +597,87 @@ def test_the_page_shows_in_a_browser(evaluated, tmp_path, width):
     assert found["overflow"] <= 0
 
 
+def evaluate_scales(pipeline: Pipeline, changes: dict, samples: str, out: Path) -> int:
+    """Draw samples, unless they are there, and evaluate them."""
+    write_params(pipeline.params, changes)
+    assert pipeline.stage("sample", samples, "tokenizer", "ar") == 0
+    folders = {key: pipeline.root / (samples if key == "samples" else key) for key in NAMES}
+    options = [text for key, folder in folders.items() for text in (f"--{key}", str(folder))]
+    return main(["evaluate", "--params", str(pipeline.params), *options, "--out", str(out)])
+
+
+def test_a_stop_among_the_figures_keeps_those_that_are_taken(evaluated, monkeypatch):
+    """Oracle: an uninterrupted run. Signals within the first scale's figures, after them, and after the second's."""
+    changes = evaluated.changes | {"sample.guidance_scale": 2.0, "sample.guidance_sweep": [1.5, 1.25]}
+    whole, torn = (evaluated.root / f"evaluation_{name}" for name in ("whole_sweep", "torn_sweep"))
+    assert evaluate_scales(evaluated, changes, "samples_sweep", whole) == 0
+
+    calls = []
+    stop_after = {1: "frechet_distance", 4: "precision_recall", 8: "precision_recall"}
+
+    def noted(name, function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls.append(name)
+            if stop_after.get(len(calls)) == name:
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        return call
+
+    for name in ("frechet_distance", "kernel_distance", "precision_recall"):
+        monkeypatch.setattr(metrics_module, name, noted(name, getattr(metrics_module, name)))
+    statuses = []
+    while not statuses or statuses[-1] == 128 + signal.SIGTERM:
+        monkeypatch.setattr("crt.interrupt._received", [])
+        statuses.append(evaluate_scales(evaluated, changes, "samples_sweep", torn))
+        assert len(statuses) < 10
+    assert statuses == [128 + signal.SIGTERM] * 3 + [0]
+    scale = ["frechet_distance", "kernel_distance", "precision_recall"]
+    # The first scale begins anew, since it was stopped within; then the reconstructions' distance, then the others.
+    assert calls == ["frechet_distance", *scale, "frechet_distance", *scale, *scale]
+    assert {path.name: path.read_bytes() for path in torn.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+    write_params(evaluated.params, evaluated.changes)
+
+
+def test_kept_figures_serve_only_what_they_were_taken_from(evaluated, tmp_path, monkeypatch):
+    """Oracle: an uninterrupted run with the classifier that the stopped evaluation finds when it continues."""
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    assert evaluated.evaluate("by_ours", shared=ours) == 0
+    (path,) = ours.glob("classifier-*/classifier.safetensors")
+    with safe_open(path, "pt") as file:
+        weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    other = others / path.relative_to(ours)
+    other.parent.mkdir(parents=True)
+    save_file({name: (array * 1.5).to(array.dtype) for name, array in weights.items()}, other, metadata)
+    assert evaluated.evaluate("by_others", shared=others) == 0
+
+    def then_stop(*args):
+        result = original(*args)
+        signal.raise_signal(signal.SIGTERM)
+        return result
+
+    original = metrics_module.precision_recall
+    shutil.rmtree(evaluated.root / "by_ours")
+    with monkeypatch.context() as patch:
+        patch.setattr("crt.interrupt._received", [])
+        patch.setattr(metrics_module, "precision_recall", then_stop)
+        assert evaluated.evaluate("by_ours", shared=ours) == 128 + signal.SIGTERM
+    assert list((evaluated.root / ".work").glob("by_ours-*/figures-*.json"))
+    assert evaluated.evaluate("by_ours", shared=others) == 0
+    assert evaluated.metrics("by_ours") == evaluated.metrics("by_others")
+
+
 def test_a_sweep_measures_each_scale_by_itself(evaluated):
     """Oracle: a run with that scale as its only one."""
     swept = evaluated.changes | {"sample.guidance_scale": 2.0, "sample.guidance_sweep": [1.5]}
     alone = evaluated.changes | {"sample.guidance_scale": 1.5}
     rows = {}
     for name, changes in (("swept", swept), ("alone", alone)):
-        write_params(evaluated.params, changes)
-        assert evaluated.stage("sample", f"samples_{name}", "tokenizer", "ar") == 0
-        options = [
-            text
-            for key in NAMES
-            for text in (f"--{key}", str(evaluated.root / (f"samples_{name}" if key == "samples" else key)))
-        ]
         out = evaluated.root / f"evaluation_{name}"
-        assert main(["evaluate", "--params", str(evaluated.params), *options, "--out", str(out)]) == 0
+        assert evaluate_scales(evaluated, changes, f"samples_{name}", out) == 0
         rows[name] = {row["guidance_scale"]: row for row in read_history(out / "guidance_sweep.csv")}
     assert list(rows["swept"]) == [1.5, 2.0]
     assert list(rows["alone"]) == [1.5]

@@ -37,6 +37,7 @@ def test_the_batch_file_is_what_adms_evaluator_reads(samples):
         assert batch["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(AdmBatch(target).read(5, 20), IMAGES[5:20])
     first = target.read_bytes()
+    target.unlink()
     export_samples(samples, ["npz"])
     assert target.read_bytes() == first
     assert not samples.with_name("samples_png").exists()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 
+from crt import interrupt
 from crt.evaluation import precision_recall as module
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
+from crt.interrupt import Stopped
 
 
 def share_inside_by_loops(points, centres, neighbours):
@@ -32,6 +36,23 @@ def test_precision_and_recall_are_the_definition(monkeypatch, block, neighbours)
     assert precision == share_inside_by_loops(samples.astype(float), reference.astype(float), neighbours)
     assert recall == share_inside_by_loops(reference.astype(float), samples.astype(float), neighbours)
     assert 0 < recall < precision < 1
+
+
+def test_a_signal_ends_them_between_two_blocks(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 10)
+    blocks = []
+    original = module._squared_distances
+
+    def stop_at_the_third(a, b):
+        blocks.append(len(a))
+        if len(blocks) == 3:
+            monkeypatch.setattr(interrupt, "_received", [signal.SIGTERM])
+        return original(a, b)
+
+    monkeypatch.setattr(module, "_squared_distances", stop_at_the_third)
+    with pytest.raises(Stopped):
+        precision_recall(np.zeros((50, 3)), np.ones((50, 3)), 1)
+    assert len(blocks) == 3
 
 
 def test_sets_on_and_off_the_manifold():
