@@ -126,6 +126,23 @@ def reported_once(world: World) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+@contextmanager
+def gpu_memory(stage: str, remedy: str) -> Iterator[None]:
+    """For work whose need of GPU memory the user sets.
+
+    Args:
+        stage: its name.
+        remedy: what to change in the params, as in "lower sample.batch_size".
+
+    Raises:
+        UserError: the memory did not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{stage}: out of GPU memory: {remedy}") from None
+
+
 def _tell_the_others(world: World) -> None:
     """Say that rank 0 reports a mistake, and stay until they know, since the store goes with this process.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 # Two test workers on two cores: more threads each would only fight.
@@ -72,6 +73,11 @@ def dvclive_curve(folder: Path, name: str) -> dict[int, float]:
     curve = {int(row["step"]): float(row[name.rpartition("/")[2]]) for row in rows}
     assert len(curve) == len(rows)  # no step twice
     return curve
+
+
+def run_out_of_memory(*_: Any, **__: Any) -> None:
+    """In place of what needs a GPU's memory: fails as torch does."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 @pytest.fixture

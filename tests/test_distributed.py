@@ -42,6 +42,19 @@ def test_a_mistake_of_all_processes_is_reported_once_and_that_of_a_single_one_to
     assert ["UserError: a damaged reference" in err for err in said] == reports, said
 
 
+OUT_OF_MEMORY = """
+import sys, torch
+import crt.distributed as d
+with d.join_world() as world, d.reported_once(world), d.gpu_memory("sample", "lower sample.batch_size"):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+"""
+
+
+def test_gpu_memory_that_suffices_on_no_process_is_told_once():
+    said = [err for _, err in _run_two(OUT_OF_MEMORY, "")]
+    assert ["UserError: sample: out of GPU memory: lower sample.batch_size" in err for err in said] == [True, False]
+
+
 SCRIPT = """
 import sys, time
 import crt.distributed as d

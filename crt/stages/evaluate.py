@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crt.distributed import World, join_world, main_alone, reported_once
+from crt.distributed import World, gpu_memory, join_world, main_alone, reported_once
 from crt.errors import UserError
 from crt.evaluation.chunks import ChunkStore, raise_if_any_stopped
 from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
@@ -68,10 +68,15 @@ def run(run: StageRun) -> None:
     """Evaluate; see the module's text.
 
     Raises:
-        UserError: a missing or wrong reference or Inception file, or sets of images that do not fit together.
+        UserError: a missing or wrong reference or Inception file, sets of images that do not fit together, or too
+            little GPU memory.
         Stopped: a signal arrived at any process; what was measured is kept.
     """
-    with join_world() as world, reported_once(world):
+    with (
+        join_world() as world,
+        reported_once(world),
+        gpu_memory(run.name, "lower evaluate.batch_size, or free the GPU of other work"),
+    ):
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         sources = _open_sources(run, tokenizer.image_size)
         networks = _load_networks(run, world, tokenizer)
@@ -81,7 +86,8 @@ def run(run: StageRun) -> None:
         )
     # The others do not wait for the figures: matrix roots of a long sweep outlast a collective's patience.
     if world.is_main:
-        _write_results(run, networks, sources, passes, stored)
+        with gpu_memory(run.name, "lower evaluate.pairwise_images, or free the GPU of other work"):
+            _write_results(run, networks, sources, passes, stored)
 
 
 def _open_sources(run: StageRun, image_size: int) -> Sources:
@@ -153,16 +159,17 @@ def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatu
 def _train_classifier(run: StageRun, world: World, image_size: int, path: Path) -> None:
     train = SplitSource(run.inputs["data"], "train", image_size, run.manifests["prepare_data"].content)
     path.parent.mkdir(exist_ok=True)
-    train_classifier(
-        train.read_rows,
-        labels=train.labels,
-        classes=train.images.num_classes,
-        image_size=image_size,
-        params=run.params.evaluate.classifier,
-        seed=run.params.seed,
-        path=path,
-        device=world.device,
-    )
+    with gpu_memory(run.name, "lower evaluate.classifier.batch_size"):
+        train_classifier(
+            train.read_rows,
+            labels=train.labels,
+            classes=train.images.num_classes,
+            image_size=image_size,
+            params=run.params.evaluate.classifier,
+            seed=run.params.seed,
+            path=path,
+            device=world.device,
+        )
 
 
 def _write_results(

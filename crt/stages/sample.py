@@ -32,7 +32,7 @@ from torch import Tensor
 from crt.ar.generator import Generator
 from crt.ar.model import ARConfig
 from crt.data.transforms import to_uint8
-from crt.distributed import World, join_world, reported_once, stop_signal
+from crt.distributed import World, gpu_memory, join_world, reported_once, stop_signal
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
 from crt.interrupt import Stopped, raise_if_stopped
@@ -51,17 +51,17 @@ def run(run: StageRun) -> None:
     """Draw `sample.num_images` images.
 
     Raises:
-        UserError: the model's codes are not the tokenizer's, or a label is no class of the model.
+        UserError: the model's codes are not the tokenizer's, a label is no class of the model, or too little GPU
+            memory.
         Stopped: a signal arrived at any process; finished chunks and files are kept.
     """
     params = run.params.sample
-    with join_world() as world:
-        with reported_once(world):
-            generator = Generator.load(run.inputs["ar"], params.precision, world.device, params.compile)
-            tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
-            check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)
-            check_labels(params, generator.config)
-
+    remedy = "lower sample.batch_size, or set sample.precision to bf16"
+    with join_world() as world, reported_once(world), gpu_memory(run.name, remedy):
+        generator = Generator.load(run.inputs["ar"], params.precision, world.device, params.compile)
+        tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
+        check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)
+        check_labels(params, generator.config)
         for scale in params.scales:
             _draw_all(run, world, generator, tokenizer, scale)
     # The others do not wait for the files: tens of thousands of PNG outlast a collective's patience.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from crt import interrupt
 from crt.data.packed import PackedImages
-from crt.distributed import World, join_world, reported_once, stop_signal
+from crt.distributed import World, gpu_memory, join_world, reported_once, stop_signal
 from crt.errors import UserError
 from crt.progress import Progress, logger
 from crt.stage import StageRun
@@ -51,10 +51,11 @@ def run(run: StageRun) -> None:
     """Make both splits' codes.
 
     Raises:
-        UserError: a split has no images.
+        UserError: a split has no images, or too little GPU memory.
         Stopped: a signal arrived at any process; finished blocks are kept.
     """
-    with join_world() as world:
+    remedy = "lower tokenize.batch_size, or set tokenize.precision to bf16"
+    with join_world() as world, gpu_memory(run.name, remedy):
         with reported_once(world):
             tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
             images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
@@ -78,7 +79,7 @@ def run(run: StageRun) -> None:
                             remaining -= images_done
                             if world.size == 1:
                                 progress.update(total - remaining)
-                    except (OSError, UserError) as error:  # such as a full disk
+                    except (OSError, UserError, torch.OutOfMemoryError) as error:  # such as a full disk
                         failure = error
                 _leave_if_any_failed(world, failure)
                 if world.size > 1:

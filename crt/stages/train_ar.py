@@ -45,7 +45,7 @@ from crt.ar.engine import (
 )
 from crt.ar.model import config_from_params, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
-from crt.distributed import World, join_world, reported_once, said_by_main, stop_signal
+from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
 from crt.flops import ar_flops_per_image, matmul_rate
 from crt.history import History, read_history
@@ -72,18 +72,12 @@ def run(run: StageRun) -> None:
         UserError: a batch that does not divide, a damaged cache, a loss that is not finite, too little GPU memory.
         Stopped: a signal arrived at any process; the state is saved.
     """
-    with join_world() as world, deepspeed_session(world):
-        with reported_once(world):
-            train_codes = TokenCache(run.inputs["tokens"], "train")
-            val_codes = TokenCache(run.inputs["tokens"], "val")
-            micro_batches(run.params.train_ar, world.size)
-        try:
-            _train(run, world, train_codes, val_codes)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "train_ar: out of GPU memory: lower train_ar.micro_batch_size, turn on activation_checkpointing, "
-                "raise zero_stage, or set offload"
-            ) from None
+    remedy = "lower train_ar.micro_batch_size, turn on activation_checkpointing, raise zero_stage, or set offload"
+    with join_world() as world, deepspeed_session(world), reported_once(world), gpu_memory(run.name, remedy):
+        train_codes = TokenCache(run.inputs["tokens"], "train")
+        val_codes = TokenCache(run.inputs["tokens"], "val")
+        micro_batches(run.params.train_ar, world.size)
+        _train(run, world, train_codes, val_codes)
 
 
 def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: TokenCache) -> None:
@@ -96,11 +90,10 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
     checkpoints = Checkpoints(
         run.work / "checkpoints", world, params.zero_stage, asdict(config), params.keep_checkpoints
     )
-    with reported_once(world):
-        checkpoint = checkpoints.latest()
-        universal = checkpoint is not None and checkpoints.needs_conversion(checkpoint)
-        if checkpoint is not None and universal:
-            checkpoints.convert(checkpoint)
+    checkpoint = checkpoints.latest()
+    universal = checkpoint is not None and checkpoints.needs_conversion(checkpoint)
+    if checkpoint is not None and universal:
+        checkpoints.convert(checkpoint)
     with deepspeed_engine(params, config, seed, world, universal) as engine:
         if checkpoint is not None:
             checkpoints.restore(engine, checkpoint)
@@ -261,7 +254,7 @@ class _Log:
         """Look at the steps noted since the last call. A collective call.
 
         Raises:
-            UserError: a loss or gradient is not finite; on rank 0, while the other processes end silently.
+            UserError: a loss or gradient is not finite.
         """
         steps, losses, norms, rates = zip(*self.pending, strict=True)
         own_signal = stop_requested()
@@ -272,8 +265,7 @@ class _Log:
         grad_norms = torch.stack(norms).tolist()
         if num_asked:
             self.stop_signal = own_signal or signal.SIGTERM
-        with reported_once(self.world):
-            self._check_finite(steps, mean_losses, grad_norms)
+        self._check_finite(steps, mean_losses, grad_norms)
         if self.world.is_main:
             for step, loss, norm, rate in zip(steps, mean_losses, grad_norms, rates, strict=True):
                 if step % self.keep_every == 0:

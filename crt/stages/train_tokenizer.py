@@ -33,7 +33,7 @@ from crt.data.loader import training_batches
 from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
-from crt.distributed import World, join_world, reported_once, said_by_main, stop_signal
+from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import LocalError, UserError
 from crt.evaluation.grids import save_png
 from crt.flops import tokenizer_training_flops
@@ -63,15 +63,9 @@ def run(run: StageRun) -> None:
         UserError: a batch that does not divide, missing LPIPS, a loss that is not finite, too little GPU memory.
         Stopped: a signal arrived at any process; the state is saved.
     """
-    with join_world() as world:
-        try:
-            with reported_once(world):
-                _train(run, world)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "train_tokenizer: out of GPU memory: lower train_tokenizer.batch_size, "
-                "use more processes, or set precision to bf16"
-            ) from None
+    remedy = "lower train_tokenizer.batch_size, use more processes, or set precision to bf16"
+    with join_world() as world, reported_once(world), gpu_memory(run.name, remedy):
+        _train(run, world)
 
 
 def _train(run: StageRun, world: World) -> None:

@@ -25,7 +25,7 @@ from crt.stages import sample
 from crt.tokenizer.model import Tokenizer
 from tests.ar.conftest import SMALL, publish_model, publish_tokens, small_config
 from tests.ar.test_processes import in_processes, kill_and_repeat, launcher
-from tests.conftest import ROOT, write_params
+from tests.conftest import ROOT, run_out_of_memory, write_params
 
 Make = Callable[..., list[str]]
 
@@ -218,6 +218,15 @@ def test_unknown_origins_are_accepted() -> None:
     sample.check_same_codes(small_config(tokenizer_content="digest"), Codes(), None)
     with pytest.raises(UserError, match="another tokenizer"):
         sample.check_same_codes(small_config(tokenizer_content="digest"), Codes(), "other")
+
+
+def test_too_little_gpu_memory_is_said_in_one_line(
+    sample_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Generator, "generate", run_out_of_memory)
+    assert main(sample_run()) == 2
+    line = "error: sample: out of GPU memory: lower sample.batch_size, or set sample.precision to bf16"
+    assert last_line(capsys) == line
 
 
 def test_a_damaged_model_is_refused(sample_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -27,7 +27,7 @@ from crt.progress import Progress
 from crt.stages import train_ar
 from crt.tokens.cache import TokenCache
 from tests.ar.conftest import SMALL, small_model
-from tests.conftest import ROOT, write_params
+from tests.conftest import ROOT, run_out_of_memory, write_params
 
 # Loss of each of ten steps of the small run (float32, ZeRO 1, dropout on). A refactoring must not move them.
 GOLDEN = [3.46574, 3.46207, 3.45631, 3.44544, 3.42706, 3.42576, 3.41747, 3.41421, 3.40076, 3.41298]
@@ -249,6 +249,14 @@ def test_a_diverging_run_stops_with_one_line(small_run: Make, capsys: pytest.Cap
     message = last_line(capsys)
     assert "step 2" in message
     assert "learning_rate" in message
+
+
+def test_too_little_gpu_memory_is_said_in_one_line(
+    small_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train_ar, "_update", run_out_of_memory)
+    assert main(small_run()) == 2
+    assert "train_ar: out of GPU memory: lower train_ar.micro_batch_size, turn on" in last_line(capsys)
 
 
 def test_a_cache_without_validation_is_refused(small_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -53,7 +53,7 @@ from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.cache import TokenCache
 from tests.ar.test_processes import torchrun
-from tests.conftest import ROOT, TINY, write_params
+from tests.conftest import ROOT, TINY, run_out_of_memory, write_params
 from tests.tokenizer.test_losses import vgg_file
 
 NAMES = ("data", "tokenizer", "tokens", "ar", "samples")
@@ -333,6 +333,23 @@ def test_a_reference_of_another_size_is_refused(evaluated, tmp_path, capfd):
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "adm_train have 32 pixels a side, the samples 16: set evaluate.image_size to 32" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        ("crt.stages.evaluate.train_classifier", "classifier.batch_size"),
+        ("crt.evaluation.classifier.ClassifierFeatures.__call__", "batch_size"),
+        ("crt.evaluation.metrics.precision_recall", "pairwise_images"),
+    ],
+)
+def test_too_little_gpu_memory_is_said_in_one_line(evaluated, tmp_path, monkeypatch, capfd, where, key):
+    monkeypatch.setattr(where, run_out_of_memory)
+    assert evaluated.evaluate("refused", shared=tmp_path) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert error.startswith(f"error: evaluate: out of GPU memory: lower evaluate.{key}")
+    # The next case begins anew.
+    shutil.rmtree(evaluated.root / ".work", ignore_errors=True)
 
 
 def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):

@@ -31,7 +31,7 @@ from crt.stages import train_tokenizer
 from crt.tokenizer import validation
 from crt.tokenizer.state import TrainingState
 from crt.tokenizer.validation import code_statistics, collapse_warning
-from tests.conftest import ROOT, dvclive_curve
+from tests.conftest import ROOT, dvclive_curve, run_out_of_memory
 
 FILES = ("config.json", "model.safetensors", "train.csv", "validation.csv", "reconstructions.png")
 # Every part that carries state or draws random numbers.
@@ -345,6 +345,14 @@ def test_a_diverging_run_stops_with_one_line(runs, capsys):
     assert "the run diverged: lower train_tokenizer.optimizer.learning_rate" in message
     assert "step 2" in message or "step 3" in message
     assert not runs.out("diverging").exists()
+
+
+def test_too_little_gpu_memory_is_said_in_one_line(runs, monkeypatch, capsys):
+    monkeypatch.setattr(train_tokenizer, "_update", run_out_of_memory)
+    runs.train("run", status=2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "train_tokenizer: out of GPU memory: lower train_tokenizer.batch_size" in errors[0]
 
 
 def test_a_damaged_checkpoint_is_named(runs, monkeypatch, capsys):

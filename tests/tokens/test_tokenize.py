@@ -24,7 +24,7 @@ from crt.stage import exclusive, open_run
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache
 from crt.tokens.encode import Encoder
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_out_of_memory
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +262,14 @@ def test_second_writer_is_refused(small_project, tmp_path, capsys):
         assert main(small_project.command(out)) == 2
     assert f"{out}: another process is writing it" in capsys.readouterr().err
     assert main(small_project.command(out)) == 0
+
+
+def test_too_little_gpu_memory_is_said_in_one_line(small_project, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Encoder, "__call__", run_out_of_memory)
+    assert main(small_project.command(tmp_path / "tokens")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    line = "error: tokenize: out of GPU memory: lower tokenize.batch_size, or set tokenize.precision to bf16"
+    assert errors == [line]
 
 
 def test_full_disk_loses_nothing(large_project, large, tmp_path):
