@@ -23,6 +23,7 @@ from cleanfid.resize import build_resizer
 
 from crt.data.pool import available_cpus
 from crt.errors import UserError
+from crt.evaluation.shared import fetching
 from crt.evaluation.spatial import SPATIAL_DIMENSION, split_inception
 from crt.files import sha256_file
 
@@ -77,7 +78,8 @@ class InceptionFeatures:
     """The Inception V3 of FID: clean-fid's, 2,048 features from its last pooling layer, and the spatial ones of sFID.
 
     Args:
-        folder: holds `inception-2015-12-05.pt`; None fetches the file once into torch's hub folder.
+        folder: holds `inception-2015-12-05.pt`; None fetches the file once into torch's hub folder, in one
+            process while others wait.
         resize: "clean": each image to 299 pixels with an antialiased bicubic filter and without rounding (Parmar et
             al. 2022); "legacy_tensorflow": the bilinear resize inside the network that published ImageNet
             figures (ADM's evaluator) were measured with.
@@ -166,12 +168,15 @@ def deterministic_float32() -> Iterator[None]:
 
 
 def _fetch_inception(sha256: str) -> Path:
-    """Fetch the file through clean-fid unless it is there, and show it only when complete and right."""
+    """The folder of the file, fetched through clean-fid unless it is there, and shown only when complete and right."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    target = folder / INCEPTION_FILE
-    if target.is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with fetching(folder / INCEPTION_FILE) as missing:
+        if missing:
+            _fetch_into(folder, sha256)
+    return folder
+
+
+def _fetch_into(folder: Path, sha256: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         try:
             fetched = Path(check_download_inception(fpath=temporary))
@@ -185,5 +190,4 @@ def _fetch_inception(sha256: str) -> Path:
                 f"{inception_url}: what was fetched is not {INCEPTION_FILE} (SHA-256 {sha256_file(fetched)} instead "
                 f"of {sha256}): fetch it by other means and set evaluate.inception_weights to its folder"
             )
-        os.replace(fetched, target)
-    return folder
+        os.replace(fetched, folder / INCEPTION_FILE)

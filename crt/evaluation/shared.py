@@ -3,7 +3,8 @@ tokenizer's reconstructions.
 
 Each thing lies in the shared folder under a fingerprint of all that it depends on, so that it is never stale and runs,
 studies and restarts find each other's. One process makes it while the others wait; the lock goes with a process that
-is killed, and what that one had finished is kept. Deleting the folder costs time only.
+is killed, and what that one had finished is kept. Deleting the folder costs time only. Weights from the network are
+fetched behind the same lock.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from crt.files import make_folder
 from crt.interrupt import raise_if_stopped, stop_requested
+from crt.launch import environment_rank
 from crt.pipeline import canonical_json
 from crt.progress import logger
 
@@ -63,9 +65,30 @@ def exclusively(path: Path, alone: bool = True) -> Iterator[None]:
             break
         except Timeout:
             if not waiting:
-                logger.info("evaluate: waits for another process that is making %s", path)
+                logger.info("waits for another process that is making %s", path)
             waiting = True
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def fetching(path: Path) -> Iterator[bool]:
+    """For a file from the network that processes and runs of a machine share: one fetches it while the others wait.
+
+    Args:
+        path: where it will lie, whole or absent.
+
+    Yields:
+        Whether it is still to be fetched.
+
+    Raises:
+        Stopped: a signal arrived while this process, the only one of its run, waited for another.
+    """
+    if path.is_file():
+        yield False
+        return
+    alone = environment_rank()[1] == 1
+    with exclusively(path, alone):
+        yield not path.is_file()

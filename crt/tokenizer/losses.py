@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crt.errors import UserError
+from crt.evaluation.shared import fetching
 from crt.tokenizer.collectives import mean_over_ranks
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
@@ -55,7 +57,7 @@ class PerceptualLoss(nn.Module):
 
     Args:
         weights: file of the VGG-16 as torchvision publishes it (vgg16-397923af.pth), or of the package's whole
-            network; None: the package fetches what it needs at first use.
+            network; None: the package fetches what it needs at first use, in one process while others wait.
 
     Raises:
         UserError: the package is not installed, or the weights cannot be had or do not fit.
@@ -71,7 +73,8 @@ class PerceptualLoss(nn.Module):
                 "install it with `python -m pip install lpips`, or set lpips_weight to 0"
             ) from None
         try:
-            network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
+            with fetching(_vgg_file()) if weights is None else nullcontext():
+                network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
         except OSError as error:
             raise UserError(
                 f"train_tokenizer.loss.lpips_weights: null, and VGG-16 cannot be fetched ({error}): "
@@ -88,6 +91,11 @@ class PerceptualLoss(nn.Module):
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of the distance of (B, 3, H, W) images in [-1, 1]."""
         return self.network(reconstructions, images).float().mean()
+
+
+def _vgg_file() -> Path:
+    """Where torchvision, which the package asks, keeps what it fetches."""
+    return Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
 
 
 def _load_lpips(network: nn.Module, path: Path) -> None:

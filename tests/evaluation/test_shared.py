@@ -75,6 +75,65 @@ def test_a_signal_ends_the_waiting(tmp_path, monkeypatch):
         holder.wait()
 
 
+# In place of the network: notes that it was asked, takes a while, and gives the file.
+FETCHERS = """
+import io, os, sys, time, types, urllib.request
+from pathlib import Path
+
+def served(notes, data):
+    with open(notes, "a") as file: file.write("asked\\n")
+    time.sleep(2)
+    return data
+
+notes = sys.argv[1]
+"""
+FETCH_INCEPTION = """
+from crt.evaluation.features import _fetch_inception
+import hashlib
+urllib.request.urlopen = lambda *_, **__: io.BytesIO(served(notes, b"weights"))
+folder = _fetch_inception(hashlib.sha256(b"weights").hexdigest())
+assert (folder / "inception-2015-12-05.pt").read_bytes() == b"weights"
+"""
+# Torchvision's own loader, beneath a package of the same face as lpips.
+FETCH_VGG = """
+import torch
+from torch import nn
+from crt.tokenizer.losses import PerceptualLoss
+
+def download(url, target, *_, **__):
+    served(notes, b"")
+    torch.save(nn.Linear(1, 1).state_dict(), target + ".part")
+    os.replace(target + ".part", target)
+
+torch.hub.download_url_to_file = download
+from torchvision.models import VGG16_Weights
+
+def network(net, pnet_rand, verbose):
+    made = nn.Linear(1, 1)
+    made.load_state_dict(torch.hub.load_state_dict_from_url(VGG16_Weights.IMAGENET1K_V1.url))
+    return made
+
+sys.modules["lpips"] = types.SimpleNamespace(LPIPS=network)
+PerceptualLoss(None)
+"""
+
+
+@pytest.mark.parametrize(("fetch", "processes_of_a_run"), [(FETCH_INCEPTION, 1), (FETCH_INCEPTION, 3), (FETCH_VGG, 3)])
+def test_of_many_processes_one_fetches(tmp_path, fetch, processes_of_a_run):
+    """Whether they belong to one run or to several. Oracle: a count of downloads."""
+    environment = os.environ | {"TORCH_HOME": str(tmp_path), "WORLD_SIZE": str(processes_of_a_run), "RANK": "0"}
+    command = [sys.executable, "-c", FETCHERS + fetch, str(tmp_path / "notes")]
+    asking = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(3)]
+    assert [process.wait(120) for process in asking] == [0, 0, 0]
+    assert (tmp_path / "notes").read_text() == "asked\n"
+    # What is there needs no lock: its folder may be read-only.
+    for lock in tmp_path.rglob("*.lock"):
+        lock.unlink()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert not list(tmp_path.rglob("*.lock"))
+    assert (tmp_path / "notes").read_text() == "asked\n"
+
+
 def test_a_place_depends_on_the_whole_recipe():
     places = {
         shared_path(Path("x"), kind, recipe)
