@@ -342,16 +342,20 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
         UserError: such class folders look like splits, by their names or since all hold the same folders.
     """
     like_split = [name for name in sorted(by_class) if _LIKE_SPLIT.fullmatch(name.lower())]
-    inner: dict[str, set[str]] = {}
+    below: dict[str, list[str]] = {}
     for name, rows in by_class.items():
-        parts = [tree.files[row][len(root) + len(name) + 1 :].partition("/") for row in rows]
-        if not all(slash for _, slash, _ in parts):
+        below[name] = [tree.files[row][len(root) + len(name) + 1 :] for row in rows]
+        if not all("/" in path for path in below[name]):
             if len(like_split) == len(by_class):
                 shown = ", ".join(map(printable, like_split))
                 notes.append(f"{tree.name}: the classes are {shown}: if those are splits, name them train and val")
             return
-        inner[name] = {folder for folder, _, _ in parts}
+    inner = {name: {path.partition("/")[0] for path in paths} for name, paths in below.items()}
     several = sorted(set().union(*inner.values()))
+    while len(several) == 1 and all(path.count("/") > 1 for paths in below.values() for path in paths):
+        below = {name: [path.partition("/")[2] for path in paths] for name, paths in below.items()}
+        inner = {name: {path.partition("/")[0] for path in paths} for name, paths in below.items()}
+        several = sorted(set().union(*inner.values()))
     names, inside = (_first_three(some) for some in (sorted(inner), several))
     is_alike = all(folders == set(several) for folders in inner.values())
     is_in_split = PurePosixPath(root).name.lower() in _TRAIN_FOLDERS

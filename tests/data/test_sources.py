@@ -587,6 +587,7 @@ def test_splits_under_other_names_are_no_classes(refused, make, tmp_path, folder
             "the classes are the 2 upper folders animals, vehicles, whose images lie in folders x, y, z: to have",
         ),
         (["train/a/x", "train/a/y", "train/b/x", "train/b/y"], "the classes are the 2 upper folders a, b"),
+        (["a/images/x", "a/images/y", "b/images/x"], "the classes are the 2 upper folders a, b, whose images lie in"),
         (["valley/x", "testudo/y"], "the classes are the 2 upper folders testudo, valley"),
         (["a/images", "b/images"], None),
         (["animals/x", "vehicles"], None),
