@@ -23,6 +23,7 @@ from crt import __version__, interrupt, slurm
 from crt.errors import UserError
 from crt.files import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_passively
+from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import StageRun, clear_work, exclusive, open_run, publish, publish_metrics
 
@@ -118,6 +119,10 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     run.restore_stamp()
     kept_log = log_file.parent / ".work" / log_file.name
     if run.is_current():
+        if environment_rank()[0] == 0:
+            start_logging(None)
+            # Here and nowhere else: DVC calls a stage because some file changed, and would record it as it lies.
+            check_content(run.out)
         if kept_log.exists() and not log_file.exists():
             restore_log(log_file, kept_log)
         clear_work(run)

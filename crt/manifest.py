@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
+from crt.files import sha256_file
 from crt.pipeline import canonical_json, load_stages, path_variables, stage_version, stamp_name, without_neutral
+from crt.progress import Progress
 from crt.yaml_files import in_yaml
 
 MANIFEST = "manifest.json"
@@ -23,6 +25,8 @@ SCHEMA = 1
 _STAMP = re.compile(r"complete-[0-9a-f]{16}")
 # How every manifest begins, also one that was cut short.
 _MANIFEST_START = '{\n  "schema"'
+# Bytes from which reading a result takes so long that a person wants to see it go on.
+_LARGE = 2**30
 # In every folder that the library loads a model from: a stage's output, or what import_llamagen made.
 _MODEL_CONFIG = "config.json"
 
@@ -125,6 +129,34 @@ def read_current(folder: str | Path, values: Mapping[str, Any], params_file: str
             f"renew it with {_renew_command(Path(folder), manifest.stage)}"
         )
     return manifest
+
+
+def check_content(folder: Path) -> None:
+    """Compare the bytes of every file with the manifest's checksums; all else looks at sizes, which costs nothing.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    manifest = _read_unstamped(folder)
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    progress, done = Progress(f"{folder}: checksums", total, "bytes") if total >= _LARGE else None, 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress.update(done)
+
+    for name, entry in manifest.files.items():
+        found = sha256_file(folder / name, read)
+        if found != entry["sha256"]:
+            tracked = any(Path(spec.output) == folder for spec in load_stages().values())
+            # Where other files are not DVC's either, it refuses then; with --force it would replace those too.
+            restore = f" (move it away, then `dvc checkout {folder}`)" if tracked else ""
+            raise UserError(
+                f"{folder / name}: damaged: its content is not what {manifest.stage} wrote (SHA-256 {found[:16]}, not "
+                f"{entry['sha256'][:16]}): restore it{restore}, or delete {folder} to make it again"
+            )
 
 
 def is_result(folder: Path) -> bool:

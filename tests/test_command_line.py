@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,37 @@ def test_the_working_folder_of_a_run_killed_after_publishing_goes_at_the_next(co
     assert main(command) == 0
     assert not runs[0].exists()
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize(("large", "shown"), [(2**30, []), (1, ["data: checksums: 1/1 bytes (100%)"])])
+def test_a_finished_result_is_not_called_current_where_a_byte_is_another(
+    counted, tmp_path, monkeypatch, capsys, large, shown
+):
+    """Oracle: the SHA-256 of two known texts. The size stays, so that nothing cheaper tells."""
+
+    def made(run):
+        runs.append(run.work)
+        (run.staging / "file").write_text("a")
+
+    command, runs = counted
+    monkeypatch.setattr("crt.stages.prepare_data.run", made)
+    monkeypatch.setattr("crt.manifest._LARGE", large)
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert "is current" in last
+    assert [line.partition(",")[0] for line in lines] == [f"{tmp_path}/{line}" for line in shown]
+    (tmp_path / "data" / "file").write_text("b")
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {tmp_path}/data/file: damaged: its content is not what prepare_data wrote "
+        f"(SHA-256 3e23e8160039594a, not ca978112ca1bbdca): restore it, or delete {tmp_path}/data to make it again"
+    )
+    assert len(runs) == 1
+    shutil.rmtree(tmp_path / "data")
+    assert main(command) == 0
+    assert len(runs) == 2
 
 
 def test_without_flock_the_lock_of_a_killed_process_may_be_deleted(counted, tmp_path, monkeypatch, capsys, recwarn):

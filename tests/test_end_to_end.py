@@ -184,6 +184,19 @@ def test_dvc_recognises_what_snakemake_made(project):
     assert "class_agreement" in project.run("dvc", "metrics", "show")
 
 
+def test_dvc_does_not_record_a_damaged_result_and_brings_back_the_sound_one(project):
+    path, lock = project.root / "out/tokenizer/model.safetensors", (project.root / "dvc.lock").read_text()
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert "out/tokenizer/model.safetensors: damaged: " in (text := project.run("dvc", "repro", status=255))
+    assert "restore it (move it away, then `dvc checkout out/tokenizer`), or delete out/tokenizer" in text
+    assert (project.root / "dvc.lock").read_text() == lock
+    path.unlink()
+    project.run("dvc", "checkout", "out/tokenizer")
+    assert path.read_bytes() == sound
+    assert "Running stage" not in project.run("dvc", "repro")
+
+
 def test_snakemake_recognises_what_dvc_made(project):
     write_params(project.params, {"sample.temperature": 0.7}, base=project.params)
     text = project.run("dvc", "repro")
