@@ -3,6 +3,7 @@
 # fingerprint of everything that the result depends on: where the stamp is, the result is current, whoever made
 # it; where a param changed, another stamp is asked for. Times of files and Snakemake's own records decide nothing.
 # Studies (studies/*.yaml) are the same stages unrolled over a grid, see crt/study.py: `snakemake study_NAME`.
+import os
 import sys
 
 from crt.errors import UserError
@@ -16,6 +17,7 @@ from crt.pipeline import (
     refuse_config,
     stamp_name,
 )
+from crt.snakemake_records import MAKE_ANEW, forget_incomplete
 from crt.study import (
     RUN_RULE,
     requested_studies,
@@ -67,6 +69,21 @@ def shown(stage):
         return {}
     files = {f"{stage.output}/report.html": "report"} | plot_files()
     return {path: files[path] for path in files if path.startswith(f"{stage.output}/")}
+
+
+if workflow.is_main_process:
+    forget_incomplete(
+        [
+            *(path for stage, stamp, _ in JOBS.values() for path in (stamp, *stage.metrics, *shown(stage))),
+            *(study_stamp(*study) for study in STUDIES.values()),
+        ]
+    )
+
+
+# Jobs on a cluster inherit it; the Snakemake in them runs no such hook, and always has --force.
+onstart:
+    if workflow.dag_settings.forceall or workflow.dag_settings.forcetargets or workflow.dag_settings.forcerun:
+        os.environ[MAKE_ANEW] = "1"
 
 
 # Used only with `--software-deployment-method apptainer`; made from workflow/apptainer.def.

@@ -116,13 +116,15 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
     run = open_run(
         name, args.params, inputs, args.out, getattr(args, "metrics", None), shared=getattr(args, "shared", None)
     )
-    run.restore_stamp()
     kept_log = log_file.parent / ".work" / log_file.name
-    if run.is_current():
+    unmarked = run.lacks_only_its_stamp()
+    if unmarked or run.is_current():
         if environment_rank()[0] == 0:
             start_logging(None)
             # Here and nowhere else: DVC calls a stage because some file changed, and would record it as it lies.
             check_content(run.out)
+            if unmarked:
+                run.restore_stamp()
         if kept_log.exists() and not log_file.exists():
             restore_log(log_file, kept_log)
         clear_work(run)

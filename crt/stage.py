@@ -38,6 +38,7 @@ from crt.manifest import (
 )
 from crt.params import load_params
 from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
+from crt.snakemake_records import MAKE_ANEW
 
 _SECONDS = "seconds.json"
 # What may lie in a folder that is empty to a person; NFS keeps files that are still open as .nfs*.
@@ -116,15 +117,23 @@ class StageRun:
         """Whether the output folder already is the complete result of this recipe on these inputs."""
         return (self.out / stamp_name(self.fingerprint)).exists() and self._is_complete()
 
-    def restore_stamp(self) -> None:
-        """Mark a result again from which only the stamp was taken.
+    def lacks_only_its_stamp(self) -> bool:
+        """Whether the output folder is the complete result, from which Snakemake took the stamp.
 
-        Snakemake deletes the stamp when it starts a stage. In a Slurm job that was requeued, the stage may have ended
-        before: by another job that it waited for, or in its own last moments.
+        It deletes the stamp when it starts a stage, and when one fails. The stage may have ended before: alone, after
+        Snakemake was killed, or in another job. Not so where a result is to be made anew (`MAKE_ANEW`), or where that
+        was begun; in a job that was requeued even then, since it may have ended in its own last moments.
         """
-        stamp = self.out / stamp_name(self.fingerprint)
-        if not stamp.exists() and self._is_complete() and slurm.was_requeued():
-            stamp.touch()
+        return (
+            not (self.out / stamp_name(self.fingerprint)).exists()
+            and not self.staging.exists()
+            and self._is_complete()
+            and (MAKE_ANEW not in os.environ or slurm.was_requeued())
+        )
+
+    def restore_stamp(self) -> None:
+        """Mark the output folder as complete again."""
+        (self.out / stamp_name(self.fingerprint)).touch()
 
     def _is_complete(self) -> bool:
         manifest = read_manifest_or_none(self.out)

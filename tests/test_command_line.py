@@ -16,6 +16,7 @@ import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
 from crt.manifest import read_manifest
+from crt.snakemake_records import MAKE_ANEW
 from crt.stage import exclusive, open_run, publish
 from tests.conftest import ROOT
 from tests.tokens.caches import make_header, random_codes, write_cache
@@ -260,6 +261,26 @@ def test_a_finished_result_is_not_called_current_where_a_byte_is_another(
     )
     assert len(runs) == 1
     shutil.rmtree(tmp_path / "data")
+    assert main(command) == 0
+    assert len(runs) == 2
+
+
+def test_the_stamp_alone_is_restored_in_a_sound_result_and_in_no_damaged_one(counted, tmp_path, monkeypatch, capsys):
+    command, runs = counted
+    assert main(command) == 0
+    (stamp,) = (tmp_path / "data").glob("complete-*")
+    stamp.unlink()
+    assert main(command) == 0
+    assert stamp.exists()
+    (tmp_path / "data" / "file").write_text("")
+    stamp.unlink()
+    monkeypatch.setattr("crt.manifest.sha256_file", lambda *_: "another")
+    assert main(command) == 2
+    assert "data/file: damaged" in capsys.readouterr().err
+    assert not stamp.exists()
+    assert len(runs) == 1
+    # As `snakemake -F` does.
+    monkeypatch.setenv(MAKE_ANEW, "1")
     assert main(command) == 0
     assert len(runs) == 2
 

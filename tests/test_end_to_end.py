@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ def make_project(root: Path, changes: dict) -> Project:
     project.run("git", "add", "-A")
     project.run("git", "commit", "-qm", "start")
     return project
+
+
+def wait(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
+    """Poll; fails where it takes too long, or where the process ends first."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, "ended before it was seen"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -264,12 +274,7 @@ def test_a_killed_stage_leaves_no_result_and_ends_with_the_same_bytes(project):
     before = project.contents()
     shutil.rmtree(project.root / "out/ar")
     process = subprocess.Popen(project.command("train_ar"), cwd=project.root, env=project.environment)
-    deadline = time.monotonic() + 120
-    while (
-        not any((project.root / "out/.work").glob("ar-*/checkpoints/*/complete.json")) and time.monotonic() < deadline
-    ):
-        assert process.poll() is None, "ended before a checkpoint was seen"
-        time.sleep(0.02)
+    wait(lambda: any((project.root / "out/.work").glob("ar-*/checkpoints/*/complete.json")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (project.root / "out/ar").exists()
@@ -278,3 +283,25 @@ def test_a_killed_stage_leaves_no_result_and_ends_with_the_same_bytes(project):
     project.run("snakemake", "--cores", "1", "all")
     assert "continues at" in (project.root / "out/ar.log").read_text()
     assert project.contents() == before
+
+
+@pytest.mark.parametrize("options", [(), ("--rerun-incomplete",)], ids=["plain", "rerun-incomplete"])
+def test_a_stage_that_ends_after_snakemake_was_killed_is_not_run_again(project, options):
+    shutil.rmtree(project.root / "out/ar")
+    command = ["snakemake", "--cores", "1", "train_ar", *options]
+    process = subprocess.Popen(command, cwd=project.root, env=project.environment, stderr=subprocess.DEVNULL)
+    wait(lambda: any((project.root / "out/.work").glob("ar-*/checkpoints/*/complete.json")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait((project.root / "out/ar").exists)
+    wait(lambda: not any((project.root / "out/.work").glob("ar-*")))
+    made = (project.root / "out/ar/manifest.json").stat().st_mtime_ns
+    project.run("snakemake", "--unlock")
+    assert "Nothing to be done" in project.run(*command)
+    # A job that was in a queue meanwhile: Snakemake deletes the stamp when it starts.
+    next((project.root / "out/ar").glob("complete-*")).unlink()
+    assert "train_ar: out/ar is current" in project.run(*command)
+    assert (project.root / "out/ar/manifest.json").stat().st_mtime_ns == made
+    if not options:
+        assert "train_ar: done in" in project.run(*command, "--force")
+        assert (project.root / "out/ar/manifest.json").stat().st_mtime_ns != made

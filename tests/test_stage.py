@@ -11,6 +11,8 @@ import pytest
 
 from crt.errors import UserError
 from crt.manifest import MANIFEST, read_manifest
+from crt.pipeline import stamp_name
+from crt.snakemake_records import MAKE_ANEW
 from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
 from tests.conftest import write_params
 
@@ -91,6 +93,33 @@ def test_a_current_result_is_recognised_and_a_changed_one_is_not(tmp_path, chain
     stamp.touch()
     (tmp_path / "tokens" / "folder" / "file.txt").write_text("longer")
     assert not is_current()
+
+
+def test_a_result_that_lost_only_its_stamp_is_no_work_lost(tmp_path, chain, monkeypatch):
+    _make, params = chain
+
+    def lacks_only_its_stamp():
+        return open_run(
+            "tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens"
+        ).lacks_only_its_stamp()
+
+    assert not lacks_only_its_stamp()
+    run = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    (tmp_path / "tokens" / stamp_name(run.fingerprint)).unlink()
+    assert lacks_only_its_stamp()
+    with monkeypatch.context() as patch:
+        patch.setenv(MAKE_ANEW, "1")
+        assert not lacks_only_its_stamp()
+        patch.setattr("crt.slurm.was_requeued", lambda: True)
+        assert lacks_only_its_stamp()
+        # A run that was to make it anew, and was stopped.
+        run.staging.mkdir(parents=True)
+        assert not lacks_only_its_stamp()
+    assert not lacks_only_its_stamp()
+    run.staging.rmdir()
+    assert lacks_only_its_stamp()
+    (tmp_path / "tokens" / "folder" / "file.txt").write_text("longer")
+    assert not lacks_only_its_stamp()
 
 
 def test_inputs_made_with_other_params_are_refused_with_the_command_that_renews_them(tmp_path, chain):
