@@ -25,7 +25,7 @@ from crt.files import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_passively
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
-from crt.stage import StageRun, clear_work, exclusive, open_run, publish, publish_metrics
+from crt.stage import StageRun, check_unchanged, clear_work, exclusive, open_run, publish, publish_metrics
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -128,7 +128,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         if kept_log.exists() and not log_file.exists():
             restore_log(log_file, kept_log)
         clear_work(run)
-        return _leave_as_is(run)
+        return _leave_as_is(run, args.params)
     command = launch_command(name, arguments)
     if command is not None:
         os.execvp(command[0], command)
@@ -146,7 +146,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         if rank == 0 and run.is_current():  # another process made it since this one looked
             if processes > 1:  # the others have set out, and would wait for this one
                 raise UserError(f"{run.out}: another process has just made it: run the same command again")
-            return _leave_as_is(run)
+            return _leave_as_is(run, args.params)
         job = f", Slurm job {slurm.job_id()}" if slurm.job_id() else ""
         plural = "" if processes == 1 else "es"
         logger.info("%s: starts, recipe %s, %d process%s%s", name, run.fingerprint[:16], processes, plural, job)
@@ -160,12 +160,14 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         if rank == 0:
             publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
+            check_unchanged(run, args.params)
     return 0
 
 
-def _leave_as_is(run: StageRun) -> int:
+def _leave_as_is(run: StageRun, params_file: Path) -> int:
     """Exit status for a result that is current."""
     publish_metrics(run)
+    check_unchanged(run, params_file)
     print(f"{run.name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
     return 0
 

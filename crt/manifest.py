@@ -120,13 +120,13 @@ def read_current(folder: str | Path, values: Mapping[str, Any], params_file: str
         stage, key, then, now = stale
         raise UserError(
             f"{folder}: stale: {stage} was run with {key} = {in_yaml(then)}, {params_file} now says {in_yaml(now)}: "
-            f"renew it with {_renew_command(Path(folder), manifest.stage)}"
+            + _renewal(Path(folder), manifest.stage)
         )
     outdated = _first_old_version({manifest.stage: manifest.ancestry})
     if outdated:
         raise UserError(
             f"{folder}: stale: made by an earlier version of stage {outdated}: "
-            f"renew it with {_renew_command(Path(folder), manifest.stage)}"
+            + _renewal(Path(folder), manifest.stage)
         )
     return manifest
 
@@ -202,7 +202,7 @@ def check_one_lineage(manifests: Mapping[str, Manifest], folders: Mapping[str, P
             if name in known and known[name][1] != ancestor["content"]:
                 raise UserError(
                     f"{folder}: was made from another {name} result than the one in {known[name][0]}: "
-                    f"renew it with {_renew_command(folder, stage)}"
+                    + _renewal(folder, stage)
                 )
             walk(folder, stage, ancestor["inputs"])
 
@@ -216,11 +216,24 @@ def _first_difference(stages: Mapping[str, Any], values: Mapping[str, Any]) -> t
         earlier = _first_difference(record["inputs"], values)
         if earlier:
             return earlier
-        now = without_neutral({key: values.get(key) for key in record["params"]})
-        for key, then in without_neutral(record["params"]).items():
-            difference = _differing_key(key, then, now[key])
-            if difference:
-                return stage, *difference
+        difference = changed_key(record["params"], values)
+        if difference:
+            return stage, *difference
+    return None
+
+
+def changed_key(params: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first (key, then, now) in which the params of a result differ from those in force; neutral ones may.
+
+    Args:
+        params: what the result was made with.
+        values: the params in force; sections that the result does not depend on do not matter.
+    """
+    now = without_neutral({key: values.get(key) for key in params})
+    for key, then in without_neutral(params).items():
+        difference = _differing_key(key, then, now[key])
+        if difference:
+            return difference
     return None
 
 
@@ -247,6 +260,11 @@ def _renew_command(folder: Path, stage: str | None = None) -> str:
     if stage is None:
         stage = next((spec.name for spec in load_stages().values() if Path(spec.output) == folder), None)
     return f"`snakemake --cores all {stage or 'all'}` or `dvc repro{' ' + stage if stage else ''}`"
+
+
+def _renewal(folder: Path, stage: str) -> str:
+    """The remedy for a result that is stale; DVC does not run it where dvc.lock or its run cache are wrong about it."""
+    return f"renew it with {_renew_command(folder, stage)} (`dvc repro -f -s {stage}` where DVC skips it)"
 
 
 def size_of(path: Path) -> int | None:

@@ -28,6 +28,7 @@ from crt.manifest import (
     MANIFEST,
     SCHEMA,
     Manifest,
+    changed_key,
     check_makers,
     check_one_lineage,
     is_result,
@@ -37,8 +38,16 @@ from crt.manifest import (
     size_of,
 )
 from crt.params import load_params
-from crt.pipeline import canonical_json, load_stages, recipe_fingerprint, stage_version, stamp_name
+from crt.pipeline import (
+    VERSIONS_FILE,
+    canonical_json,
+    load_stages,
+    recipe_fingerprint,
+    stage_version,
+    stamp_name,
+)
 from crt.snakemake_records import MAKE_ANEW
+from crt.yaml_files import in_yaml
 
 _SECONDS = "seconds.json"
 # What may lie in a folder that is empty to a person; NFS keeps files that are still open as .nfs*.
@@ -317,6 +326,39 @@ def publish(run: StageRun) -> Manifest:
     # removes them at the next call.
     shutil.rmtree(run.work, ignore_errors=True)
     return read_manifest(run.out)
+
+
+def check_unchanged(run: StageRun, params_file: str | Path) -> None:
+    """Make sure, when a stage has ended, that its result is that of the values in force still.
+
+    DVC reads them after the stage, and would record the result under values that it was not made with.
+
+    Raises:
+        UserError: a key that the stage reads, or its version, has another value by now, or cannot be read.
+    """
+    try:
+        values, version = load_params(params_file).model_dump(by_alias=True), _version_now(run.name)
+    except UserError as error:
+        raise UserError(
+            f"{str(error).splitlines()[0]}; so since {run.name} began: {run.out} holds the result of the old values: "
+            "correct it and run the same command again"
+        ) from None
+    file, difference = Path(params_file), changed_key(run.values, values)
+    if difference is None and version != run.version:
+        file, difference = Path(VERSIONS_FILE), (run.name, run.version, version)
+    if difference is not None:
+        key, then, now = difference
+        raise UserError(
+            f"{file}: {key} changed from {in_yaml(then)} to {in_yaml(now)} while {run.name} ran: {run.out} holds the "
+            "result of the old value: run the same command again"
+        )
+
+
+def _version_now(name: str) -> int | None:
+    try:
+        return stage_version(name)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def publish_metrics(run: StageRun) -> None:

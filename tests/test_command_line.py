@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
-from crt.manifest import read_manifest
+from crt.manifest import check_content, read_manifest
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import exclusive, open_run, publish
 from tests.conftest import ROOT
@@ -283,6 +284,81 @@ def test_the_stamp_alone_is_restored_in_a_sound_result_and_in_no_damaged_one(cou
     monkeypatch.setenv(MAKE_ANEW, "1")
     assert main(command) == 0
     assert len(runs) == 2
+
+
+def values_of(params, text, other):
+    params.write_text(params.read_text().replace(text, other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda params: values_of(params, "max_images_per_class: 12", "max_images_per_class: 13"),
+            "{params}: prepare_data.max_images_per_class changed from 12 to 13 while prepare_data ran: {out} holds the "
+            "result of the old value: run the same command again",
+        ),
+        (
+            lambda params: values_of(params, "seed: 0", "seed: zero"),
+            '{params}: seed: must be a whole number, got "zero"; so since prepare_data began: {out} holds the result '
+            "of the old values: correct it and run the same command again",
+        ),
+        (
+            lambda params: params.unlink(),
+            "{params}: cannot be read (No such file or directory): give the path of a YAML file; so since prepare_data "
+            "began: {out} holds the result of the old values: correct it and run the same command again",
+        ),
+        (lambda params: values_of(params, "max_rejected_fraction: 0.01", "max_rejected_fraction: 0.02"), None),
+        (lambda params: values_of(params, "guidance_scale: 1.75", "guidance_scale: 9"), None),
+        (lambda params: values_of(params, "image_size: 16 ", "image_size: 0x10 "), None),
+    ],
+    ids=["changed", "invalid", "gone", "neutral", "of another stage", "spelt otherwise"],
+)
+@pytest.mark.parametrize("current", [False, True], ids=["made", "current"])
+def test_params_that_change_while_a_stage_runs_are_not_passed_off_as_its_own(
+    counted, tmp_path, monkeypatch, capsys, change, message, current
+):
+    """The stage publishes first: its result is right for the values that it was made with."""
+
+    def at_its_end(function):
+        def wrapped(*args):
+            result = function(*args)
+            before = params.read_text()
+            change(params)
+            assert not params.exists() or params.read_text() != before
+            return result
+
+        return wrapped
+
+    command, runs = counted
+    params = tmp_path / "params.yaml"
+    before = params.read_text()
+    if current:
+        assert main(command) == 0
+    place = "crt.__main__.check_content" if current else "crt.__main__.publish"
+    monkeypatch.setattr(place, at_its_end(check_content if current else publish))
+    assert main(command) == (2 if message else 0)
+    last = capsys.readouterr().err.splitlines()[-1]
+    if message:
+        assert last == f"error: {message.format(params=params, out=tmp_path / 'data')}"
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    params.write_text(before)
+    assert main(command) == 0
+    assert "is current" in capsys.readouterr().err
+    assert len(runs) == 1
+
+
+def test_a_version_that_changes_while_a_stage_runs_is_told(counted, tmp_path, monkeypatch, capsys):
+    def changed(run):
+        publish(run)
+        monkeypatch.setattr("crt.stage.stage_version", lambda name: {}[name])
+
+    command, _ = counted
+    monkeypatch.setattr("crt.__main__.publish", changed)
+    assert main(command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"crt/stage_versions.yaml: prepare_data changed from \d+ to null while prepare_data ran: ", last)
 
 
 def test_without_flock_the_lock_of_a_killed_process_may_be_deleted(counted, tmp_path, monkeypatch, capsys, recwarn):

@@ -305,3 +305,47 @@ def test_a_stage_that_ends_after_snakemake_was_killed_is_not_run_again(project, 
     if not options:
         assert "train_ar: done in" in project.run(*command, "--force")
         assert (project.root / "out/ar/manifest.json").stat().st_mtime_ns != made
+
+
+def change_while_training(project, command: list[str], value: float) -> str:
+    """Run an engine, and write another value of label_dropout once it trains; returns what it printed."""
+    process = subprocess.Popen(
+        command, cwd=project.root, env=project.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait(lambda: any((project.root / "out/.work").glob("ar-*/checkpoints/*/complete.json")), process)
+    write_params(project.params, {"train_ar.model.label_dropout": value}, base=project.params)
+    text, _ = process.communicate()
+    assert process.returncode
+    return text
+
+
+def test_a_value_changed_while_a_stage_runs_is_not_recorded_as_its_own(project):
+    message = (
+        "params.yaml: train_ar.model.label_dropout changed from {} to {} while train_ar ran: out/ar holds the result "
+        "of the old value: run the same command again"
+    )
+    write_params(project.params, {"train_ar.model.label_dropout": 0.2}, base=project.params)
+    lock = (project.root / "dvc.lock").read_text()
+    text = change_while_training(project, ["dvc", "repro", "train_ar"], 0.3)
+    assert message.format(0.2, 0.3) in text
+    assert (project.root / "dvc.lock").read_text() == lock
+    assert "train_ar: done in" in project.run("dvc", "repro", "train_ar")
+    manifest = json.loads((project.root / "out/ar/manifest.json").read_text())
+    assert manifest["params"]["train_ar"]["model"]["label_dropout"] == 0.3
+    # Snakemake deletes the stamp of a job that failed.
+    write_params(project.params, {"train_ar.model.label_dropout": 0.4}, base=project.params)
+    text = change_while_training(project, ["snakemake", "--cores", "1", "train_ar"], 0.5)
+    assert message.format(0.4, 0.5) in text
+    write_params(project.params, {"train_ar.model.label_dropout": 0.4}, base=project.params)
+    assert "train_ar: out/ar is current" in project.run("snakemake", "--cores", "1", "train_ar")
+
+
+def test_the_remedy_for_a_stale_result_works_where_dvc_has_recorded_it_as_current(project):
+    write_params(project.params, {"train_ar.model.label_dropout": 0.6}, base=project.params)
+    project.run("dvc", "commit", "-f", "train_ar")
+    assert "Stage 'train_ar' didn't change, skipping" in project.run("dvc", "repro", "train_ar")
+    text = project.run(*project.command("sample"), status=2)
+    (remedy,) = re.findall(r"\(`(.*)` where DVC skips it\)", text)
+    assert "train_ar: done in" in project.run(*remedy.split())
+    assert "out/ar: stale" not in project.run("python", "-m", "crt", "status", status=1)
+    assert "didn't change, skipping" in project.run("dvc", "repro", "train_ar")

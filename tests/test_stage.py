@@ -129,7 +129,8 @@ def test_inputs_made_with_other_params_are_refused_with_the_command_that_renews_
         open_run("train_ar", params, {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
     assert str(caught.value) == (
         f"{tmp_path}/tokens: stale: train_tokenizer was run with lambda = 0.5, {params} now says 0.75: "
-        "renew it with `snakemake --cores all tokenize` or `dvc repro tokenize`"
+        "renew it with `snakemake --cores all tokenize` or `dvc repro tokenize` "
+        "(`dvc repro -f -s tokenize` where DVC skips it)"
     )
 
 
