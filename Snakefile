@@ -8,6 +8,7 @@ import sys
 
 from crt.errors import UserError
 from crt.launch import has_gpu
+from crt.manifest import damaged_results
 from crt.params import load_params
 from crt.pipeline import (
     PARAMS_FILE,
@@ -72,6 +73,8 @@ def shown(stage):
 
 
 if workflow.is_main_process:
+    # It sees the stamps alone. Of the main run only: a study may have thousands of folders.
+    print(*(f"warning: {line}\n" for line in damaged_results(STAMPS.values())), sep="", end="", file=sys.stderr)
     forget_incomplete(
         [
             *(path for stage, stamp, _ in JOBS.values() for path in (stamp, *stage.metrics, *shown(stage))),

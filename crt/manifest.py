@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,18 @@ def read_manifest_or_none(folder: Path) -> Manifest | None:
         return _read_unstamped(folder)
     except UserError:
         return None
+
+
+def damaged_results(stamps: Iterable[str | Path]) -> list[str]:
+    """What is wrong, with the remedy, with results whose stamps are there: `read_manifest`'s line for each."""
+    lines = []
+    for stamp in map(Path, stamps):
+        if stamp.exists():
+            try:
+                read_manifest(stamp.parent)
+            except UserError as error:
+                lines.append(str(error))
+    return lines
 
 
 def check_makers(manifests: Mapping[str, Manifest], inputs: Mapping[str, str | Path]) -> None:
