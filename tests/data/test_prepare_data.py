@@ -285,6 +285,19 @@ def test_a_file_that_was_mended_is_looked_at_again(prepare, make, tmp_path):
     assert status == 0 and sum(map(len, both(out))) == 24 and make.lines(out / "rejected.jsonl") == []
 
 
+def test_a_limit_that_is_raised_makes_use_of_what_was_unpacked(prepare, make, tmp_path, capfd):
+    root = damaged(make, tmp_path / "images")
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
+        archive.add(root, "images")
+    assert prepare(path=tmp_path / "images.tar.gz", max_rejected_fraction=0.1)[0] == 2
+    assert "unpacking images.tar.gz: " in capfd.readouterr().err
+    status, out = prepare(path=tmp_path / "images.tar.gz", max_rejected_fraction=0.5)
+    assert status == 0 and sum(map(len, both(out))) == 20
+    told = capfd.readouterr().err
+    assert "unpacking" not in told
+    assert not list((out.parent / ".work").glob("*/unpacked.tar"))
+
+
 def test_hidden_and_foreign_files_are_ignored(prepare, make, tmp_path, capfd):
     root = make.class_folders(tmp_path / "images", {"a": 3, "b": 3})
     for name in (".DS_Store", "a/.DS_Store", "a/._000.png", "__MACOSX/a/000.png", ".hidden/x.png", "Thumbs.db"):
