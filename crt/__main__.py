@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
-    args = _parser(arguments).parse_args(arguments)
+    args = _parse(arguments)
     log_file: Path | None = None
     try:
         if args.command in STAGES:
@@ -172,7 +172,17 @@ def _leave_as_is(run: StageRun, params_file: Path) -> int:
     return 0
 
 
-def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what a command does not know is told with that command's own usage."""
+    parser, commands = _parser(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="python -m crt", description="Causally Regularized Tokenization, stage by stage."
     )
@@ -199,7 +209,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             module = importlib.import_module(f"crt.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(function=module.run)
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _disk_message(error: BaseException, out: Path | None) -> str | None:

@@ -100,6 +100,14 @@ def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_
     assert "data: No space left on device: free some space and run" in capsys.readouterr().err
 
 
+def test_what_a_command_does_not_know_is_told_with_its_own_usage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "params.yaml"])
+    assert ended.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m crt check ") and error.endswith("unrecognized arguments: params.yaml")
+
+
 def test_outside_the_project_the_remedy_is_to_go_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["check"]) == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
         _check_place(args.out)
     folder, splits = locate_splits(args.path)
     caches = [TokenCache(folder, split) for split in splits]
+    shown = _open_images(caches, args.data, args.tokenizer) if all(picture) else None
     if (folder / MANIFEST).exists():
         _print_origin(folder)
     for cache in caches:
         _print_split(cache)
-    if all(picture):
-        _draw(caches, *picture)
+    if shown is not None:
+        _draw(caches, *shown, args.out)
     return 0
 
 
@@ -69,6 +71,8 @@ def _check_place(out: Path) -> None:
         raise UserError(f"--out {out}: is a folder: name the picture's file, such as {out / 'codes.png'}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}: make it, or name another place")
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: {out.parent} cannot be written: make it writable, or name another place")
 
 
 def _print_origin(folder: Path) -> None:
@@ -103,15 +107,25 @@ def _print_split(cache: TokenCache) -> None:
         print("    " + " ".join(f"{bits:5.2f}" for bits in line))
 
 
-def _draw(caches: list[TokenCache], data: Path, tokenizer_folder: Path, out: Path) -> None:
-    """Originals beside what their codes decode to, each row with its label; and the share of codes found again."""
-    tokenizer = Tokenizer.load(tokenizer_folder).eval()
-    rows, labels = [], []
+def _open_images(caches: list[TokenCache], data: Path, tokenizer_folder: Path) -> tuple[list[PackedImages], Tokenizer]:
+    """The images of each cache, and the tokenizer.
+
+    Raises:
+        UserError: they are not those that the caches were made from.
+    """
+    tokenizer, found = Tokenizer.load(tokenizer_folder).eval(), []
     for cache in caches:
         _check_tokenizer(cache, tokenizer, tokenizer_folder)
         # An imported cache took both its splits from the training images.
-        images = PackedImages(data, "train" if cache.data_content == UNKNOWN else cache.split)
-        _check_data(cache, images, data)
+        found.append(PackedImages(data, "train" if cache.data_content == UNKNOWN else cache.split))
+        _check_data(cache, found[-1], data)
+    return found, tokenizer
+
+
+def _draw(caches: list[TokenCache], images_of: list[PackedImages], tokenizer: Tokenizer, out: Path) -> None:
+    """Originals beside what their codes decode to, each row with its label; and the share of codes found again."""
+    rows, labels = [], []
+    for cache, images in zip(caches, images_of, strict=True):
         chosen = np.unique(np.linspace(0, len(cache) - 1, _GRID_ROWS).astype(np.int64))
         views = np.unique(np.linspace(0, cache.num_views - 1, _GRID_VIEWS).astype(np.int64))
         names = [cache.views[view] for view in views]

@@ -40,6 +40,8 @@ _STAGES = {
     "evaluate": "measures, and wrote this page",
 }
 _LARGE_SIDE = 64
+# So few are not told in millions.
+_FEW_PARAMETERS = 100_000
 
 
 def write_report(
@@ -110,7 +112,9 @@ def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: i
         if weight
         else "It was trained without the causal regularizer (lambda 0): the plain VQGAN, the method's baseline."
     )
-    size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
+    small = parameters is not None and parameters < _FEW_PARAMETERS
+    count = f"{parameters:,}" if small else f"{(parameters or 0) / 1e6:,.1f} million"
+    size = f" of {count} parameters" if parameters else ""
     return (
         f"A tokenizer turns an image of {side}x{side} pixels into {metrics['tokens_per_image']} codes, each one of "
         f"{_codebook_size(metrics):,} ({metrics['bits_per_image']:.0f} bits an image). {kind} A transformer{size} then "

@@ -90,7 +90,7 @@ class Pipeline:
         model = ARTransformer(config)
         torch.nn.init.normal_(model.head.weight)  # a new one is zero: no class would make a difference
         save_model(model.state_dict(), config, run.staging)
-        run.summary |= {"val_loss": 2.5, "training_flops": 10**9}
+        run.summary |= {"val_loss": 2.5, "training_flops": 10**9, "parameters": 12_345}
         publish(run)
         assert self.stage("sample", "samples", "tokenizer", "ar") == 0
 
@@ -556,6 +556,7 @@ def test_the_page_stands_alone_and_tells_the_run(evaluated):
         assert f"{metrics[name]:.4g}" in page
     assert "they are for ImageNet at 256 px, this run is on digits at 16 px" in page
     assert "Guidance sweep" not in page
+    assert re.search(r"A transformer of \d\d,\d{3} parameters then", page)
     assert f">{metrics['psnr']:.3g} dB<" in page
     assert "of the 64 codes are in use" in page
     # Words are explained, those of figures that are not there are not.
