@@ -160,30 +160,17 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
     }
 
 
-def guidance_sweep(
-    params: Evaluate,
-    seed: int,
-    networks: Networks,
-    *,
-    sources: Sources,
-    passes: Passes,
-    reference: Reference,
-    main: Metrics,
-) -> list[dict[str, float]]:
-    """The figures of the samples at each scale of guidance, ascending.
+def sweep_row(source: SampleSource, store: ChunkStore, metrics: Metrics) -> dict[str, float]:
+    """The figures of the samples at one scale of guidance, for a table of all scales.
 
-    `main` holds those of the scale that the result is named after, which are not taken again.
+    Args:
+        source: the samples.
+        store: what was measured of them.
+        metrics: their `generation_metrics`.
     """
-    measured = [(sources.samples, passes.samples, main)]
-    for source, store in zip(sources.sweep, passes.sweep, strict=True):
-        metrics = generation_metrics(params, seed, networks, samples=store, reference=reference, warnings=[])
-        measured.append((source, store, metrics))
-    rows = []
-    for source, store, metrics in sorted(measured, key=lambda entry: entry[0].guidance_scale):
-        agreement = class_agreement(store.column("predictions"), source.labels)
-        figures = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-        rows.append({"guidance_scale": source.guidance_scale, **figures, "class_agreement": agreement})
-    return rows
+    agreement = class_agreement(store.column("predictions"), source.labels)
+    figures = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+    return {"guidance_scale": source.guidance_scale, **figures, "class_agreement": agreement}
 
 
 def class_metrics(networks: Networks, sources: Sources, passes: Passes, warnings: list[str]) -> Metrics:

@@ -22,7 +22,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +41,11 @@ from crt.evaluation.metrics import (
     class_metrics,
     code_metrics,
     generation_metrics,
-    guidance_sweep,
     open_reference,
     protocol,
     reconstruction_metrics,
     stored_moments,
+    sweep_row,
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.report import REPORT_FILE, write_report
@@ -260,15 +259,7 @@ def _sweep(
     scales = zip((sources.samples, *sources.sweep), (passes.samples, *passes.sweep), strict=True)
     progress, rows = Progress("distances of the sweep", len(sources.sweep), "scales"), []
     for index, (source, store) in enumerate(scales):
-        rows += guidance_sweep(
-            run.params.evaluate,
-            run.params.seed,
-            networks,
-            sources=replace(sources, samples=source, sweep=()),
-            passes=replace(passes, samples=store, sweep=()),
-            reference=reference,
-            main=_generation(run, networks, store, reference, []),
-        )
+        rows.append(sweep_row(source, store, _generation(run, networks, store, reference, [])))
         if index > 0:  # the first one's were taken before
             progress.update(index)
     return sorted(rows, key=lambda row: row["guidance_scale"])

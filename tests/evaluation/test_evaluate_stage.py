@@ -65,6 +65,14 @@ CHANGES = TINY | {
     "sample.num_images": 40,
 }
 
+# Images of any size, each in its own file.
+FILES_AS_THEY_ARE = {
+    "prepare_data.source": "imagefolder",
+    "prepare_data.storage": "encoded",
+    "prepare_data.image_size": None,
+    "prepare_data.max_images_per_class": None,
+}
+
 
 class Pipeline:
     """Folders of the stages before `evaluate`, and a way to run it."""
@@ -456,22 +464,22 @@ def test_lpips_is_the_packages_mean_over_all_pairs(evaluated, tmp_path):
 @pytest.mark.slow
 def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales(imagenet_sample, tmp_path):
     """ImageNet files at 256 pixels, which the data set stores as they are."""
-    changes = CHANGES | {
-        "prepare_data.source": "imagefolder",
-        "prepare_data.path": str(imagenet_sample),
-        "prepare_data.storage": "encoded",
-        "prepare_data.image_size": None,
-        "prepare_data.max_images_per_class": None,
-        "train_tokenizer.image_size": 256,
-        "train_tokenizer.architecture.channel_multipliers": [1, 1, 1, 1, 1],
-        "train_tokenizer.architecture.decoder_blocks": 1,
-        "sample.num_images": 6,
-        "sample.batch_size": 6,
-        "evaluate.classifier.batch_size": 8,
-        "evaluate.classifier.steps": 2,
-        "evaluate.batch_size": 4,
-        "evaluate.grid_images_per_class": 1,
-    }
+    changes = (
+        CHANGES
+        | FILES_AS_THEY_ARE
+        | {
+            "prepare_data.path": str(imagenet_sample),
+            "train_tokenizer.image_size": 256,
+            "train_tokenizer.architecture.channel_multipliers": [1, 1, 1, 1, 1],
+            "train_tokenizer.architecture.decoder_blocks": 1,
+            "sample.num_images": 6,
+            "sample.batch_size": 6,
+            "evaluate.classifier.batch_size": 8,
+            "evaluate.classifier.steps": 2,
+            "evaluate.batch_size": 4,
+            "evaluate.grid_images_per_class": 1,
+        }
+    )
     made = Pipeline(tmp_path, changes)
     assert made.evaluate("evaluation") == 0
     metrics = made.metrics("evaluation")
@@ -492,17 +500,17 @@ def test_large_images_are_cropped_from_their_files_and_compared_over_five_scales
 
 def test_larger_images_are_measured_at_the_side_of_published_references(imagenet_sample, inception_folder, tmp_path):
     """64 px measured at 32: real images are cropped at 32, reconstructions interpolated, as LlamaGen's scripts do."""
-    changes = CHANGES | {
-        "prepare_data.source": "imagefolder",
-        "prepare_data.path": str(imagenet_sample),
-        "prepare_data.storage": "encoded",
-        "prepare_data.image_size": None,
-        "prepare_data.max_images_per_class": None,
-        "train_tokenizer.image_size": 64,
-        "train_tokenizer.architecture.channel_multipliers": [1, 1, 1],
-        "sample.num_images": 4,
-        "evaluate.classifier.steps": 2,
-    }
+    changes = (
+        CHANGES
+        | FILES_AS_THEY_ARE
+        | {
+            "prepare_data.path": str(imagenet_sample),
+            "train_tokenizer.image_size": 64,
+            "train_tokenizer.architecture.channel_multipliers": [1, 1, 1],
+            "sample.num_images": 4,
+            "evaluate.classifier.steps": 2,
+        }
+    )
     Pipeline(tmp_path, changes)
     val = PackedImages(tmp_path / "data", "val")
     network = ConvClassifier(4, val.num_classes, 64)
