@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from crt.data.sampler import rank_slice
     from crt.plan.cluster import make_cluster
     from crt.plan.layouts import layouts
+    from crt.plan.sampling import sampling_memory
     from crt.plan.work import ar_config, data_size, stage_work
 
     params = load_params(args.params)
@@ -86,7 +87,12 @@ def run(args: argparse.Namespace) -> int:
     _print_sizes(params, config, data)
     _print_hours(args, stage_work(params, data, config), cluster, data)
     _print_memory(ways, cluster, params.train_ar.compile)
-    return _print_verdict(ways, cluster, params.train_ar.compile)
+    sampling = sampling_memory(params, config)
+    _print_sampling_memory(sampling, params.sample.batch_size, cluster)
+    return _print_verdict(
+        _sampling_misfit(sampling, params.sample.batch_size, cluster),
+        _training_misfit(ways, cluster, params.train_ar.compile),
+    )
 
 
 def _print_models(params: Params, classes: int) -> None:
@@ -148,11 +154,11 @@ def _print_memory(ways: Any, cluster: Any, compiled: bool) -> None:
         f"{'per image':>10}{f'peak at {micro}':>13}{'largest micro-batch':>20}{'host':>9}"
     )
     for way in ways:
-        m, fits = way.memory, way.peak_bytes <= cluster.available_bytes
+        m = way.memory
         print(
             f"{'>' if way.chosen else '':2}{way.split.zero_stage:<5}{way.split.offload:25}"
             f"{'yes' if way.split.activation_checkpointing else 'no':10}{_size(m.weights):>9}{_size(m.gradients):>10}"
-            f"{_size(m.optimizer):>10}{_size(m.activations_per_image):>10}{_size(way.peak_bytes) + ('' if fits else ' !'):>13}"  # noqa: E501
+            f"{_size(m.optimizer):>10}{_size(m.activations_per_image):>10}{_size(way.peak_bytes) + _mark(way.peak_bytes, cluster):>13}"  # noqa: E501
             f"{way.largest or 'does not fit':>20}{_size(m.host):>9}"
         )
     print("> as in the params; ! more than a GPU has; recompute: train_ar.activation_checkpointing; host: per process")
@@ -160,29 +166,55 @@ def _print_memory(ways: Any, cluster: Any, compiled: bool) -> None:
         print("ZeRO 3 needs train_ar.compile: false")
 
 
-def _print_verdict(ways: Any, cluster: Any, compiled: bool) -> int:
+def _print_sampling_memory(memory: Any, batch_size: int, cluster: Any) -> None:
+    peak = memory.peak(batch_size)
+    print(
+        f"\nsample's memory per GPU, likewise: {_size(peak)}{_mark(peak, cluster)} at {batch_size} images at once\n"
+        f"  weights {_size(memory.weights)}, keys and values {_size(memory.cache_per_image)} per image, decoding "
+        f"{_size(memory.decode)}; largest batch {memory.largest_batch(cluster.available_bytes)}"
+    )
+
+
+def _mark(peak: int, cluster: Any) -> str:
+    return " !" if peak > cluster.available_bytes else ""
+
+
+def _print_verdict(*misfits: str | None) -> int:
+    """Print what does not fit and its remedy, or that all fits; returns the exit status."""
+    found = [misfit for misfit in misfits if misfit]
+    for misfit in found or ["fits: train_ar and sample as the params have them"]:
+        print(misfit)
+    return 1 if found else 0
+
+
+def _sampling_misfit(memory: Any, batch_size: int, cluster: Any) -> str | None:
+    peak, available = memory.peak(batch_size), cluster.available_bytes
+    if peak <= available:
+        return None
+    largest = memory.largest_batch(available)
+    remedy = f"set sample.batch_size to {largest} or less" if largest else "use GPUs with more memory"
+    return f"does not fit: sample needs {_size(peak)} of {_size(available)}: {remedy}"
+
+
+def _training_misfit(ways: Any, cluster: Any, compiled: bool) -> str | None:
     chosen = next(way for way in ways if way.chosen)
     if chosen.peak_bytes <= cluster.available_bytes:
-        print("fits: train_ar as the params have it")
-        return 0
-    peak = f"{_size(chosen.peak_bytes)} of {_size(cluster.available_bytes)}"
+        return None
+    needs = f"does not fit: train_ar needs {_size(chosen.peak_bytes)} of {_size(cluster.available_bytes)}"
     if chosen.largest:
-        print(f"does not fit: needs {peak}: set train_ar.micro_batch_size to {chosen.largest} or less")
-        return 1
+        return f"{needs}: set train_ar.micro_batch_size to {chosen.largest} or less"
     others = [way for way in ways if way.largest]
     if not others:
-        print(f"does not fit: needs {peak}: in no way that is listed: use more or larger GPUs")
-        return 1
+        return f"{needs}: in no way that is listed: use more or larger GPUs"
     # The first that fits does the least extra work.
     best = min(others, key=lambda way: (way.split.offload != "none", way.split.activation_checkpointing))
     # Params that compile under ZeRO 3 are refused.
     uncompiled = ", compile to false" if compiled and best.split.zero_stage == 3 else ""
-    print(
-        f"does not fit: needs {peak}: set train_ar.zero_stage to {best.split.zero_stage}{uncompiled}, offload to "
-        f"{best.split.offload}, activation_checkpointing to {str(best.split.activation_checkpointing).lower()} and "
-        f"micro_batch_size to {best.largest} or less"
+    return (
+        f"{needs}: set train_ar.zero_stage to {best.split.zero_stage}{uncompiled}, offload to {best.split.offload}, "
+        f"activation_checkpointing to {str(best.split.activation_checkpointing).lower()} and micro_batch_size to "
+        f"{best.largest} or less"
     )
-    return 1
 
 
 def _time(hours: float) -> str:

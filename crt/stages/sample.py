@@ -165,10 +165,15 @@ def decode(tokenizer: Tokenizer, codes: Tensor, grid: tuple[int, int], precision
         grid: their rows and columns.
         precision: "float32", or "bf16" for autocast.
     """
-    pixels = grid[0] * grid[1] * tokenizer.downsampling**2
+    size = images_decoded_at_once(grid[0] * grid[1] * tokenizer.downsampling**2)
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        pieces = [to_uint8(tokenizer.decode(p, grid).float()) for p in codes.split(max(1, _PIECE_PIXELS // pixels))]
+        pieces = [to_uint8(tokenizer.decode(p, grid).float()) for p in codes.split(size)]
     return torch.cat(pieces).cpu().numpy()
+
+
+def images_decoded_at_once(pixels: int) -> int:
+    """Images of so many pixels that the decoder takes at a time."""
+    return max(1, _PIECE_PIXELS // pixels)
 
 
 class _Chunks:

@@ -144,7 +144,8 @@ def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
 def test_command_tells_that_all_fits(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--params", str(IMAGENET), "--gpu", "h100", "--gpus", "8"]) == 0
     text = capsys.readouterr().out
-    for part in ("774,699,520 parameters", "71,883,403 parameters", "20 views", "fits: train_ar as the params have it"):
+    fits = "fits: train_ar and sample as the params have them"
+    for part in ("774,699,520 parameters", "71,883,403 parameters", "20 views", fits):
         assert part in text
     for stage in ("prepare_data", "train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"):
         assert any(line.startswith(stage) for line in text.splitlines())
