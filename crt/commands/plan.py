@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, metavar="N", help="in the data set, where the source does not tell")
     parser.add_argument("--classes", type=int, metavar="N", help="likewise")
     parser.add_argument("--model", metavar="SIZE", help="a named size instead of train_ar.model's: see --models")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="instead of train_ar.batch_size")
     parser.add_argument("--models", action="store_true", help="print all named sizes for these params, and end")
 
 
@@ -50,17 +51,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: bad params or options, a batch of either training that does not divide among the GPUs.
     """
-    from crt.ar.sizes import resized
     from crt.data.sampler import rank_slice
     from crt.plan.cluster import make_cluster
     from crt.plan.layouts import layouts
     from crt.plan.sampling import sampling_memory
     from crt.plan.work import ar_config, data_size, stage_work
 
-    params = load_params(args.params)
-    if args.model:
-        model = resized(params.train_ar.model, args.model)
-        params = params.model_copy(update={"train_ar": params.train_ar.model_copy(update={"model": model})})
+    params = _with_options(load_params(args.params), args)
     data = data_size(params, args.images, args.classes)
     if args.models:
         _print_models(params, data.classes)
@@ -93,6 +90,20 @@ def run(args: argparse.Namespace) -> int:
         _sampling_misfit(sampling, params.sample.batch_size, cluster),
         _training_misfit(ways, cluster, params.train_ar.compile),
     )
+
+
+def _with_options(params: Params, args: argparse.Namespace) -> Params:
+    """Params with what the options of stage 2 replace; its learning rate stays."""
+    from crt.ar.sizes import resized
+
+    changes: dict[str, Any] = {}
+    if args.model:
+        changes["model"] = resized(params.train_ar.model, args.model)
+    if args.batch_size is not None:
+        if args.batch_size < 1:
+            raise UserError(f"--batch-size {args.batch_size}: must be greater than 0")
+        changes["batch_size"] = args.batch_size
+    return params.model_copy(update={"train_ar": params.train_ar.model_copy(update=changes)})
 
 
 def _print_models(params: Params, classes: int) -> None:

@@ -21,4 +21,4 @@ def test_the_plan_prints_every_line_that_the_page_quotes(command, quoted, capsys
 
 
 def test_the_page_quotes_the_two_runs_that_it_describes():
-    assert [command.split("--gpus ")[1] for command, _ in QUOTES] == ["8", "32 --model 3B"]
+    assert [command.split("--gpus ")[1] for command, _ in QUOTES] == ["8", "32 --model 3B --batch-size 512"]

@@ -220,6 +220,7 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
         (["--classes", "0", "--models"], "--classes 0"),
         (["--reserve", "90"], "--reserve 90"),
         (["--mfu", "1.5"], "--mfu 1.5"),
+        (["--batch-size", "0"], "--batch-size 0: must be greater than 0"),
         (["--model", "huge"], "--model huge: no such size"),
     ],
 )
