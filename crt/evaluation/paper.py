@@ -9,18 +9,18 @@ from crt.evaluation.comparable import ALL_CLASSES_ALIKE, STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE
 from crt.manifest import Manifest
 
-# The table is of this setting.
-_TOKENS, _CODEBOOK = 256, 16_384
-PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M")
+PAPER_TABLE_COLUMNS = ("rFID", "gFID, 111M", "gFID, 340M", "gFID, 775M", "gFID, 3.1B")
 PAPER_TABLE = {
-    "baseline": ("2.21", "4.90", "2.89", "2.55"),
-    "CRT": ("2.36", "4.34", "2.75", "2.35"),
-    "CRT, optimised": ("", "", "2.45", "2.18"),
+    "baseline": ("2.21", "4.90", "2.89", "2.55", ""),
+    "CRT": ("2.36", "4.34", "2.75", "2.35", ""),
+    "CRT_opt": ("", "", "2.45", "2.18", ""),
+    "LlamaGen, 576 tokens": ("0.94", "", "", "2.62", "2.18"),
 }
-_SIDE, _IMAGES = 256, 50_000
-# Parameters of the transformers, in the order of the table's columns.
-_SIZES = {111e6: 1, 343e6: 2, 775e6: 3}
-_SIZE_TOLERANCE = 0.05
+_SIDE, _TOKENS, _IMAGES = 256, 256, 50_000
+# Tokenizers of the table by their codebook's size.
+_TOKENIZERS = {16_384: ("baseline", "CRT"), 131_072: ("CRT_opt",)}
+# (layers, width) of the transformers, with their column: parameters depend on the codebook's size too.
+_TRANSFORMERS = {(12, 768): 1, (24, 1024): 2, (36, 1280): 3}
 
 
 def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -32,7 +32,8 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
         manifests: of the earlier stages, by name.
 
     Returns:
-        `rows`: name, ours, baseline and crt as texts; `reasons`: sentences without a full stop.
+        `tokenizers`: of the paper's, with which this run compares; `rows`: name, ours, and the published figure of each
+        of those, as texts; `reasons`: sentences without a full stop.
     """
     reasons = []
     source = manifests["prepare_data"].params["prepare_data"]["source"]
@@ -48,16 +49,19 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
         reasons.append(f"they are measured at {_SIDE} px, this run at {metrics['features_image_size']}")
     tokens = metrics["tokens_per_image"]
     codebook = round(2 ** (metrics["bits_per_image"] / tokens))
-    if not reasons and (tokens, codebook) != (_TOKENS, _CODEBOOK):
-        reasons.append(f"they are for {_TOKENS} tokens of {_CODEBOOK:,} codes, this run has {tokens} of {codebook:,}")
+    if not reasons and (tokens != _TOKENS or codebook not in _TOKENIZERS):
+        sizes = " or ".join(f"{size:,}" for size in _TOKENIZERS)
+        reasons.append(f"they are for {_TOKENS} tokens of {sizes} codes, this run has {tokens} of {codebook:,}")
     if reasons:
-        return {"rows": [], "reasons": reasons}
+        return {"tokenizers": (), "rows": [], "reasons": reasons}
+    tokenizers = _TOKENIZERS[codebook]
     rows = []
     if metrics["reconstruction_reference_images"] == _IMAGES:
-        rows.append(_row("rFID", metrics["rfid"], 0))
+        rows.append(_row(metrics["rfid"], 0, tokenizers))
     else:
         reasons.append(f"rFID is for all {_IMAGES:,} validation images")
-    column = _column(manifests["train_ar"].summary.get("parameters"))
+    model = manifests["train_ar"].params["train_ar"]["model"]
+    column = _TRANSFORMERS.get((model["layers"], model["width"]))
     stored = metrics.get("generation_reference_moments") == STORED_MOMENTS
     if metrics["generation_reference"] != "adm_train" or metrics["generation_images"] != _IMAGES:
         reasons.append(f"gFID is for {_IMAGES:,} samples against the ADM batch")
@@ -68,21 +72,11 @@ def beside_paper(metrics: Mapping[str, Any], image_size: int, manifests: Mapping
     elif column is None:
         reasons.append("gFID is for transformers of 111M, 340M and 775M parameters")
     else:
-        rows.append(_row(PAPER_TABLE_COLUMNS[column], metrics["gfid"], column))
-    return {"rows": rows, "reasons": reasons}
+        rows.append(_row(metrics["gfid"], column, tokenizers))
+    rows = [row for row in rows if any(row["published"])]
+    return {"tokenizers": tokenizers, "rows": rows, "reasons": reasons}
 
 
-def _row(name: str, ours: float, column: int) -> dict[str, str]:
-    return {
-        "name": name,
-        "ours": f"{ours:.2f}",
-        "baseline": PAPER_TABLE["baseline"][column],
-        "crt": PAPER_TABLE["CRT"][column],
-    }
-
-
-def _column(parameters: float | None) -> int | None:
-    for size, column in _SIZES.items():
-        if parameters and abs(parameters / size - 1) < _SIZE_TOLERANCE:
-            return column
-    return None
+def _row(ours: float, column: int, tokenizers: tuple[str, ...]) -> dict[str, Any]:
+    published = [PAPER_TABLE[tokenizer][column] for tokenizer in tokenizers]
+    return {"name": PAPER_TABLE_COLUMNS[column], "ours": f"{ours:.2f}", "published": published}

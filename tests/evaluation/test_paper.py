@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from crt.ar.sizes import named_sizes
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
-from crt.evaluation.paper import beside_paper
+from crt.evaluation.paper import _TRANSFORMERS, PAPER_TABLE_COLUMNS, beside_paper
 
 METRICS = {
     "rfid": 2.3,
@@ -24,12 +25,10 @@ METRICS = {
 }
 
 
-def compare(
-    changes: dict[str, Any], source: str = "imagenet", side: int = 256, parameters: float = 343e6
-) -> dict[str, Any]:
+def compare(changes: dict[str, Any], source: str = "imagenet", side: int = 256, layers: int = 24) -> dict[str, Any]:
     manifests = {
         "prepare_data": SimpleNamespace(params={"prepare_data": {"source": source}}),
-        "train_ar": SimpleNamespace(summary={"parameters": parameters}),
+        "train_ar": SimpleNamespace(params={"train_ar": {"model": {"layers": layers, "width": 1024}}}),
     }
     metrics = {name: value for name, value in (METRICS | changes).items() if value is not None}
     return beside_paper(metrics, side, manifests)
@@ -38,10 +37,24 @@ def compare(
 def test_figures_of_the_papers_protocol_stand_beside_its_own() -> None:
     found = compare({})
     assert found["reasons"] == []
+    assert found["tokenizers"] == ("baseline", "CRT")
     assert found["rows"] == [
-        {"name": "rFID", "ours": "2.30", "baseline": "2.21", "crt": "2.36"},
-        {"name": "gFID, 340M", "ours": "2.80", "baseline": "2.89", "crt": "2.75"},
+        {"name": "rFID", "ours": "2.30", "published": ["2.21", "2.36"]},
+        {"name": "gFID, 340M", "ours": "2.80", "published": ["2.89", "2.75"]},
     ]
+
+
+def test_a_codebook_of_131k_stands_beside_crt_opt_whose_rfid_is_not_published() -> None:
+    found = compare({"bits_per_image": 256 * 17})
+    assert (found["tokenizers"], found["reasons"]) == (("CRT_opt",), [])
+    assert found["rows"] == [{"name": "gFID, 340M", "ours": "2.80", "published": ["2.45"]}]
+
+
+@pytest.mark.parametrize("size, name", [("B", "gFID, 111M"), ("L", "gFID, 340M"), ("XL", "gFID, 775M")])
+def test_the_table_names_the_sizes_by_their_parameters(size: str, name: str) -> None:
+    """Oracle: the named sizes."""
+    named = named_sizes()[size]
+    assert PAPER_TABLE_COLUMNS[_TRANSFORMERS[named["layers"], named["width"]]] == name
 
 
 @pytest.mark.parametrize(
@@ -57,11 +70,11 @@ def test_figures_of_the_papers_protocol_stand_beside_its_own() -> None:
             {"tokens_per_image": 1024, "bits_per_image": 1024 * 14},
             {},
             [],
-            "256 tokens of 16,384 codes, this run has 1024 of",
+            "256 tokens of 16,384 or 131,072 codes, this run has 1024 of",
         ),
         ({"bits_per_image": 256 * 10}, {}, [], "this run has 256 of 1,024"),
         ({"reconstruction_reference_images": 100}, {}, ["gFID, 340M"], "rFID is for all 50,000"),
-        ({}, {"parameters": 50e6}, ["rFID"], "transformers of 111M, 340M and 775M"),
+        ({}, {"layers": 6}, ["rFID"], "transformers of 111M, 340M and 775M"),
         ({}, {"source": "digits", "side": 16}, [], "this run is on digits at 16 px"),
         ({"rfid": None}, {}, [], "measured with a classifier of its own"),
         ({"features_resize": "clean"}, {}, [], "under resize legacy_tensorflow, this run under clean"),
