@@ -52,7 +52,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": params.optimizer.clip_norm,
         "zero_optimization": _zero(params, num_parameters, device_type),
-        # The optimizer is torch's own (see the trainer), on the CPU too.
+        # The optimizer is the one that `crt.ar.engine` gives, on CPUs too.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }

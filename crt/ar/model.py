@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from crt import cpu
 from crt.errors import UserError
 from crt.files import write_json
 from crt.model_files import CONFIG_FILE, TRANSFORMER, WEIGHTS_FILE, read_config, read_weights
+
+if TYPE_CHECKING:
+    from crt.params import ARModel
 
 
 @dataclass(frozen=True)
@@ -91,29 +94,33 @@ class ARConfig:
             )
         return config
 
-
-def config_from_params(model: Any, codes: Any) -> ARConfig:
-    """The model that `train_ar.model` describes, for the codes of one token cache.
-
-    Args:
-        model: the section `train_ar.model` of the params (`crt.params.ARModel`).
-        codes: the cache (`crt.tokens.cache.TokenCache`), which knows codebook, grid and classes.
-    """
-    return ARConfig(
-        layers=model.layers,
-        heads=model.heads,
-        width=model.width,
-        ffn_multiple=model.ffn_multiple,
-        norm_eps=model.norm_eps,
-        rope_base=model.rope_base,
-        dropout=model.dropout,
-        init_std=model.init_std,
-        codebook_size=codes.codebook_size,
-        grid=tuple(codes.grid),
-        num_classes=codes.num_classes,
-        class_names=tuple(codes.class_names),
-        tokenizer_content=codes.known_tokenizer,
-    )
+    @classmethod
+    def from_params(
+        cls,
+        model: ARModel,
+        *,
+        codebook_size: int,
+        grid: tuple[int, int],
+        num_classes: int,
+        class_names: tuple[str, ...] | None = None,
+        tokenizer_content: str | None = None,
+    ) -> ARConfig:
+        """The model that section `train_ar.model` describes, for codes of one kind."""
+        return cls(
+            layers=model.layers,
+            heads=model.heads,
+            width=model.width,
+            ffn_multiple=model.ffn_multiple,
+            norm_eps=model.norm_eps,
+            rope_base=model.rope_base,
+            dropout=model.dropout,
+            init_std=model.init_std,
+            codebook_size=codebook_size,
+            grid=grid,
+            num_classes=num_classes,
+            class_names=class_names,
+            tokenizer_content=tokenizer_content,
+        )
 
 
 class ARTransformer(nn.Module):

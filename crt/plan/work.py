@@ -76,16 +76,11 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
 
 def ar_config(params: Params, classes: int) -> ARConfig:
     """The stage-2 model, its codes taken from the tokenizer's params."""
-    model, tokenizer = params.train_ar.model, params.train_tokenizer
+    tokenizer = params.train_tokenizer
     side = tokenizer.image_size // tokenizer.architecture.downsampling
-    sizes = {name: getattr(model, name) for name in ARConfig.__dataclass_fields__ if hasattr(model, name)}
-    return ARConfig(
-        **sizes,
-        codebook_size=tokenizer.quantizer.codebook_size,
-        grid=(side, side),
-        num_classes=classes,
-        class_names=None,
-        tokenizer_content=None,
+    codebook_size = tokenizer.quantizer.codebook_size
+    return ARConfig.from_params(
+        params.train_ar.model, codebook_size=codebook_size, grid=(side, side), num_classes=classes
     )
 
 

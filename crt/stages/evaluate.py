@@ -127,10 +127,7 @@ def _load_networks(run: StageRun, world: World, tokenizer: Tokenizer) -> Network
         )
     lpips = None
     if params.lpips:
-        try:
-            lpips = PerceptualLoss(params.lpips_weights).to(world.device)
-        except UserError as error:
-            raise UserError(f"evaluate.lpips: true, but {error} (here: set evaluate.lpips to false)") from None
+        lpips = PerceptualLoss(params.lpips_weights, "evaluate.lpips_weights").to(world.device)
     classifier = _classifier(run, world, tokenizer.image_size)
     content = run.manifests["train_tokenizer"].content
     return Networks(tokenizer, content, world.device, classifier, features or classifier, lpips)

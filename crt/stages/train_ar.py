@@ -43,7 +43,7 @@ from crt.ar.engine import (
     gradient_norm,
     set_learning_rate,
 )
-from crt.ar.model import config_from_params, count_parameters, save_model
+from crt.ar.model import ARConfig, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
@@ -80,9 +80,21 @@ def run(run: StageRun) -> None:
         _train(run, world, train_codes, val_codes)
 
 
+def config_of(params: TrainAR, codes: TokenCache) -> ARConfig:
+    """The model of the params, for the codes of a cache."""
+    return ARConfig.from_params(
+        params.model,
+        codebook_size=codes.codebook_size,
+        grid=codes.grid,
+        num_classes=codes.num_classes,
+        class_names=tuple(codes.class_names),
+        tokenizer_content=codes.known_tokenizer,
+    )
+
+
 def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: TokenCache) -> None:
     params, seed = run.params.train_ar, run.params.seed
-    config = config_from_params(params.model, train_codes)
+    config = config_of(params, train_codes)
     micro, _ = micro_batches(params, world.size)
     share = params.batch_size // world.size
     report_steps = _GPU_REPORT_STEPS if world.device.type == "cuda" else 1

@@ -58,30 +58,25 @@ class PerceptualLoss(nn.Module):
     Args:
         weights: file of the VGG-16 as torchvision publishes it (vgg16-397923af.pth), or of the package's whole
             network; None: the package fetches what it needs at first use, in one process while others wait.
+        key: of the params, that names the file.
 
     Raises:
-        UserError: the package is not installed, or the weights cannot be had or do not fit.
+        UserError: the weights cannot be had or do not fit.
     """
 
-    def __init__(self, weights: str | Path | None) -> None:
+    def __init__(self, weights: str | Path | None, key: str = "train_tokenizer.loss.lpips_weights") -> None:
         super().__init__()
-        try:
-            import lpips
-        except ImportError:
-            raise UserError(
-                "train_tokenizer.loss.lpips_weight: LPIPS needs the package lpips: "
-                "install it with `python -m pip install lpips`, or set lpips_weight to 0"
-            ) from None
+        import lpips
+
         try:
             with fetching(_vgg_file()) if weights is None else nullcontext():
                 network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
         except OSError as error:
             raise UserError(
-                f"train_tokenizer.loss.lpips_weights: null, and VGG-16 cannot be fetched ({error}): "
-                "download vgg16-397923af.pth and name it there"
+                f"{key}: null, and VGG-16 cannot be fetched ({error}): download vgg16-397923af.pth and name it there"
             ) from None
         if weights is not None:
-            _load_lpips(network, Path(weights))
+            _load_lpips(network, Path(weights), key)
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
@@ -98,7 +93,7 @@ def _vgg_file() -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
 
 
-def _load_lpips(network: nn.Module, path: Path) -> None:
+def _load_lpips(network: nn.Module, path: Path, key: str) -> None:
     """Fill the package's network from a file, which may hold VGG-16 alone: the package brings the rest."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -114,5 +109,5 @@ def _load_lpips(network: nn.Module, path: Path) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path}: no weights of LPIPS on VGG-16 ({reason}): name torchvision's vgg16-397923af.pth, "
-            "or set train_tokenizer.loss.lpips_weights to null"
+            f"or set {key} to null"
         ) from None

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -27,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from crt.__main__ import main
-from crt.ar.model import ARTransformer, config_from_params, save_model
+from crt.ar.model import ARTransformer, save_model
 from crt.commands.results import table
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
@@ -49,6 +48,7 @@ from crt.history import History, read_history
 from crt.params import load_params
 from crt.randomness import seed_torch
 from crt.stage import open_run, publish
+from crt.stages.train_ar import config_of
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.cache import TokenCache
@@ -94,7 +94,7 @@ class Pipeline:
 
         run = open_run("train_ar", self.params, self.inputs("tokens"), root / "ar")
         run.staging.mkdir(parents=True)
-        config = config_from_params(params.train_ar.model, TokenCache(root / "tokens", "train"))
+        config = config_of(params.train_ar, TokenCache(root / "tokens", "train"))
         model = ARTransformer(config)
         torch.nn.init.normal_(model.head.weight)  # a new one is zero: no class would make a difference
         save_model(model.state_dict(), config, run.staging)
@@ -360,13 +360,11 @@ def test_too_little_gpu_memory_is_said_in_one_line(evaluated, tmp_path, monkeypa
     shutil.rmtree(evaluated.root / ".work", ignore_errors=True)
 
 
-def test_lpips_without_its_package_is_refused_before_any_work(evaluated, capfd):
-    if find_spec("lpips"):
-        pytest.skip("lpips is installed")
-    assert evaluated.evaluate("refused", lpips=True) == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert "evaluate.lpips" in errors[0]
+def test_unusable_lpips_weights_are_refused_by_this_stages_key(evaluated, tmp_path, capfd):
+    (tmp_path / "vgg16.pth").write_text("no weights")
+    assert evaluated.evaluate("refused", lpips=True, lpips_weights=str(tmp_path / "vgg16.pth")) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert error.endswith("or set evaluate.lpips_weights to null")
 
 
 def inception_run(
@@ -445,7 +443,6 @@ def test_distances_are_from_the_moments_that_the_batch_file_holds(evaluated, inc
     assert metrics["generation_reference_moments"] == STORED_MOMENTS
 
 
-@pytest.mark.skipif(find_spec("lpips") is None, reason="lpips is not installed")
 def test_lpips_is_the_packages_mean_over_all_pairs(evaluated, tmp_path):
     """Oracle: the package itself, on the pairs in one go; VGG-16 with random weights."""
     weights = vgg_file(tmp_path / "vgg16.pth")

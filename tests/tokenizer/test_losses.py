@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 import pytest
 import torch
 
@@ -16,8 +13,6 @@ from crt.tokenizer.losses import (
     hinge_generator_loss,
     pixel_loss,
 )
-
-without_lpips = pytest.mark.skipif(importlib.util.find_spec("lpips") is None, reason="lpips is not installed")
 
 
 def test_hinge_losses_on_known_logits():
@@ -47,12 +42,6 @@ def test_adaptive_weight_balances_the_gradients_on_the_last_layer():
     assert adaptive_weight((1e9 * weight).sum(), 0 * weight.sum(), weight) == 1e4
 
 
-def test_missing_lpips_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match="pip install lpips"):
-        PerceptualLoss(None)
-
-
 def vgg_file(path, channels_of_first=64):
     """A file with torchvision's names and shapes of VGG-16, random weights."""
     torch.manual_seed(0)
@@ -70,7 +59,6 @@ def vgg_file(path, channels_of_first=64):
     return path
 
 
-@without_lpips
 def test_lpips_weights_from_a_file_of_vgg(tmp_path):
     loss = PerceptualLoss(vgg_file(tmp_path / "vgg16.pth")).train()
     a, b = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
@@ -83,7 +71,6 @@ def test_lpips_weights_from_a_file_of_vgg(tmp_path):
     assert torch.equal(PerceptualLoss(tmp_path / "whole.pth")(a, b), loss(a, b))
 
 
-@without_lpips
 def test_unusable_lpips_weights_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
