@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -52,6 +53,9 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
 class Generator:
     """A trained model, ready to draw codes.
 
+    Each call of `generate` takes the model's weights as they then are, in their own precision, also under autocast.
+    Several threads may call it at once; pickled or copied, it takes its model along.
+
     Args:
         model: in evaluation mode, on the device and in the precision that it shall run in.
         compile: on a GPU, record a step as a CUDA graph: seconds at first, several times faster then.
@@ -60,8 +64,12 @@ class Generator:
     def __init__(self, model: ARTransformer, compile: bool = False) -> None:
         self.model = model
         self.compile = compile
-        self._decoder: Decoder | None = None
         self._stepped: SteppedBatch | None = None
+        self._stepping = threading.Lock()  # all that use its buffers
+
+    def __reduce__(self) -> tuple[type[Generator], tuple[ARTransformer, bool]]:
+        # Buffers, graphs and locks belong to one process.
+        return type(self), (self.model, self.compile)
 
     @classmethod
     def load(
@@ -143,17 +151,23 @@ class Generator:
         size = max(len(wanted), 1) if batch_size is None else _integer("batch_size", batch_size)
         if size < 1:
             raise UserError(f"batch_size {size}: must be 1 or more, or None for all images at once")
-        drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64)
-        for start in range(0, len(wanted), size):
-            batch = wanted[start : start + size]
-            padded = torch.cat((batch, batch[-1:].expand(size - len(batch))))
-            codes = self._generate_batch(padded, settings, seed, first_index + start)
-            drawn[start : start + len(batch)] = codes[: len(batch)]
+        device = self.model.head.weight.device
+        # Tensors of inference mode could be neither written to nor trained with after it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            # Made for this call: it copies weights, which may have changed since the last, and threads call at once.
+            decoder = None if self._takes_kernels() else Decoder(self.model)
+            drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64, device="cpu")
+            for start in range(0, len(wanted), size):
+                batch = wanted[start : start + size]
+                padded = torch.cat((batch, batch[-1:].expand(size - len(batch))))
+                codes = self._generate_batch(padded, settings, seed, first_index + start, decoder)
+                drawn[start : start + len(batch)] = codes[: len(batch)]
         return drawn
 
-    @torch.no_grad()
-    def _generate_batch(self, labels: Tensor, settings: DrawSettings, seed: int, first_index: int) -> Tensor:
-        """(B,) labels to (B, T) codes on the CPU."""
+    def _generate_batch(
+        self, labels: Tensor, settings: DrawSettings, seed: int, first_index: int, decoder: Decoder | None
+    ) -> Tensor:
+        """(B,) labels to (B, T) codes on the CPU; without a decoder by the kernels for GPUs."""
         device = self.model.head.weight.device
         num_images, num_tokens = len(labels), self.config.num_tokens
         uniforms = image_uniforms(seed, range(first_index, first_index + num_images), num_tokens).to(device)
@@ -162,13 +176,12 @@ class Generator:
         previous = labels.to(device)
         if guided:
             previous = torch.cat((previous, torch.full_like(previous, self.config.null_class)))
-        if self._takes_kernels():
-            return self._stepped_batch(num_images, guided, settings).run(previous, uniforms, scales).cpu()
-        if self._decoder is None:
-            self._decoder = Decoder(self.model)
+        if decoder is None:
+            with self._stepping:
+                return self._stepped_batch(num_images, guided, settings).run(previous, uniforms, scales).cpu()
         codes = torch.empty((num_images, num_tokens), dtype=torch.int64, device=device)
         for position in range(num_tokens):
-            logits = self._decoder.next_logits(previous, position)
+            logits = decoder.next_logits(previous, position)
             code = draw_next(logits, uniforms[:, position], scales[position].item() if guided else None, settings)
             codes[:, position] = code
             previous = torch.cat((code, code)) if guided else code
@@ -186,7 +199,9 @@ class Generator:
         def draw_step(logits: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
             return draw_next(logits, uniform, scale if guided else None, settings)
 
-        key = (num_images, guided, settings.temperature, settings.top_k, settings.top_p)
+        # A recorded graph reads where the weights lay: what they are may change, not where.
+        places = tuple((weight.data_ptr(), weight.dtype) for weight in self.model.parameters())
+        key = (num_images, guided, settings.temperature, settings.top_k, settings.top_p, places)
         if self._stepped is None or self._stepped.key != key:
             self._stepped = None  # its buffers go first
             among_all = not settings.top_k and settings.top_p == 1 and self.config.codebook_size <= DRAW_LIMIT
@@ -204,7 +219,7 @@ class Generator:
 
     def _check_labels(self, labels: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         try:
-            given = labels.detach().cpu() if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+            given = labels.detach().cpu() if isinstance(labels, Tensor) else _as_tensor(np.asarray(labels))
         except (TypeError, ValueError):  # text, objects, rows of several lengths
             given = None
         if given is not None and given.shape == (0,):
@@ -218,6 +233,11 @@ class Generator:
         if len(wrong):
             raise UserError(f"label {int(wrong[0])}: the model has classes 0 to {self.config.num_classes - 1}")
         return wanted
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    # torch takes neither reversed arrays nor another byte order, and warns of read-only ones.
+    return torch.from_numpy(array.astype(np.int64, order="C") if array.dtype.kind in "iu" else array)
 
 
 def _short(value: object) -> str:

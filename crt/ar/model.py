@@ -179,7 +179,8 @@ class ARTransformer(nn.Module):
         """
         if device not in self._rotations:
             c = self.config
-            self._rotations[device] = rotary_table(c.grid, c.head_width, c.rope_base).to(device)
+            with torch.inference_mode(False):  # training after it would refuse a table made in it
+                self._rotations[device] = rotary_table(c.grid, c.head_width, c.rope_base).to(device)
         return self._rotations[device]
 
 

@@ -246,6 +246,9 @@ def test_a_generator_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(generator._stepped)
     assert made[0] is made[1]
     assert len(set(map(id, made))) == 4
+    model.load_state_dict(small_model(seed=1, scale=2.0, grid=GRID, layers=1).state_dict(), assign=True)
+    assert torch.equal(calls[-1](generator), calls[-1](plain))
+    assert generator._stepped is not made[-1]  # a graph would still read the weights that were
 
 
 def test_bf16_steps_predict_nearly_as_the_cpu_does() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -199,6 +202,7 @@ def test_impossible_requests_are_refused(generator: Generator, settings: dict, m
     [
         (1, 2), range(1, 3), np.array([1, 2], np.uint8), np.array([1, 2], np.uint64), [np.int32(1), np.int64(2)],
         torch.tensor([1, 2], dtype=torch.int16), torch.tensor([1, 2], dtype=torch.uint16), list(torch.tensor([1, 2])),
+        np.array([2, 1])[::-1], np.array([1, 2], ">i4"), np.frombuffer(bytes([1, 2]), np.uint8),
     ],
 )  # fmt: skip
 def test_integers_of_any_type_are_labels(generator: Generator, labels: Any) -> None:
@@ -224,3 +228,57 @@ def test_no_labels_make_no_images(generator: Generator) -> None:
 def test_the_smallest_temperature_draws_the_likeliest_code_at_the_largest_guidance(generator: Generator) -> None:
     codes = generator.generate([1] * 8, guidance=1e6, temperature=1e-6)
     assert len(codes.unique(dim=0)) == 1
+
+
+def test_changed_weights_count_at_the_next_call() -> None:
+    """Oracle: a generator made after the change. `.data` is what fused optimizers and averages write to."""
+    model = small_model(scale=2.0)
+    generator = Generator(model)
+    for change in (
+        model.head.weight.data.neg_,
+        lambda: model.load_state_dict(small_model(seed=1, scale=2.0).state_dict(), assign=True),
+        lambda: model.to(torch.bfloat16),
+    ):
+        before = generator.generate(LABELS, 2.0)
+        change()
+        after = generator.generate(LABELS, 2.0)
+        assert torch.equal(after, Generator(model).generate(LABELS, 2.0))
+        assert not torch.equal(after, before)
+
+
+def test_the_modes_around_a_call_change_nothing() -> None:
+    """Nor does one that was made in inference mode keep the next from running, or the model from training."""
+    expected = Generator(small_model(scale=2.0)).generate(LABELS, 2.0)
+    generator = Generator(small_model(scale=2.0))
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            codes = generator.generate(torch.tensor(LABELS), 2.0)
+        assert torch.equal(codes, expected) and not codes.is_inference()
+    for calls in ("generate", "model"):
+        model = small_model(scale=2.0)
+        with torch.inference_mode():
+            if calls == "generate":
+                Generator(model).generate(LABELS)
+            else:
+                model(expected, torch.tensor(LABELS))
+        model.requires_grad_(True)
+        model(expected, torch.tensor(LABELS)).mean().backward()
+        assert model.head.weight.grad is not None
+
+
+def test_a_generator_is_copied_and_pickled_with_its_model(generator: Generator) -> None:
+    expected = generator.generate(LABELS, 2.0)
+    twin = copy.deepcopy(generator)
+    for other in (twin, pickle.loads(pickle.dumps(generator))):
+        assert torch.equal(other.generate(LABELS, 2.0), expected)
+    with torch.no_grad():
+        twin.model.head.weight.neg_()
+    assert torch.equal(generator.generate(LABELS, 2.0), expected)
+    assert not torch.equal(twin.generate(LABELS, 2.0), expected)
+
+
+def test_threads_may_draw_at_once(generator: Generator) -> None:
+    expected = [generator.generate(LABELS, 2.0, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        drawn = list(threads.map(lambda turn: generator.generate(LABELS, 2.0, seed=turn % 4), range(16)))
+    assert all(torch.equal(codes, expected[turn % 4]) for turn, codes in enumerate(drawn))
