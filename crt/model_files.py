@@ -118,25 +118,34 @@ def read_weights(
         raise UserError(f"{path}: truncated or damaged ({error}): {again}") from None
 
 
-def check_shapes(source: str | Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+def check_shapes(
+    source: str | Path,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Tensor],
+    remedy: str = "use the file's own config",
+) -> None:
     """Compare the shapes of stored weights with those of a model.
+
+    Args:
+        source: for messages, as is `remedy`.
+        found: what is stored.
+        expected: the model's own state.
+        remedy: what to do where they differ.
 
     Raises:
         UserError: naming the first weight, in the model's order, that is missing, left over or of another shape.
     """
     for name, tensor in expected.items():
         if name not in found:
-            raise UserError(f"{source}: of another architecture: weight {name!r} is missing: use the file's own config")
+            raise UserError(f"{source}: of another architecture: weight {name!r} is missing: {remedy}")
         if tuple(found[name]) != tuple(tensor.shape):
             raise UserError(
                 f"{source}: of another architecture: weight {name!r} has shape {tuple(found[name])}, "
-                f"expected {tuple(tensor.shape)}: use the file's own config"
+                f"expected {tuple(tensor.shape)}: {remedy}"
             )
     for name in found:
         if name not in expected:
-            raise UserError(
-                f"{source}: of another architecture: weight {name!r} is left over: use the file's own config"
-            )
+            raise UserError(f"{source}: of another architecture: weight {name!r} is left over: {remedy}")
 
 
 def _stage_of(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crt.ar.model import ARConfig, ARTransformer, save_model
 from crt.errors import UserError
+from crt.foreign import check_floats, find_weights
 
 # Heads cannot be read off the weights: LlamaGen's sizes by (layers, width).
 _HEADS = {
@@ -23,11 +24,17 @@ _HEADS = {
     (24, 3200): 32,  # 3B
     (32, 4096): 32,  # 7B
 }
+_ROTATIONS = "freqs_cis"  # a table that the sizes determine
 
 
 def is_llamagen_ar(state: Mapping[str, Any]) -> bool:
     """Whether a loaded checkpoint is one of LlamaGen's class-conditional transformers."""
     return "cls_embedding.embedding_table.weight" in _weights(state)
+
+
+def is_text_conditional(state: Mapping[str, Any]) -> bool:
+    """Whether it is one of LlamaGen's that draw by a text, which this project has no counterpart of."""
+    return any(name.startswith("cls_embedding.cap_proj.") for name in _weights(state))
 
 
 def import_llamagen_ar(state: Mapping[str, Any], folder: str | Path, grid: tuple[int, int] = (16, 16)) -> ARConfig:
@@ -43,12 +50,10 @@ def import_llamagen_ar(state: Mapping[str, Any], folder: str | Path, grid: tuple
         UserError: the checkpoint is not one of LlamaGen's class-conditional transformers, lacks weights, or has some of
             another shape.
     """
-    weights = dict(_weights(state))
+    weights = _weights(state)
     if not is_llamagen_ar(weights):
         raise UserError("checkpoint: no class-conditional LlamaGen transformer (cls_embedding is missing)")
-    for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"checkpoint: {name!r} is {type(value).__name__}, no tensor: download it again")
+    check_floats({name: value for name, value in weights.items() if name != _ROTATIONS})
     try:
         codebook_size, width = _table_size(weights, "tok_embeddings.weight")
         layers = sum(name.endswith("attention.wqkv.weight") for name in weights)
@@ -70,24 +75,21 @@ def import_llamagen_ar(state: Mapping[str, Any], folder: str | Path, grid: tuple
         converted = _convert(weights, config)
     except KeyError as error:
         raise UserError(f"checkpoint: weight {error.args[0]!r} is missing: download it again") from None
-    rest = [name for name in weights if name != "freqs_cis"]
+    rest = [name for name in weights if name != _ROTATIONS]
     if rest:
         raise UserError(f"checkpoint: weight {rest[0]!r} belongs to no class-conditional LlamaGen transformer")
     save_model(converted, config, folder)
     return config
 
 
-def _weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The weights inside a checkpoint: under "model", "module" or "state_dict" depending on the trainer, or bare."""
-    for key in ("model", "module", "state_dict"):
-        if isinstance(state.get(key), Mapping):
-            return state[key]
-    return state
+def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights inside a checkpoint: under a key that depends on the trainer, or bare."""
+    return find_weights(state, ("model", "module", "state_dict", "ema"))
 
 
 def _heads(layers: int, width: int) -> int:
     if (layers, width) not in _HEADS:
-        raise UserError(f"checkpoint: {layers} layers of width {width} are none of LlamaGen's sizes")
+        raise UserError(f"checkpoint: {layers} layers of width {width} are none of LlamaGen's sizes: download it again")
     return _HEADS[layers, width]
 
 

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar
+from crt.ar.import_llamagen import import_llamagen_ar, is_llamagen_ar, is_text_conditional
 from crt.errors import UserError
 from crt.files import make_folder
+from crt.foreign import read_checkpoint
 from crt.tokenizer.import_llamagen import import_llamagen_tokenizer, is_llamagen_tokenizer
 
 # Pixels per code along each side, of the tokenizer that LlamaGen's class-conditional transformers were trained on.
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.folder.exists():
         raise UserError(f"{args.folder}: exists: delete it, or name another folder")
-    state = _read(args.file)
+    state = read_checkpoint(args.file)
     temporary = args.folder.with_name(args.folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
@@ -68,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
             notes.append(
                 f"{args.file}: grid of {side} x {side} codes, for images of {size} px, {reason}: "
                 "if that is wrong, import it anew with --image-size"
+            )
+        elif is_text_conditional(state):
+            raise UserError(
+                "a transformer that draws by a text: only class-conditional ones can be imported, "
+                "those that LlamaGen names c2i"
             )
         else:
             raise UserError("checkpoint: neither a LlamaGen tokenizer nor a class-conditional transformer")
@@ -87,19 +91,3 @@ def _image_size(path: Path, asked: int | None) -> tuple[int, str]:
     if re.search(rf"(?<!\d){_LARGE}(?!\d)", path.name):
         return _LARGE, "as the file's name says"
     return _USUAL, "LlamaGen's usual size"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Load a foreign pickle without running any code of its own."""
-    try:
-        # LlamaGen's training checkpoints carry their command line, a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found: download LlamaGen's checkpoint first") from None
-    except Exception:  # bytes that are no checkpoint fail in the unpickler in every possible way
-        # torch's own words advise to run what is in the file.
-        raise UserError(f"{path}: no readable checkpoint: name one of LlamaGen's files, or download it again") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds {type(state).__name__}, not a checkpoint: name one of LlamaGen's files")
-    return state

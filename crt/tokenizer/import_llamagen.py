@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crt.errors import UserError
+from crt.foreign import check_floats, find_weights
 from crt.model_files import check_shapes
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 
@@ -57,7 +58,8 @@ def import_llamagen_tokenizer(state: Mapping[str, Any], folder: str | Path) -> T
     config = _infer_config(weights)
     with torch.device("meta"):
         model = Tokenizer(config)
-    check_shapes("checkpoint", {name: tuple(tensor.shape) for name, tensor in weights.items()}, model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_shapes("checkpoint", shapes, model.state_dict(), "name one of LlamaGen's files, or download it again")
     model.load_state_dict(weights, strict=True, assign=True)
     model.save(folder)
     return config
@@ -65,16 +67,14 @@ def import_llamagen_tokenizer(state: Mapping[str, Any], folder: str | Path) -> T
 
 def _weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The weights inside a checkpoint: under one of the keys that LlamaGen's scripts write, or bare."""
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(state.get(key), Mapping):
-            return state[key]
-    return state
+    return find_weights(state, ("ema", "model", "state_dict", "module"))
 
 
 def _convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names; each attention's separate q, k and v become one convolution."""
+    check_floats({theirs: tensor for theirs, tensor in weights.items() if theirs != _USAGE_WINDOW})
     for theirs, tensor in weights.items():
-        if not isinstance(tensor, Tensor) or not (tensor.ndim or theirs == _USAGE_WINDOW):
+        if not tensor.ndim and theirs != _USAGE_WINDOW:
             raise UserError(f"checkpoint: {theirs!r} holds no weights: download it again")
     converted: dict[str, Tensor] = {}
     for theirs, tensor in weights.items():

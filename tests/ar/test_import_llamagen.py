@@ -130,6 +130,25 @@ def test_image_sizes_of_no_whole_grid_are_refused(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "imported").exists()
 
 
+def test_weights_lie_under_any_usual_key_and_name(tmp_path: Path) -> None:
+    weights = llamagen_weights()
+    for key in ("model", "module", "state_dict", "ema"):
+        import_llamagen_ar(
+            {key: {f"module._orig_mod.{name}": weights[name] for name in weights}}, tmp_path, (SIDE, SIDE)
+        )
+        assert torch.equal(Generator.load(tmp_path).model.head.weight, weights["output.weight"])
+
+
+def test_what_draws_by_a_text_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = llamagen_weights()
+    del weights["cls_embedding.embedding_table.weight"]
+    torch.save({"model": weights | {"cls_embedding.cap_proj.fc1.weight": torch.zeros(2, 2)}}, tmp_path / "t2i.pt")
+    assert main(["import_llamagen", str(tmp_path / "t2i.pt"), str(tmp_path / "imported")]) == 2
+    error = capsys.readouterr().err
+    assert "t2i.pt: a transformer that draws by a text: only class-conditional ones" in error
+    assert error.count("\n") == 1
+
+
 def test_what_is_no_such_transformer_is_refused(tmp_path: Path) -> None:
     def refused(state: dict, pattern: str) -> None:
         with pytest.raises(UserError, match=pattern) as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 from crt.__main__ import main
 from crt.data.transforms import center_crop, to_unit_range
@@ -169,6 +170,36 @@ def test_averaged_weights_come_first(tmp_path):
     assert torch.equal(only.quantizer.codebook, plain["quantize.embedding.weight"])
 
 
+def test_weights_lie_under_any_usual_key_and_name(tmp_path):
+    state = llamagen_state()
+    for number, (key, prefix) in enumerate(
+        [("ema", "module."), ("model", "_orig_mod."), ("state_dict", "module._orig_mod."), ("module", ""), (None, "")]
+    ):
+        weights = {prefix + name: tensor for name, tensor in state.items()}
+        checkpoint = {key: weights, "ema": weights if key == "ema" else {}} if key else weights
+        tokenizer = imported(tmp_path, checkpoint, f"{number}.pt")
+        assert torch.equal(tokenizer.quantizer.codebook, state["quantize.embedding.weight"])
+
+
+def test_files_of_safetensors_are_read(tmp_path, capsys):
+    state = llamagen_state()
+    save_file(state, tmp_path / "vq.safetensors")
+    assert main(["import_llamagen", str(tmp_path / "vq.safetensors"), str(tmp_path / "imported")]) == 0
+    codebook = Tokenizer.load(tmp_path / "imported").quantizer.codebook
+    assert torch.equal(codebook, state["quantize.embedding.weight"])
+    capsys.readouterr()
+    for size in (0, 500):
+        (tmp_path / "cut.safetensors").write_bytes((tmp_path / "vq.safetensors").read_bytes()[:size])
+        assert main(["import_llamagen", str(tmp_path / "cut.safetensors"), str(tmp_path / "bad")]) == 2
+        message = capsys.readouterr().err
+        assert "cut.safetensors: truncated or damaged" in message and message.count("\n") == 1
+
+
+def test_a_folder_is_no_checkpoint(tmp_path, capsys):
+    assert main(["import_llamagen", str(tmp_path), str(tmp_path / "bad")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: is a folder: name the checkpoint's file in it\n"
+
+
 def refused(tmp_path, capsys, checkpoint) -> str:
     file = tmp_path / "bad.pt"
     if isinstance(checkpoint, bytes):
@@ -202,17 +233,20 @@ def test_bad_checkpoints_have_one_clear_line(tmp_path, capsys):
         assert name in message
         assert "missing" in message
     for name, wrong, words in [
-        ("encoder.mid.1.k.weight", "text", "'encoder.mid.1.k.weight' holds no weights"),
+        ("encoder.mid.1.k.weight", "text", "'encoder.mid.1.k.weight' is str, no tensor"),
+        ("encoder.mid.1.k.weight", state["encoder.mid.1.k.weight"].int(), "weight' holds int32, expected floats"),
+        ("encoder.mid.1.k.weight", state["encoder.mid.1.k.weight"].to("meta"), "weight' holds no values"),
+        (3, torch.zeros(1), "weight '3' is left over: name one of LlamaGen's files"),
         ("encoder.conv_in.weight", torch.tensor(1.0), "'encoder.conv_in.weight' holds no weights"),
         ("quantize.embedding.weight", torch.zeros(8), "the codebook has shape (8,)"),
     ]:
-        assert name in state
         assert words in refused(tmp_path, capsys, {"model": {**state, name: wrong}})
     assert "another architecture" in refused(tmp_path, capsys, {"model": {**state, "extra.weight": torch.zeros(1)}})
 
 
 def test_a_foreign_pickle_runs_no_code(tmp_path, capsys):
-    assert "no readable checkpoint" in refused(tmp_path, capsys, {"model": llamagen_state(), "args": Foreign()})
+    message = refused(tmp_path, capsys, {"model": llamagen_state(), "args": Foreign()})
+    assert "print beside its weights" in message and "save the weights alone" in message
     assert "code from the pickle ran" not in capsys.readouterr().out
 
 
