@@ -118,7 +118,8 @@ class TokenDataset(Dataset):
     """Rows of a cache addressed by (epoch, row), which decide the view: for a DataLoader with worker processes.
 
     Use `DataLoader(TokenDataset(cache, seed), batch_sampler=BatchKeys(...), collate_fn=as_batch)`; forked and
-    spawned workers both do.
+    spawned workers both do. A row alone is that of epoch 0, always of the same view, so that it serves as any other
+    data set too: `DataLoader(TokenDataset(cache, seed), batch_size=64, shuffle=True)`.
     """
 
     def __init__(self, cache: TokenCache, seed: int) -> None:
@@ -133,14 +134,22 @@ class TokenDataset(Dataset):
         views = draw_views(rows, epochs, self.cache.num_views, self.seed)
         return torch.from_numpy(self.cache.codes(rows, views)), torch.from_numpy(self.cache.labels[rows])
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (num_tokens,) and label () of one (epoch, row)."""
-        codes, labels = self.batch(np.array([key], np.int64))
-        return codes[0], labels[0]
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (num_tokens,) and label () of one (epoch, row), or of a row."""
+        (sample,) = self._samples(np.asarray(key, np.int64).reshape(1, -1))
+        return sample
 
-    def __getitems__(self, keys: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """A whole batch at once, which DataLoader prefers where it is offered."""
-        return self.batch(np.asarray(keys, np.int64))
+    def __getitems__(
+        self, keys: np.ndarray | list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor] | list[tuple[torch.Tensor, torch.Tensor]]:
+        """A whole batch at once, which DataLoader prefers where it is offered; of rows alone, a list of samples."""
+        keys = np.asarray(keys, np.int64)
+        return self._samples(keys[:, None]) if keys.ndim == 1 else self.batch(keys)
+
+    def _samples(self, keys: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if keys.shape[1] == 1:
+            keys = np.concatenate([np.zeros_like(keys), keys], axis=1)
+        return list(zip(*self.batch(keys), strict=True))
 
 
 @lru_cache(maxsize=8)

@@ -155,3 +155,18 @@ def test_single_items_agree_with_batches(cache):
     assert torch.equal(dataset[(1, 17)][0], codes[0])
     assert torch.equal(dataset[(0, 4999)][1], labels[1])
     assert len(dataset) == ROWS
+
+
+def test_rows_alone_serve_as_any_other_data_set(cache):
+    """Each is the row in epoch 0, so that a loader without the samplers here sees all rows, and so does a loop."""
+    dataset = TokenDataset(cache, 3)
+    keys = np.stack([np.zeros(ROWS, np.int64), np.arange(ROWS)], axis=1)
+    codes, labels = dataset.batch(keys)
+    assert torch.equal(dataset[17][0], codes[17]) and torch.equal(dataset[np.int64(17)][1], labels[17])
+    for loader in (DataLoader(dataset, batch_size=999), DataLoader(dataset, batch_size=999, num_workers=2)):
+        got = list(loader)
+        assert torch.equal(torch.cat([codes for codes, _ in got]), codes)
+        assert torch.equal(torch.cat([labels for _, labels in got]), labels)
+    assert sum(1 for _ in dataset) == ROWS
+    shuffled = torch.cat([labels for _, labels in DataLoader(dataset, batch_size=999, shuffle=True)])
+    assert torch.equal(shuffled.sort().values, labels.sort().values) and not torch.equal(shuffled, labels)
