@@ -64,10 +64,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for option in ("mfu", "mfu_tokenizer", "mfu_sample", "images_per_second"):
         value = getattr(args, option)
-        if not 0 < value < math.inf or (option.startswith("mfu") and value > 1):
-            raise UserError(
-                f"--{option.replace('_', '-')} {value}: must be finite and greater than 0, a share at most 1"
-            )
+        most, words = (1, ", and at most 1") if option.startswith("mfu") else (math.inf, "")
+        if not 0 < value < math.inf or value > most:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be finite and greater than 0{words}")
     cluster = make_cluster(args.gpu, args.gpus, args.gpu_memory, args.peak, args.reserve)
     try:
         rank_slice(params.train_tokenizer.batch_size, 0, cluster.gpus)  # as the stage will
