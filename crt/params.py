@@ -55,7 +55,7 @@ PathText = Annotated[str, AfterValidator(_possible_path)]
 class PrepareData(Section):
     """Where the images come from and how they are stored."""
 
-    source: Literal["digits", "cifar10", "imagefolder", "imagenet", "webdataset", "parquet"]
+    source: Literal["digits", "cifar10", "imagefolder", "imagenet", "webdataset", "parquet", "arrays"]
     path: PathText | None
     storage: Literal["pixels", "encoded"]
     image_size: PositiveInt | None
@@ -67,7 +67,7 @@ class PrepareData(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrepareData:
-        if self.source in ("imagefolder", "imagenet", "webdataset", "parquet") and self.path is None:
+        if self.source in ("imagefolder", "imagenet", "webdataset", "parquet", "arrays") and self.path is None:
             raise ValueError(
                 f"path is null, but source {self.source!r} needs a folder or archive: set prepare_data.path"
             )

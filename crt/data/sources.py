@@ -8,6 +8,7 @@ from urllib.error import URLError
 
 import numpy as np
 
+from crt.data.arrays import open_arrays
 from crt.data.class_folders import open_class_folders
 from crt.data.imagenet import open_imagenet
 from crt.data.listing import read_entry, sorted_listing
@@ -45,9 +46,8 @@ def open_source(params: PrepareData, work: Path) -> Source:
         return open_imagenet(path)
     if params.source == "webdataset":
         return open_webdataset(path)
-    if params.source == "parquet":
-        return open_parquet(path, work)
-    return open_class_folders(path, work)
+    readers = {"imagefolder": open_class_folders, "parquet": open_parquet, "arrays": open_arrays}
+    return readers[params.source](path, work)
 
 
 def _open_digits(work: Path) -> Source:

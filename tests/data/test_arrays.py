@@ -1,0 +1,116 @@
+"""Oracle: pixels and labels as they were put into files of the published formats."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from crt.data.packed import PackedImages
+
+ARRAYS = {"source": "arrays", "image_size": 8}
+
+
+def pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def idx(values: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+
+
+def check(out, split: str, images: np.ndarray, labels) -> None:
+    part = PackedImages(out, split)
+    rows = np.array([int(part.source_id(row)[-6:]) for row in range(len(part))])
+    assert sorted(rows) == list(range(len(images)))
+    rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
+    for row, origin in enumerate(rows):
+        assert np.array_equal(part.image(row), rgb[origin])
+        assert part.class_names[part.labels[row]] == str(labels[origin])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist(prepare, make, tmp_path, packed):
+    made = {}
+    for number, (name, count) in enumerate({"train": 24, "t10k": 11}.items()):
+        images, labels = made[name] = pixels(number, count, 8, 8), np.arange(count, dtype=np.uint8) % 11
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            path = tmp_path / "MNIST" / "raw" / f"{name}-{kind}-ubyte"
+            if packed or name == "train":  # torchvision leaves both
+                make.write(path.with_name(f"{path.name}.gz"), gzip.compress(idx(values)))
+            if not packed:
+                make.write(path, idx(values))
+    status, out = prepare(path=tmp_path / "MNIST", **ARRAYS)
+    assert status == 0 and PackedImages(out, "train").class_names == [str(number) for number in range(11)]
+    check(out, "train", *made["train"])
+    check(out, "val", *made["t10k"])
+
+
+@pytest.mark.parametrize("names", [("{}_images", "{}_labels"), ("x_{}", "y_{}")])
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_splits_in_an_npz_file(prepare, tmp_path, names, held_out):
+    train, val = pixels(1, 30, 8, 8, 3), pixels(2, 10, 8, 8, 3)
+    labels = np.arange(30, dtype=np.uint8) % 5
+    values = {"train": (train, labels[:, None]), held_out: (val, labels[:10, None])}
+    values |= {"test": (pixels(3, 4, 8, 8, 3), labels[:4, None])} if held_out == "val" else {}
+    stored = {
+        name.format(split): array for split, pair in values.items() for name, array in zip(names, pair, strict=True)
+    }
+    np.savez(tmp_path / "pathmnist.npz", **stored)
+    status, out = prepare(path=tmp_path / "pathmnist.npz", **ARRAYS)
+    assert status == 0
+    check(out, "train", train, labels)
+    check(out, "val", val, labels)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_adms_files(prepare, tmp_path, labelled):
+    images = pixels(1, 20, 8, 8, 3)
+    np.savez(tmp_path / "a.npz", images, *([np.arange(20) % 2] if labelled else []), mu=np.zeros(3))
+    status, out = prepare(path=tmp_path, **ARRAYS)
+    assert status == 0
+    assert PackedImages(out, "train").class_names == (["0", "1"] if labelled else ["images"])
+    assert len(PackedImages(out, "train")) + len(PackedImages(out, "val")) == 20
+
+
+RGB = np.zeros((5, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"images": np.zeros((5, 3, 8, 8), np.uint8)}, "a.npz/images: is uint8 (5, 3, 8, 8): images are uint8 of (n, "),
+        ({"data": np.zeros((5, 192), np.uint8)}, "a.npz/data: is uint8 (5, 192): images are"),
+        ({"images": np.zeros((5, 8, 8, 3))}, "is float64 (5, 8, 8, 3)"),
+        ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "is uint8 (0, 8, 8, 3)"),
+        ({"images": RGB, "labels": np.zeros((5, 14), np.int64)}, "5 images, their labels are int64 (5, 14): they must"),
+        ({"images": RGB, "labels": np.zeros(4, np.int64)}, "5 images, their labels are int64 (4)"),
+        (
+            {"faces": RGB},
+            "holds the arrays faces: call that of images images, x, data, arr_0, that of labels labels, y",
+        ),
+        ({"images": np.array([{}], object)}, "damaged, or holds Python objects, which are not read: get it again"),
+    ],
+)
+def test_other_arrays_are_refused(refused, tmp_path, arrays, told):
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert told in refused(path=tmp_path, **ARRAYS)
+
+
+def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
+    np.savez(tmp_path / "a.npz", images=pixels(1, 20, 8, 8, 3))
+    make.write(tmp_path / "cut" / "a.npz", (tmp_path / "a.npz").read_bytes()[:500])
+    assert "cut/a.npz: damaged" in refused(path=tmp_path / "cut", **ARRAYS)
+    np.savez(tmp_path / "b.npz", images=RGB)
+    assert "a.npz and b.npz look like two data sets" in refused(path=tmp_path, **ARRAYS)
+    raw = tmp_path / "raw"
+    path = make.write(raw / "train-images-idx3-ubyte", idx(pixels(1, 5, 8, 8)))
+    assert "train-labels-idx1-ubyte: not found: put it beside the images" in refused(path=raw, **ARRAYS)
+    assert "is neither a folder nor an .npz file" in refused(path=path, **ARRAYS)
+    for damaged in (idx(np.arange(5, dtype=np.uint8))[:-1], b"\x1f\x8b", b""):
+        make.write(raw / "train-labels-idx1-ubyte", damaged)
+        assert "train-images-idx3-ubyte: damaged" in refused(path=raw, **ARRAYS)
+    assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone", **ARRAYS)
+    assert "holds no .npz files" in refused(path=make.write(tmp_path / "c" / "x.txt", b"").parent, **ARRAYS)
