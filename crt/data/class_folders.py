@@ -7,6 +7,7 @@ images, which lie in one folder, have their classes from the file beside it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 from crt.data.decode import Undecodable
 from crt.data.listing import Listing, printable, read_entry, sorted_listing
+from crt.data.other_kinds import ARCHIVES, UNREAD_PICTURES, read_otherwise
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, open_tree
@@ -34,10 +36,6 @@ _PLAIN_VAL = ("val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(
     "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
 )
-# Endings of files with many images inside, and the source that reads them.
-_SHARDS = {".tar": "webdataset", ".parquet": "parquet"}
-_IMAGENET_ARCHIVE = re.compile(r"ILSVRC2012_img_.*\.tar")
-_CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 ONE_CLASS = "images"
 """The class of images that have none."""
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
@@ -57,6 +55,8 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         UserError: it is missing, damaged, empty, or laid out otherwise; class folders look like splits; or
             validation has a class that training lacks.
     """
+    if os.path.isfile(path) and not path.name.lower().endswith(ARCHIVES) and (other := read_otherwise([path.name])):
+        raise UserError(f"{path}: no folder or archive of image files: {other}")
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
         raise UserError(f"{path}: empty: put images there, or set prepare_data.path to the folder that holds them")
@@ -129,10 +129,10 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         notes.append(f"{where}: holds no class folders: its images are one class")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not any(found.values()):
-        hint = _read_otherwise([name for name in tree.files if name.startswith(root)])
+        hint = read_otherwise([name for name in tree.files if name.startswith(root)])
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
-            f"or set prepare_data.path to the folder that holds them{hint}"
+            f"or set prepare_data.path to the folder that holds them{hint and f', or {hint}'}"
         )
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:
@@ -141,21 +141,10 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
             f"add some, or delete the folder{_deeper(tree, root, found)}"
         )
     if ignored:
-        notes.append(f"{where}: files that are no images by their names are ignored: {kinds}")
+        unread = [kind for kind in sorted(ignored) if kind in UNREAD_PICTURES]
+        remedy = f"; convert {', '.join(unread)} to PNG or JPEG to have them read" if unread else ""
+        notes.append(f"{where}: files that are no images by their names are ignored: {kinds}{remedy}")
     return found
-
-
-def _read_otherwise(files: Sequence[str]) -> str:
-    """A further remedy where no file is an image: the source that reads images inside of them."""
-    names = [PurePosixPath(name).name for name in files]
-    if any(_IMAGENET_ARCHIVE.fullmatch(name) for name in names):
-        return ", or set prepare_data.source to imagenet to read ImageNet's own archives"
-    if any(_CLASS_ARCHIVE.fullmatch(name) for name in names):
-        return ", or unpack each class archive (nXXXXXXXX.tar) into a folder of its name"
-    for ending, source in _SHARDS.items():
-        if any(name.lower().endswith(ending) for name in names):
-            return f", or set prepare_data.source to {source} to read images inside these files"
-    return ""
 
 
 def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from crt.data.class_folders import ONE_CLASS, check_val_classes
 from crt.data.listing import printable
+from crt.data.other_kinds import read_otherwise
 from crt.data.tree import folder_tree
 from crt.errors import UserError
 
@@ -41,8 +42,10 @@ def list_shards(folder: Path, ending: str, notes: list[str], hint: str = "") -> 
     ignored = Counter(_ending(name) for name in files if not name.lower().endswith(ending))
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not shards:
-        held = f", but {kinds}" if kinds else ""
-        raise UserError(f"{folder}: holds no {ending} shards{hint}{held}: give the folder that does")
+        held, other = f", but {kinds}" if kinds else "", read_otherwise(files)
+        raise UserError(
+            f"{folder}: holds no {ending} shards{hint}{held}: give the folder that does{other and f', or {other}'}"
+        )
     if kinds:
         notes.append(f"{folder}: files that are no {ending} shards by their names are ignored: {kinds}")
     return shards

@@ -1,0 +1,46 @@
+"""Kinds of files that a source does not read: what to do with them instead, as the end of a message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+_CONVERT = (
+    "write the images as files into a folder for each class, or get the data set as Parquet files, as the Hugging Face "
+    "Hub has most, and set prepare_data.source to parquet: files of this kind are not read"
+)
+UNREAD_PICTURES = (".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
+"""Endings of pictures in formats that are not read."""
+ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# By patterns of files' names in lower case; the first that any name has counts.
+_KINDS = {
+    r"ilsvrc2012_img_.*\.tar": "set prepare_data.source to imagenet to read ImageNet's own archives",
+    r"n\d{8}\.tar": "unpack each class archive (nXXXXXXXX.tar) into a folder of its name",
+    r".*\.tar": "set prepare_data.source to webdataset to read images inside these files",
+    r".*\.parquet": "set prepare_data.source to parquet to read images inside these files",
+    r".*\.npz|.*-idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read .npz and idx files",
+    r"(data_batch_\d|test_batch)(\.bin)?": "set prepare_data.source to cifar10 to read CIFAR-10's binary version",
+    r"fine_label_names\.txt|file\.txt~": "get CIFAR-100 as Parquet files from the Hugging Face Hub and set "
+    "prepare_data.source to parquet: its own versions are not read",
+    r".*\.arrow": "write the data set with Dataset.to_parquet and set prepare_data.source to parquet: Arrow files are "
+    "not read",
+    r".*\.(mat|npy|h5|hdf5|mdb|tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
+    rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",
+}
+
+
+def read_otherwise(files: Sequence[str]) -> str:
+    """What to do with files of which none is an image, or "" if nothing is known of them.
+
+    Args:
+        files: their paths; of a folder's files, or one alone.
+    """
+    names = [PurePosixPath(name).name.lower() for name in files]
+    for pattern, remedy in _KINDS.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return remedy
+    archives = [name for name in files if name.lower().endswith(ARCHIVES)]
+    if archives:
+        return f"set prepare_data.path to the archive itself, such as {archives[0]}, or unpack it"
+    return ""

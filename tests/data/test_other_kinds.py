@@ -1,0 +1,44 @@
+"""Oracle: the files of published data sets by their names."""
+
+from __future__ import annotations
+
+import pytest
+
+KINDS = [
+    ("train-images-idx3-ubyte.gz", "set prepare_data.source to arrays"),
+    ("pathmnist.npz", "set prepare_data.source to arrays"),
+    ("data_batch_1", "set prepare_data.source to cifar10"),
+    ("train_32x32.mat", "write the images as files into a folder for each class, or get the data set as Parquet files"),
+    ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
+    ("bedroom_train_lmdb/data.mdb", "write the images as files into a folder for each class"),
+    (
+        "train/data-00000-of-00001.arrow",
+        "write the data set with Dataset.to_parquet and set prepare_data.source to parquet",
+    ),
+    ("a/photo.avif", "convert them to PNG or JPEG"),
+]
+
+
+@pytest.mark.parametrize(("name", "told"), KINDS)
+def test_folders_of_other_kinds_of_files_are_told_what_to_do(refused, make, tmp_path, name, told):
+    make.write(tmp_path / "data" / name, b"data")
+    for source in ("imagefolder", "webdataset"):
+        assert refused(path=tmp_path / "data", source=source).count(f", or {told}") == 1
+    assert f"no folder or archive of image files: {told}" in refused(path=tmp_path / "data" / name)
+
+
+def test_cifar100_and_archives_in_folders(refused, make, tmp_path):
+    make.write(tmp_path / "a" / "fine_label_names.txt", b"apple")
+    make.write(tmp_path / "a" / "train.bin", b"data")
+    assert "get CIFAR-100 as Parquet files" in refused(path=tmp_path / "a", source="cifar10")
+    make.write(tmp_path / "b" / "faces.zip", b"data")
+    assert "set prepare_data.path to the archive itself, such as faces.zip, or unpack it" in refused(
+        path=tmp_path / "b"
+    )
+
+
+def test_pictures_that_are_not_read_among_others_are_noted(prepare, make, tmp_path, capfd):
+    root = make.class_folders(tmp_path / "images", {"a": 4, "b": 4})
+    make.write(root / "a" / "x.AVIF", b"avif")
+    assert prepare(path=root)[0] == 0
+    assert "are ignored: 1 .avif; convert .avif to PNG or JPEG to have them read" in capfd.readouterr().err
