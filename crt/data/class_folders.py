@@ -17,6 +17,13 @@ import numpy as np
 
 from crt.data.decode import Undecodable
 from crt.data.listing import Listing, printable, read_entry, sorted_listing
+from crt.data.no_classes import (
+    first_three,
+    note_labels_beside,
+    note_order_of_numbers,
+    refuse_annotations,
+    refuse_no_classes,
+)
 from crt.data.other_kinds import ARCHIVES, UNREAD_PICTURES, read_otherwise
 from crt.data.source import Source
 from crt.data.synsets import class_names
@@ -82,8 +89,11 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     root, by_class = next((roots[split], found[split]) for split in ("train", "all") if split in found)
     if len(classes) == 1:
         _note_inner_folders(tree, root, classes[0], notes)
+        note_labels_beside(tree, notes)
     elif only is None:
+        refuse_no_classes(tree, root, by_class)
         _note_upper_folders(tree, root, by_class, notes)
+        note_order_of_numbers(tree, classes, notes)
     if "val" in found:
         check_val_classes(tree.name, classes, sorted(found["val"]), notes)
     splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}
@@ -229,7 +239,7 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
     missing = sorted(set(classes) - set(val_classes))
     if missing:
         what = "1 class has" if len(missing) == 1 else f"{len(missing)} classes have"
-        notes.append(f"{name}: {what} no validation images: {_first_three(missing)}")
+        notes.append(f"{name}: {what} no validation images: {first_three(missing)}")
 
 
 def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
@@ -278,7 +288,7 @@ def _without_bare(tree: Tree, root: str, top: set[str], splits: Sequence[str], n
     full = {*splits, *(name.partition("/")[0] for name in _images_in(tree, root) if "/" in name)}
     if bare := sorted(top - full):
         beside = ", ".join(splits)
-        notes.append(f"{tree.name}: folders without images beside {beside} are ignored: {_first_three(bare)}")
+        notes.append(f"{tree.name}: folders without images beside {beside} are ignored: {first_three(bare)}")
     return top - set(bare)
 
 
@@ -317,9 +327,10 @@ def _note_inner_folders(tree: Tree, root: str, name: str, notes: list[str]) -> N
         inner += folders[0] + "/"
         folders = sorted({image.partition("/")[0] for image in _images_in(tree, inner) if "/" in image})
     if folders:
+        refuse_annotations(tree, inner, folders)
         first = "" if tree.container.layout == "folder" else "unpack it and "
         notes.append(
-            f"{tree.name}: one class {name}, which holds folders {_first_three(folders)}: "
+            f"{tree.name}: one class {name}, which holds folders {first_three(folders)}: "
             f"{first}set prepare_data.path to its folder {inner[:-1]} if those are the classes"
         )
 
@@ -345,7 +356,7 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
         below = {name: [path.partition("/")[2] for path in paths] for name, paths in below.items()}
         inner = {name: {path.partition("/")[0] for path in paths} for name, paths in below.items()}
         several = sorted(set().union(*inner.values()))
-    names, inside = (_first_three(some) for some in (sorted(inner), several))
+    names, inside = (first_three(some) for some in (sorted(inner), several))
     is_alike = all(folders == set(several) for folders in inner.values())
     is_in_split = PurePosixPath(root).name.lower() in _TRAIN_FOLDERS
     if not is_in_split and (len(like_split) > 1 or (len(several) > 1 and (like_split or is_alike))):
@@ -358,10 +369,6 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
             f"{tree.name}: the classes are the {len(inner)} upper folders {names}, whose images lie in folders "
             f"{inside}: to have the inner ones, put those into one folder and set prepare_data.path to it"
         )
-
-
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _folders_in(tree: Tree, root: str) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from crt.data.arrays import open_arrays
 from crt.data.class_folders import open_class_folders
 from crt.data.imagenet import open_imagenet
+from crt.data.label_files import is_label_file, open_label_file
 from crt.data.listing import read_entry, sorted_listing
 from crt.data.parquet import open_parquet
 from crt.data.source import Source, raw_container
@@ -46,6 +47,8 @@ def open_source(params: PrepareData, work: Path) -> Source:
         return open_imagenet(path)
     if params.source == "webdataset":
         return open_webdataset(path)
+    if params.source == "imagefolder" and is_label_file(path):
+        return open_label_file(path)
     readers = {"imagefolder": open_class_folders, "parquet": open_parquet, "arrays": open_arrays}
     return readers[params.source](path, work)
 

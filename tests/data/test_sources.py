@@ -591,7 +591,7 @@ def test_splits_under_other_names_are_no_classes(refused, make, tmp_path, folder
         (["valley/x", "testudo/y"], "the classes are the 2 upper folders testudo, valley"),
         (["a/images", "b/images"], None),
         (["animals/x", "vehicles"], None),
-        (["train2017", "val2017"], "the classes are train2017, val2017: if those are splits, name them train and val"),
+        (["val2017", "test2017"], "the classes are test2017, val2017: if those are splits, name them train and val"),
     ],
 )
 def test_classes_whose_images_lie_deeper_are_noted(prepare, make, tmp_path, capfd, folders, note):

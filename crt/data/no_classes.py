@@ -1,0 +1,144 @@
+"""Folders that stand where classes do and are something else: splits, pictures beside their masks, parts of one set.
+
+Told by their names and those of their images; what may be classes as well is a note, the rest is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from crt.data.listing import printable
+from crt.data.tree import Tree
+from crt.errors import UserError
+
+_SUFFIX = "(data|images?|set|split)?[ab]?([^a-z].*)?"
+_TRAIN = re.compile(f"(.*[^a-z])?train(ing)?{_SUFFIX}")
+_HELD_OUT = re.compile(f"(.*[^a-z])?(val(id(ation)?)?|test(ing)?){_SUFFIX}")
+_PICTURES = re.compile("images?|imgs?|jpe?gs?|jpegimages|photos?|pictures?")
+_ANNOTATIONS = re.compile(
+    "annotations?|labels?|(.*[^a-z])?masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|"
+    "ground_?truths?|gts?|edges?|depths?"
+)
+# Images in each numbered part: of FFHQ and StyleGAN's tool, and of img2dataset.
+_PART_SIZES = (1000, 10000)
+LABEL_FILES = (".csv", ".tsv", ".jsonl")
+"""Endings of tables that may hold labels."""
+STYLEGAN_LABELS = "dataset.json"
+
+
+def refuse_no_classes(tree: Tree, root: str, by_class: Mapping[str, list[int]]) -> None:
+    """Refuse class folders in `root` that are none.
+
+    Args:
+        by_class: rows of the tree's images below each of the class folders, of which there are several.
+
+    Raises:
+        UserError: as said, with what to do instead.
+    """
+    names = sorted(by_class)
+    shown = f"{tree.name}: folders {first_three([root + name for name in names])}"
+    train, held_out = ([name for name in names if kind.fullmatch(name.lower())] for kind in (_TRAIN, _HELD_OUT))
+    trained, others = (
+        {_inner_folder(tree, row) for name in some for row in by_class[name]} for some in (train, held_out)
+    )
+    if train and held_out and (set(names) == {*train, *held_out} or not trained.isdisjoint(others - {None})):
+        raise UserError(
+            f"{shown} look like splits: name them train and val; or, if they are the classes, give them other names"
+        )
+    refuse_annotations(tree, root, names)
+    if _are_parts(tree, by_class):
+        flat = (
+            f"{'' if _is_folder(tree) else 'unpack it and '}move all images into one folder to have them as one class"
+        )
+        beside = f"{root}{STYLEGAN_LABELS}"
+        if beside in tree.files:
+            flat = f"{'' if _is_folder(tree) else 'unpack it and '}set prepare_data.path to its {beside} to read labels"
+        raise UserError(
+            f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes: {flat}"
+        )
+
+
+def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
+    """Refuse folders of pictures and of their masks or other annotations that stand beside each other.
+
+    Raises:
+        UserError: as said.
+    """
+    pictures = [name for name in names if _PICTURES.fullmatch(name.lower())]
+    drawn = [name for name in names if _ANNOTATIONS.fullmatch(name.lower())]
+    if len(pictures) == 1 and drawn and len(names) == 1 + len(drawn):
+        first = "" if _is_folder(tree) else "unpack it and "
+        raise UserError(
+            f"{tree.name}: folders {first_three([root + name for name in names])} look like pictures beside their "
+            f"annotations, not like classes: {first}move {drawn[0]} elsewhere, or set prepare_data.path to "
+            f"{root}{pictures[0]}"
+        )
+
+
+def note_labels_beside(tree: Tree, notes: list[str]) -> None:
+    """Note files that may hold labels of images which are read as one class."""
+    paths = [PurePosixPath(name) for name in tree.files]
+    if any(path.suffix.lower() == ".cls" for path in paths):
+        notes.append(
+            f"{tree.name}: one class, for .cls files are not read: set prepare_data.source to webdataset to have their "
+            "labels from the .tar files"
+        )
+        return
+    tables = [str(path) for path in paths if path.suffix.lower() in LABEL_FILES or path.name == STYLEGAN_LABELS]
+    matlab = [str(path) for path in paths if path.suffix.lower() == ".mat"]
+    if tables:
+        first = "" if _is_folder(tree) else "unpack it and "
+        notes.append(
+            f"{tree.name}: one class, for {first_three(tables)} {_are(tables)} not read: if labels are in there, "
+            f"{first}set prepare_data.path to that file"
+        )
+    elif matlab:
+        notes.append(
+            f"{tree.name}: one class, for {first_three(matlab)} {_are(matlab)} not read: if labels are in there, put "
+            "images into a folder for each class, or write a .csv file with the columns filename and label"
+        )
+
+
+def note_order_of_numbers(tree: Tree, classes: Sequence[str], notes: list[str]) -> None:
+    """Note classes called by numbers that are not in the numbers' order."""
+    if all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
+        index = next((index for index, name in enumerate(sorted(classes, key=int)) if classes[index] != name), None)
+        if index is not None:
+            notes.append(
+                f"{tree.name}: classes are numbered by their folders' names as text: class index {index} is folder "
+                f"{classes[index]}; to have them by size, give all names equally many digits"
+            )
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Some of many names, for messages."""
+    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _inner_folder(tree: Tree, row: int) -> str | None:
+    """The folder right above an image, unless that is a class folder."""
+    *_, upper, folder, _ = ["", "", "", *tree.files[row].split("/")]
+    return folder if upper else None
+
+
+def _are_parts(tree: Tree, by_class: Mapping[str, list[int]]) -> bool:
+    """Whether each image's number says which folder it lies in: 01000/01234.png or 00001/img00001234.png."""
+    numbers = []
+    for name, rows in by_class.items():
+        if not re.fullmatch("[0-9]{5}", name):
+            return False
+        found = [re.search(r"([0-9]+)\.[^.]+$", tree.files[row]) for row in rows]
+        numbers += [(int(name), int(number[1]) if number else -1) for number in found]
+    return any(
+        all(number // size * step == folder for folder, number in numbers) for size in _PART_SIZES for step in (1, size)
+    )
+
+
+def _is_folder(tree: Tree) -> bool:
+    return tree.container.layout == "folder"
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,109 @@
+"""Oracle: the layouts in which FFHQ, StyleGAN's tool, Oxford's pets, COCO and others are published, in small."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crt.data.packed import PackedImages
+
+
+def images(make, root: Path, names: list[str]) -> Path:
+    for seed, name in enumerate(names):
+        make.write(root / name, make.encode(make.noise(seed)))
+    return root
+
+
+FFHQ = [f"{part:05d}/{part + number:05d}.png" for part in (0, 1000, 2000) for number in (0, 1, 999)]
+STYLEGAN = [f"{part:05d}/img{1000 * part + number:08d}.png" for part in (0, 1) for number in (0, 1, 999)]
+IMG2DATASET = [f"{part:05d}/{10000 * part + number:09d}.jpg" for part in (0, 1) for number in (0, 1, 9999)]
+
+
+@pytest.mark.parametrize("names", [FFHQ, [f"images1024x1024/{name}" for name in FFHQ], STYLEGAN, IMG2DATASET])
+def test_numbered_parts_of_one_set_are_no_classes(refused, make, tmp_path, names):
+    message = refused(path=images(make, tmp_path / "faces", names))
+    assert "so they are parts of one set, not classes: move all images into one folder to have them as one" in message
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind):
+    root = images(make, tmp_path / "faces", STYLEGAN)
+    make.write(root / "dataset.json", b'{"labels": null}')
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    told = ("unpack it and set" if kind == "zip" else "set") + " prepare_data.path to its dataset.json to read labels"
+    assert told in refused(path=path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{label:05d}/{number}.png" for label in range(3) for number in range(4)],
+        [f"{label:05d}_class/{1000 * label + number:05d}.png" for label in range(3) for number in range(4)],
+        [f"{label}/{1000 * label + number:05d}.png" for label in range(3) for number in range(4)],
+        [f"{label:05d}/{4 * label + number:05d}.png" for label in range(3) for number in range(4)],
+        [f"{label:05d}/x.{number}.d.png" for label in range(3) for number in range(4)],
+    ],
+)
+def test_classes_called_by_numbers_are_classes(prepare, make, tmp_path, names):
+    status, out = prepare(path=images(make, tmp_path / "images", names))
+    assert status == 0 and PackedImages(out, "train").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (
+            ["images/a.png", "annotations/trimaps/a.png"],
+            "move annotations elsewhere, or set prepare_data.path to images",
+        ),
+        (["x/Images/a.png", "x/masks/a.png"], "move masks elsewhere, or set prepare_data.path to x/Images"),
+        (
+            [f"VOC/2012/{name}/a.png" for name in ("JPEGImages", "SegmentationClass", "SegmentationObject")],
+            "move SegmentationClass elsewhere, or set prepare_data.path to VOC/2012/JPEGImages",
+        ),
+    ],
+)
+def test_pictures_beside_their_masks_are_no_classes(refused, make, tmp_path, names, told):
+    assert told in refused(path=images(make, tmp_path / "pets", names))
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        *(["train2017", "val2017"], ["train", "test1"], ["cars_train", "cars_test"]),
+        *(["trainA", "trainB", "testA", "testB"], ["Training/x", "Test/x", "test-multiple"]),
+        ["seg_train/seg_train/x", "seg_test/seg_test/x", "seg_pred/seg_pred"],
+    ],
+)
+def test_folders_called_like_splits_are_no_classes(refused, make, tmp_path, folders):
+    root = images(make, tmp_path / "images", [f"{folder}/{number}.png" for folder in folders for number in range(3)])
+    assert "look like splits: name them train and val; or, if they are the classes, give them" in refused(path=root)
+
+
+@pytest.mark.parametrize(
+    ("names", "file", "told"),
+    [
+        (
+            ["jpg/0.png"],
+            "labels.csv",
+            "for labels.csv is not read: if labels are in there, set prepare_data.path to that",
+        ),
+        (["train/0.png", "test/0.png"], "train.csv", "for train.csv is not read: if labels are in there"),
+        (["jpg/0.png"], "imagelabels.mat", "put images into a folder for each class, or write a .csv file with the"),
+        (["0.png"], "0.cls", "set prepare_data.source to webdataset to have their labels from the .tar files"),
+    ],
+)
+def test_labels_that_are_not_read_are_noted(prepare, make, tmp_path, capfd, names, file, told):
+    root = images(make, tmp_path / "x", [name.replace("0", str(number)) for name in names for number in range(8)])
+    make.write(root / file, b"labels")
+    assert prepare(path=root)[0] == 0
+    assert told in capfd.readouterr().err
+
+
+def test_the_order_of_numbers_is_noted(prepare, make, tmp_path, capfd):
+    assert prepare(path=make.class_folders(tmp_path / "a", {str(number): 3 for number in range(11)}))[0] == 0
+    assert "class index 2 is folder 10; to have them by size" in capfd.readouterr().err
+    assert prepare(path=make.class_folders(tmp_path / "b", {"1": 3, "2": 3}), out=tmp_path / "out/b")[0] == 0
+    assert "class index" not in capfd.readouterr().err
