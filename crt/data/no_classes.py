@@ -56,7 +56,8 @@ def refuse_no_classes(tree: Tree, root: str, by_class: Mapping[str, list[int]]) 
         if beside in tree.files:
             flat = f"{'' if _is_folder(tree) else 'unpack it and '}set prepare_data.path to its {beside} to read labels"
         raise UserError(
-            f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes: {flat}"
+            f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes: {flat}; "
+            "or, if they are the classes, give them other names"
         )
 
 
@@ -73,7 +74,7 @@ def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
         raise UserError(
             f"{tree.name}: folders {first_three([root + name for name in names])} look like pictures beside their "
             f"annotations, not like classes: {first}move {drawn[0]} elsewhere, or set prepare_data.path to "
-            f"{root}{pictures[0]}"
+            f"{root}{pictures[0]}; or, if they are the classes, give them other names"
         )
 
 
