@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 from crt import interrupt
 from crt.data.class_folders import ONE_CLASS
 from crt.data.listing import PLACE, Container, printable, sorted_listing
+from crt.data.no_classes import first_three
 from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
@@ -53,6 +55,7 @@ def open_parquet(path: Path, work: Path) -> Source:
     folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ".parquet", notes))
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
+    _note_configurations(path, split_of, notes)
     columns = _common_columns(folder, used)
     if len(columns.label_columns) > 1:
         notes.append(f"{path}: labels are those of {columns.label} (there are {', '.join(columns.label_columns)})")
@@ -92,6 +95,19 @@ def open_parquet(path: Path, work: Path) -> Source:
         listings[split] = sorted_listing([name for name, _ in found], labels, np.concatenate(places[split]))
     names = [columns.names[int(label)] for label in classes] if columns.names and classes != [ONE_CLASS] else classes
     return Source(classes, class_names(names), containers, listings, notes)
+
+
+def _note_configurations(path: Path, split_of: Mapping[str, str], notes: list[str]) -> None:
+    """Note files of one split in several folders: on the Hub those are configurations, often of the same images."""
+    folders: dict[str, set[str]] = {}
+    for shard, split in split_of.items():
+        folders.setdefault(split, set()).add(posixpath.dirname(shard) or ".")
+    most = max(folders.values(), key=len)
+    if len(most) > 1:
+        notes.append(
+            f"{path}: files of one split lie in folders {first_three(sorted(most))}, and all are used: if those are "
+            "configurations of the same images, set prepare_data.path to one of them"
+        )
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,17 @@ def test_files_of_the_hub(prepare, make, tmp_path):
     assert PackedImages(out, "train").source_id(0).startswith("data/train-00000-of-00002.parquet/0000")
 
 
+def test_configurations_beside_each_other_are_noted(prepare, make, tmp_path, capfd):
+    for number, name in enumerate(("cropped", "full")):
+        labels = {10 * number + row: row % 2 for row in range(8)}
+        hub_file(tmp_path / name / "train-00000-of-00001.parquet", make, labels)
+        hub_file(tmp_path / name / "test-00000-of-00001.parquet", make, {number + 100: 0, number + 200: 1})
+    assert prepare(path=tmp_path, **FILES)[0] == 0
+    assert "files of one split lie in folders cropped, full, and all are used: if those" in capfd.readouterr().err
+    assert prepare(path=tmp_path / "full", out=tmp_path / "out/full", **FILES)[0] == 0
+    assert "lie in folders" not in capfd.readouterr().err
+
+
 def test_one_file_without_metadata(prepare, make, tmp_path):
     images = [image(make, number) for number in range(8)]
     columns = {"label": ["dog", "cat"] * 4, "photo": images, "text": ["a caption"] * 8}
