@@ -18,11 +18,13 @@ import numpy as np
 from crt.data.decode import Undecodable
 from crt.data.listing import Listing, printable, read_entry, sorted_listing
 from crt.data.no_classes import (
+    ONE_CLASS,
     first_three,
     note_labels_beside,
     note_order_of_numbers,
     refuse_annotations,
     refuse_no_classes,
+    without_parts,
 )
 from crt.data.other_kinds import ARCHIVES, UNREAD_PICTURES, read_otherwise
 from crt.data.source import Source
@@ -43,8 +45,6 @@ _PLAIN_VAL = ("val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(
     "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
 )
-ONE_CLASS = "images"
-"""The class of images that have none."""
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
 # name and its class first.
 _ANNOTATIONS = "val_annotations.txt"
@@ -82,7 +82,8 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
             may_be_flat = only is None and (split != "val" or list(found["train"]) == [ONE_CLASS])
             if split == "val" and not may_be_flat:
                 _refuse_flat_val(tree, root, roots["train"])
-            found[split] = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
+            by_class = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
+            found[split] = by_class if only is not None else without_parts(tree, root, by_class, notes)
     classes = sorted(found.get("train", found.get("all", {})))
     if only is not None:
         check_classes(tree.name, classes, only)

@@ -1,6 +1,7 @@
 """Folders that stand where classes do and are something else: splits, pictures beside their masks, parts of one set.
 
-Told by their names and those of their images; what may be classes as well is a note, the rest is refused.
+Told by their names and those of their images. Parts are put together; of the rest, what may be classes as well is a note,
+and what may not is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _ANNOTATIONS = re.compile(
 )
 # Images in each numbered part: of FFHQ and StyleGAN's tool, and of img2dataset.
 _PART_SIZES = (1000, 10000)
+ONE_CLASS = "images"
+"""The class of images that have none."""
 LABEL_FILES = (".csv", ".tsv", ".jsonl")
 """Endings of tables that may hold labels."""
 STYLEGAN_LABELS = "dataset.json"
@@ -48,17 +51,24 @@ def refuse_no_classes(tree: Tree, root: str, by_class: Mapping[str, list[int]]) 
             f"{shown} look like splits: name them train and val; or, if they are the classes, give them other names"
         )
     refuse_annotations(tree, root, names)
-    if _are_parts(tree, by_class):
-        flat = (
-            f"{'' if _is_folder(tree) else 'unpack it and '}move all images into one folder to have them as one class"
-        )
-        beside = f"{root}{STYLEGAN_LABELS}"
-        if beside in tree.files:
-            flat = f"{'' if _is_folder(tree) else 'unpack it and '}set prepare_data.path to its {beside} to read labels"
-        raise UserError(
-            f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes: {flat}; "
-            "or, if they are the classes, give them other names"
-        )
+
+
+def without_parts(tree: Tree, root: str, by_class: dict[str, list[int]], notes: list[str]) -> dict[str, list[int]]:
+    """Rows by class, those of numbered parts of one set put together: they are one class.
+
+    Raises:
+        UserError: a file beside them may have labels.
+    """
+    if len(by_class) < 2 or not _are_parts(tree, by_class):
+        return by_class
+    shown = f"{tree.name}: folders {first_three([root + name for name in sorted(by_class)])}"
+    parts = f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes"
+    labels = f"{root}{STYLEGAN_LABELS}"
+    if labels in tree.files:
+        first = "" if _is_folder(tree) else "unpack it and "
+        raise UserError(f"{parts}: {first}set prepare_data.path to its {labels} to read labels, or remove that file")
+    notes.append(f"{parts}: all are one class; if they are the classes, give them other names")
+    return {ONE_CLASS: sorted(row for rows in by_class.values() for row in rows)}
 
 
 def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:

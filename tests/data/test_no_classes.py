@@ -17,14 +17,26 @@ def images(make, root: Path, names: list[str]) -> Path:
 
 
 FFHQ = [f"{part:05d}/{part + number:05d}.png" for part in (0, 1000, 2000) for number in (0, 1, 999)]
-STYLEGAN = [f"{part:05d}/img{1000 * part + number:08d}.png" for part in (0, 1) for number in (0, 1, 999)]
-IMG2DATASET = [f"{part:05d}/{10000 * part + number:09d}.jpg" for part in (0, 1) for number in (0, 1, 9999)]
+STYLEGAN = [f"{part:05d}/img{1000 * part + number:08d}.png" for part in (0, 1) for number in (0, 1, 2, 3, 999)]
+IMG2DATASET = [f"{part:05d}/{10000 * part + number:09d}.jpg" for part in (0, 1) for number in (0, 1, 2, 3, 9999)]
 
 
 @pytest.mark.parametrize("names", [FFHQ, [f"images1024x1024/{name}" for name in FFHQ], STYLEGAN, IMG2DATASET])
-def test_numbered_parts_of_one_set_are_no_classes(refused, make, tmp_path, names):
-    message = refused(path=images(make, tmp_path / "faces", names))
-    assert "so they are parts of one set, not classes: move all images into one folder to have them as one" in message
+def test_numbered_parts_of_one_set_are_one_class(prepare, make, tmp_path, capfd, names):
+    status, out = prepare(path=images(make, tmp_path / "faces", names))
+    assert status == 0
+    assert "they are parts of one set, not classes: all are one class" in capfd.readouterr().err
+    splits = [PackedImages(out, split) for split in ("train", "val")]
+    assert [images.num_classes for images in splits] == [1, 1]
+    assert sum(map(len, splits)) == len(names)
+
+
+def test_numbered_parts_of_splits_are_one_class_in_both(prepare, make, tmp_path):
+    names = [f"train/{name}" for name in FFHQ] + [f"val/{name}" for name in FFHQ[:6]]
+    status, out = prepare(path=images(make, tmp_path / "faces", names))
+    assert status == 0
+    assert [len(PackedImages(out, split)) for split in ("train", "val")] == [len(FFHQ), 6]
+    assert PackedImages(out, "val").num_classes == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
