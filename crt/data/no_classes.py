@@ -1,7 +1,7 @@
 """Folders that stand where classes do and are something else: splits, pictures beside their masks, parts of one set.
 
-Told by their names and those of their images. Parts are put together; of the rest, what may be classes as well is a note,
-and what may not is refused.
+Told by their names and those of their images. Parts are put together; of the rest, what may be classes as well is
+noted, and what may not be is refused.
 """
 
 from __future__ import annotations
