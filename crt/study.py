@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from ruamel.yaml import YAML
 
 from crt.errors import UserError
-from crt.evaluation.names import ALL_FIGURES, figure_names
+from crt.evaluation.metric_table import METRICS, figure_names
 from crt.files import make_folder
 from crt.params import Params, validate_params
 from crt.pipeline import (
@@ -298,7 +298,7 @@ def _check_figures(place: str, scale: Scale, params: Params) -> None:
     for number, figure in enumerate(scale.figures):
         wanted += [(f"figures.{number}.x", figure.x, measured), (f"figures.{number}.y", figure.y, measured)]
     # Published figures may be others than ours, but must be some evaluation's.
-    wanted += [(f"published.{i}.metric", entry.metric, ALL_FIGURES) for i, entry in enumerate(scale.published)]
+    wanted += [(f"published.{i}.metric", entry.metric, list(METRICS)) for i, entry in enumerate(scale.published)]
     for key, name, names in wanted:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)

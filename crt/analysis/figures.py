@@ -10,7 +10,8 @@ import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
-from crt.evaluation.wording import POSITION, axis_title
+from crt.evaluation.metric_table import axis_title
+from crt.evaluation.wording import POSITION
 from crt.study import Figure, Published
 
 if TYPE_CHECKING:

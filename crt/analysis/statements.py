@@ -9,7 +9,7 @@ import numpy as np
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.figures import compute_optimal, line_name, value_name
 from crt.analysis.scaling import Undetermined, compute_saved, fit_scaling_law, pareto_frontier
-from crt.evaluation.wording import axis_title
+from crt.evaluation.metric_table import axis_title
 from crt.study import Figure
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from crt.commands.check import add_arguments as add_params_argument
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
-from crt.evaluation.wording import RESULTS, has_classes, meaning, protocol_text, shown
+from crt.evaluation.metric_table import RESULTS
+from crt.evaluation.wording import has_classes, meaning, protocol_text, shown
 from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
@@ -63,7 +64,7 @@ def table(metrics: dict[str, Any], others: Iterable[str] = ()) -> list[str]:
     figures = shown(metrics, has_classes(metrics))
     lines = [
         f"  {name:{width}} {metrics[name]:10.4g}   {meaning(text, metrics)}"
-        for name, text in RESULTS
+        for name, text in RESULTS.items()
         if name in figures
     ]
     notes = [("measured by", protocol_text(metrics))]
@@ -76,7 +77,7 @@ def table(metrics: dict[str, Any], others: Iterable[str] = ()) -> list[str]:
 
 def _width(others: Iterable[str] = ()) -> int:
     """Of the first column."""
-    return max(len(name) for name in (*others, *(name for name, _ in RESULTS)))
+    return max(len(name) for name in (*others, *RESULTS))
 
 
 def _print_results(paths: list[Path]) -> int:
@@ -87,7 +88,7 @@ def _print_results(paths: list[Path]) -> int:
     width = _width()
     columns = [max(len(str(path)), 12) for path in paths]
     print("\n  " + " " * width + "".join(f"  {path!s:>{c}}" for path, c in zip(paths, columns, strict=True)))
-    for name, _ in RESULTS:
+    for name in RESULTS:
         if any(name in metrics for metrics in found):
             cells = (f"{metrics[name]:.4g}" if name in metrics else "-" for metrics in found)
             print(f"  {name:{width}}" + "".join(f"  {cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))

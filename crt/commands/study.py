@@ -19,7 +19,7 @@ from crt.analysis.study_page import (
     write_page,
     write_results,
 )
-from crt.evaluation.wording import axis_title
+from crt.evaluation.metric_table import axis_title
 from crt.files import make_folder
 from crt.study import load_study, study_runs, study_stamp
 

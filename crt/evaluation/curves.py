@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from crt.evaluation.wording import LOWER_IS_BETTER, POSITION, TITLES
+from crt.evaluation.metric_table import METRICS, RESULTS, title
+from crt.evaluation.wording import POSITION
 from crt.history import read_history
 
 _PANEL_INCHES = (4.8, 3.2)
@@ -22,9 +23,6 @@ _WIDE_RANGE = 300
 _COLORS = {"training": "tab:blue", "validation": "tab:orange"}
 _DPI = 110
 _USAGE = "share of codes in use"
-# Of the figures by guidance scale, those between 0 and 1.
-_SHARES = ("precision", "recall", "class_agreement")
-_NO_SWEEP = ("_of_perfect_images", "_std")
 # Columns that say how a run was driven rather than how it fared, or what another panel shows in other units.
 _LEFT_OUT = ("lambda", "learning_rate", "grad_norm", "mse", "code_entropy")
 # What a panel shows, by the column; two columns of one title share a panel.
@@ -106,7 +104,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | P
         chosen: the scale that the run's other figures are for.
         path: the PNG to write.
     """
-    names = [name for name in rows[0] if name != "guidance_scale" and not name.endswith(_NO_SWEEP)]
+    names = [name for name in rows[0] if name in RESULTS]
     columns = min(_COLUMNS, len(names))
     figure, axes = _figure(columns, -(-len(names) // columns))
     scales = [row["guidance_scale"] for row in rows]
@@ -123,9 +121,8 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | P
                 color="gray",
                 label="perfect images",
             )
-        better = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
-        axis.set(title=f"{TITLES.get(name, name)} ({better})", xlabel="scale of guidance")
-        if name in _SHARES:
+        axis.set(title=f"{title(name)} ({METRICS[name].better or 'higher'} is better)", xlabel="scale of guidance")
+        if METRICS[name].unit == "%":
             axis.set_ylim(0, 1)
         axis.legend()
     _save(figure, path)

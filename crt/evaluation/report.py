@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
+from crt.evaluation.metric_table import METRICS, RESULTS, title
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
-from crt.evaluation.wording import RESULTS, TITLES, glossary, has_classes, meaning, protocol_text, shown
+from crt.evaluation.wording import glossary, has_classes, meaning, protocol_text, shown
 from crt.manifest import Manifest
 from crt.progress import duration
 
@@ -30,7 +31,6 @@ _TILES = {
     "stage2_val_loss": "nats per code, how hard the codes are to predict: lower is better",
     "codebook_usage": "of the {codebook_size:,} codes are in use",
 }
-_UNITS = {"class_agreement": "%", "codebook_usage": "%", "psnr": " dB"}
 _STAGES = {
     "prepare_data": "checks and packs the images",
     "train_tokenizer": "trains encoder, codebook and decoder",
@@ -87,12 +87,12 @@ def write_report(
         pictures={"curves_tokenizer": None, "curves_transformer": None, "guidance_sweep": None, **pictures},
         results=[
             {
-                "title": TITLES[name],
+                "title": title(name),
                 "name": name,
                 "value": f"{metrics[name]:.4g}",
                 "meaning": meaning(text, metrics),
             }
-            for name, text in RESULTS
+            for name, text in RESULTS.items()
             if name in figures
         ],
         protocol=protocol_text(metrics),
@@ -123,8 +123,8 @@ def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: i
 
 
 def _tile(name: str, value: float) -> str:
-    unit = _UNITS.get(name, "")
-    return f"{100 * value:.1f}%" if unit == "%" else f"{value:.3g}{unit}"
+    unit = METRICS[name].unit
+    return f"{100 * value:.1f}%" if unit == "%" else f"{value:.3g} {unit}".strip()
 
 
 def _tile_text(text: str, metrics: Mapping[str, Any]) -> str:
@@ -138,9 +138,9 @@ def _codebook_size(metrics: Mapping[str, Any]) -> int:
 
 def _sweep(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Nothing to show for a single scale."""
-    header = [name for name in rows[0] if not name.endswith(("_of_perfect_images", "_std"))] if len(rows) > 1 else []
+    header = ["guidance_scale", *(name for name in rows[0] if name in RESULTS)] if len(rows) > 1 else []
     return {
-        "header": [TITLES.get(name, name.replace("_", " ")) for name in header],
+        "header": [title(name) for name in header],
         "rows": [
             {"chosen": row["guidance_scale"] == metrics["guidance_scale"], "values": [f"{row[n]:.4g}" for n in header]}
             for row in rows

@@ -17,8 +17,7 @@ from crt.analysis.scaling import fit_scaling_law
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_page
 from crt.errors import UserError
-from crt.evaluation.names import ALL_FIGURES
-from crt.evaluation.wording import axis_title
+from crt.evaluation.metric_table import METRICS, axis_title
 from crt.study import TRAINING_FLOPS, Contrast, Figure, Published, Scale, Study
 
 FIGURE = Figure(x="stage2_training_flops", y="loss", lines="tokenizer")
@@ -201,7 +200,7 @@ def test_pictures_name_axes_and_lines_for_people(tmp_path, drawn):
 
 
 def test_every_figure_has_a_name_without_underscores():
-    assert all("_" not in axis_title(name) for name in (*ALL_FIGURES, TRAINING_FLOPS))
+    assert all("_" not in axis_title(name) for name in (*METRICS, TRAINING_FLOPS))
 
 
 def test_positions_count_as_in_their_file(tmp_path, drawn):

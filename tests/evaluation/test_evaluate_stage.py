@@ -37,8 +37,8 @@ from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences
 from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures, interpolated
 from crt.evaluation.frechet import kernel_distance
+from crt.evaluation.metric_table import figure_names
 from crt.evaluation.metrics import stored_moments
-from crt.evaluation.names import figure_names
 from crt.evaluation.passes import Networks, Sources, measure
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.reconstruction import ms_ssim, psnr, ssim
