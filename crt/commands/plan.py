@@ -13,6 +13,7 @@ from typing import Any
 
 from crt.errors import UserError
 from crt.params import Params, load_params
+from crt.progress import human_bytes as _size
 
 # Assumed shares of the peak rate. Measured on one H200 (benchmarks/stage1.md, stage2.md, tokens.md): stage 2 of 775M
 # 0.40, stage 1 without LPIPS 0.27, encoding 0.27 of TF32; less here for several GPUs and LPIPS. The paper's stage 2
@@ -233,11 +234,3 @@ def _time(hours: float) -> str:
     if seconds >= _HALF_A_MINUTE:
         return f"{hours:.3g}"
     return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-
-
-def _size(number: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"

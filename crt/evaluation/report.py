@@ -18,7 +18,7 @@ from crt.evaluation.metric_table import METRICS, RESULTS, title
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
 from crt.evaluation.wording import glossary, has_classes, meaning, protocol_text, shown
 from crt.manifest import Manifest
-from crt.progress import duration
+from crt.progress import duration, human_bytes
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
@@ -159,17 +159,9 @@ def _stage(name: str, manifest: Manifest, seconds: float | None) -> dict[str, st
         "what": _STAGES[name],
         "time": "" if seconds is None else duration(seconds),
         "flops": f"{flops:.2e}" if flops else "",
-        "bytes": _bytes(size) if size else "",
+        "bytes": human_bytes(size) if size else "",
         "recipe": manifest.fingerprint[:16],
     }
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _params_text(manifests: Sequence[Manifest]) -> str:
