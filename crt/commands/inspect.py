@@ -24,7 +24,7 @@ from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache, locate_splits
 from crt.tokens.encode import Encoder
 from crt.tokens.layout import UNKNOWN, content_of
-from crt.tokens.statistics import code_statistics
+from crt.tokens.statistics import count_codes
 from crt.tokens.views import render_views
 
 _GRID_ROWS = 8
@@ -86,8 +86,7 @@ def _print_split(cache: TokenCache) -> None:
     header, rows = cache.header, np.bincount(cache.labels, minlength=cache.num_classes)
     tokens = len(cache) * cache.num_views * cache.num_tokens
     progress = Progress(f"counting {cache.split}", tokens, "tokens")
-    statistics = code_statistics(cache, progress.update)
-    share = statistics.codes_used / cache.codebook_size
+    use, position_entropy = count_codes(cache, progress.update)
     lines = {
         "data set": header.data_content,
         "tokenizer": header.tokenizer_content,
@@ -96,14 +95,14 @@ def _print_split(cache: TokenCache) -> None:
         "classes": f"{cache.num_classes}, of {rows.min()} to {rows.max()} rows: {_shortened(cache.class_names)}",
         "stored": f"{header.code_type.name} in {header.num_shards} shards, {cache.file_bytes / 1e6:.3f} MB, "
         f"{cache.file_bytes / tokens:.4f} bytes per token",
-        "codes in use": f"{statistics.codes_used} of {cache.codebook_size} ({share:.1%})",
-        "entropy": f"{statistics.entropy:.3f} bits of at most {np.log2(cache.codebook_size):.3f}",
-        "by position": f"{statistics.position_entropy.min():.3f} to {statistics.position_entropy.max():.3f} bits:",
+        "codes in use": f"{use.codes_used} of {cache.codebook_size} ({use.share:.1%})",
+        "entropy": f"{use.entropy:.3f} bits of at most {np.log2(cache.codebook_size):.3f}",
+        "by position": f"{position_entropy.min():.3f} to {position_entropy.max():.3f} bits:",
     }
     print(f"{cache.folder / header.index_name}: complete, schema and shards good")
     for name, value in lines.items():
         print(f"  {name:18} {value}")
-    for line in statistics.position_entropy:
+    for line in position_entropy:
         print("    " + " ".join(f"{bits:5.2f}" for bits in line))
 
 

@@ -27,7 +27,7 @@ from crt.evaluation.precision_recall import class_agreement, inception_score, pr
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.params import Evaluate
 from crt.tokenizer.validation import collapse_warning
-from crt.tokens.statistics import entropy_bits
+from crt.tokens.statistics import CodebookUse
 
 Metrics = dict[str, float | int | str]
 # Samples may differ from the reference in the classes of so many images, beside chance.
@@ -146,15 +146,15 @@ def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: flo
         stage2_val_loss: of the transformer, in nats per token.
         warnings: that of a collapsed codebook is added.
     """
-    used, entropy = int((counts > 0).sum()), entropy_bits(counts)
-    collapse = collapse_warning(used, len(counts), int(counts.sum()))
+    use = CodebookUse(counts)
+    collapse = collapse_warning(use)
     warnings += [collapse] if collapse else []
     return {
-        "codebook_usage": used / len(counts),
-        "codebook_perplexity": 2**entropy,
+        "codebook_usage": use.share,
+        "codebook_perplexity": use.perplexity,
         "tokens_per_image": tokens_per_image,
         "bits_per_image": tokens_per_image * math.log2(len(counts)),
-        "bits_per_image_entropy": tokens_per_image * entropy,
+        "bits_per_image_entropy": tokens_per_image * use.entropy,
         "bits_per_image_stage2": tokens_per_image * stage2_val_loss / math.log(2),
         "stage2_val_loss": stage2_val_loss,
     }

@@ -30,7 +30,7 @@ from crt.tokens.cache import SPLITS, TokenCache
 from crt.tokens.encode import Encoder, rows_per_block, unit_pixels, units
 from crt.tokens.journal import BlockJournal
 from crt.tokens.layout import CacheHeader, read_shard, write_index, write_shard
-from crt.tokens.statistics import entropy_bits
+from crt.tokens.statistics import CodebookUse
 from crt.tokens.verify import damaged_blocks
 from crt.tokens.views import view_names
 
@@ -196,13 +196,14 @@ def _finish(run: StageRun, work: _ShardWork) -> None:
 def _summary(run: StageRun, counts: np.ndarray) -> dict[str, object]:
     """Figures for the manifest; `counts`: uses of each code in the training split."""
     caches = [TokenCache(run.staging, split) for split in SPLITS]
+    use = CodebookUse(counts)
     tokens = sum(len(cache) * cache.num_views * cache.num_tokens for cache in caches)
     return {
         **{f"{cache.split}_rows": len(cache) for cache in caches},
         "views": list(caches[0].views),
         "tokens_per_image": caches[0].num_tokens,
-        "codebook_usage": int((counts > 0).sum()) / len(counts),
-        "code_entropy_bits": entropy_bits(counts),
+        "codebook_usage": use.share,
+        "code_entropy_bits": use.entropy,
         "bytes_per_token": sum(cache.file_bytes for cache in caches) / tokens,
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from crt.data.loader import eval_batches
 from crt.data.packed import PackedImages
@@ -18,7 +17,7 @@ from crt.progress import logger
 from crt.tokenizer.collectives import sum_over_ranks
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer
-from crt.tokens.statistics import entropy_bits
+from crt.tokens.statistics import CodebookUse
 
 _PICTURE_IMAGES = 16
 # A codebook with a smaller share of its codes in use is told to have collapsed.
@@ -66,42 +65,23 @@ def validate(
     if stop_signal(world):
         return None
     mse, psnr_mean, loss_mean = (sum_over_ranks(sums) / len(images)).tolist()
-    counts = sum_over_ranks(counts)
-    figures = {"mse": mse, "psnr": psnr_mean, **code_statistics(counts)}
-    collapse = collapse_warning(int((counts > 0).sum()), len(counts), int(counts.sum()))
+    use = CodebookUse(sum_over_ranks(counts).cpu().numpy())
+    figures = {"mse": mse, "psnr": psnr_mean, "codebook_usage": use.share}
+    figures |= {"perplexity": use.perplexity, "code_entropy": use.entropy}
+    collapse = collapse_warning(use)
     if collapse and world.is_main:
         logger.warning("train_tokenizer: %s", collapse)
     return figures if regularizer is None else {**figures, "regularizer": loss_mean}
 
 
-def code_statistics(counts: Tensor) -> dict[str, float]:
-    """Usage, entropy and perplexity of codes, exact for any codebook.
-
-    Args:
-        counts: (K,) int64, how often each code occurs; at least one does.
-    """
-    entropy = entropy_bits(counts.cpu().numpy())
-    return {
-        "codebook_usage": (counts > 0).double().mean().item(),
-        "perplexity": 2**entropy,
-        "code_entropy": entropy,
-    }
-
-
-def collapse_warning(used: int, codebook_size: int, tokens: int) -> str:
-    """What to tell of a codebook of which hardly any code is in use, or "".
-
-    Args:
-        used: number of codes that occur.
-        codebook_size: number that could.
-        tokens: in which they were counted.
-    """
-    possible = min(codebook_size, tokens)
-    if used >= _COLLAPSED_SHARE * possible:
+def collapse_warning(use: CodebookUse) -> str:
+    """What to tell of a codebook of which hardly any code is in use, or ""."""
+    possible = min(len(use.counts), int(use.counts.sum()))
+    if use.codes_used >= _COLLAPSED_SHARE * possible:
         return ""
     return (
-        f"codebook_usage: {used} of {codebook_size} codes are in use: the codebook has collapsed: lower lambda, or set "
-        "train_tokenizer.quantizer.revive_after_steps"
+        f"codebook_usage: {use.codes_used} of {len(use.counts)} codes are in use: the codebook has collapsed: "
+        "lower lambda, or set train_tokenizer.quantizer.revive_after_steps"
     )
 
 

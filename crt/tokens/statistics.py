@@ -14,30 +14,42 @@ _TABLE_ENTRIES = 2**24
 
 
 @dataclass(frozen=True)
-class CodeStatistics:
-    """Use of the codebook by one split, all views together."""
+class CodebookUse:
+    """How often each code occurs, and what that tells of the codebook."""
 
     counts: np.ndarray
-    """(codebook_size,) int64 uses of each code."""
-    position_entropy: np.ndarray
-    """(grid rows, grid columns) bits: entropy of the code at each position, over images and views."""
+    """(codebook_size,) int64; at least one code occurs."""
 
     @property
     def codes_used(self) -> int:
         return int((self.counts > 0).sum())
 
     @property
+    def share(self) -> float:
+        """Of the codes, that occur at all."""
+        return self.codes_used / len(self.counts)
+
+    @property
     def entropy(self) -> float:
-        """Entropy of a code, wherever it stands, in bits; at most log2(codebook size)."""
+        """Of a code, wherever it stands, in bits; at most log2(codebook size)."""
         return entropy_bits(self.counts)
 
+    @property
+    def perplexity(self) -> float:
+        """The number of equally frequent codes that would have this entropy."""
+        return 2**self.entropy
 
-def code_statistics(cache: TokenCache, report: Callable[[int], None] = lambda done: None) -> CodeStatistics:
+
+def count_codes(cache: TokenCache, report: Callable[[int], None] = lambda done: None) -> tuple[CodebookUse, np.ndarray]:
     """Count every code at every position.
 
     Args:
         cache: the split.
         report: called now and then with the number of tokens counted so far.
+
+    Returns:
+        Use of the codebook, all views together, and (grid rows, grid columns) bits: entropy of the code at each
+        position, over images and views.
     """
     size, tokens = cache.codebook_size, cache.num_tokens
     positions = min(tokens, max(1, _TABLE_ENTRIES // size))
@@ -55,7 +67,7 @@ def code_statistics(cache: TokenCache, report: Callable[[int], None] = lambda do
         by_position = table.reshape(width, size)
         entropies += [entropy_bits(row) for row in by_position]
         counts += by_position.sum(axis=0)
-    return CodeStatistics(counts, np.array(entropies).reshape(cache.grid))
+    return CodebookUse(counts), np.array(entropies).reshape(cache.grid)
 
 
 def entropy_bits(counts: np.ndarray) -> float:

@@ -30,7 +30,8 @@ from crt.progress import Progress
 from crt.stages import train_tokenizer
 from crt.tokenizer import validation
 from crt.tokenizer.state import TrainingState
-from crt.tokenizer.validation import code_statistics, collapse_warning
+from crt.tokenizer.validation import collapse_warning
+from crt.tokens.statistics import CodebookUse
 from tests.conftest import ROOT, dvclive_curve, run_out_of_memory
 
 FILES = ("config.json", "model.safetensors", "train.csv", "validation.csv", "reconstructions.png")
@@ -411,21 +412,17 @@ def test_average_weights_follow_their_recurrence(params_file):
         assert not torch.equal(state.averaged.quantizer.codebook[4], codebook[4])
 
 
-def test_code_statistics_on_known_counts():
-    even = code_statistics(torch.tensor([5, 5, 5, 5, 0, 0, 0, 0]))
-    assert even == {"codebook_usage": 0.5, "perplexity": 4.0, "code_entropy": 2.0}
-    many = code_statistics(torch.ones(131_072, dtype=torch.int64))
-    assert (many["codebook_usage"], many["code_entropy"]) == pytest.approx((1.0, 17.0))
-    assert code_statistics(torch.tensor([0, 7]))["perplexity"] == 1.0
-
-
 def test_a_collapsed_codebook_is_told(runs, monkeypatch, capfd):
+    def told(used, size, tokens):
+        counts = np.zeros(size, np.int64)
+        counts[:used] = 1
+        counts[0] += tokens - used
+        return collapse_warning(CodebookUse(counts))
+
     # Of a large codebook as many codes can be in use as there are tokens.
-    assert not any(
-        collapse_warning(*facts) for facts in ((52, 1024, 10**6), (820, 16_384, 10**6), (300, 131_072, 5_744))
-    )
-    assert "50 of 1024 codes are in use" in collapse_warning(50, 1024, 10**6)
-    assert collapse_warning(200, 131_072, 5_744)
+    assert not any(told(*facts) for facts in ((52, 1024, 10**6), (820, 16_384, 10**6), (300, 131_072, 5_744)))
+    assert "50 of 1024 codes are in use" in told(50, 1024, 10**6)
+    assert told(200, 131_072, 5_744)
     monkeypatch.setattr(validation, "_COLLAPSED_SHARE", 2.0)
     runs.train("run")
     lines = [line for line in capfd.readouterr().err.splitlines() if "codebook has collapsed" in line]
