@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,8 @@ def train_classifier(
     warmup = _WARMUP if params.steps != 5 else _WARMUP - 0.01
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, params.learning_rate, params.steps, pct_start=warmup)
     checkpoint = path.with_name("classifier-checkpoint.pt")
-    step = _resume(checkpoint, network, optimizer, schedule)
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    step = _resume(checkpoint, parts)
     progress = Progress("classifier", params.steps, "steps", done=step)
     checkpoint_every = max(params.steps // _CHECKPOINTS, 1)
 
@@ -186,26 +188,13 @@ def train_classifier(
             schedule.step()
             step += 1
             if step % checkpoint_every == 0 and step < params.steps:
-                state = {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                }
-                _replace_with(checkpoint, {"step": step, **state})
+                states = {name: part.state_dict() for name, part in parts.items()}
+                _replace_with(checkpoint, {"step": step, **states})
                 progress.update(step, loss=loss.item())
                 raise_if_stopped()
     progress.update(step)
 
-    sizes = {"channels": params.channels, "classes": classes, "image_size": image_size}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()},
-        temporary,
-        metadata={"sizes": json.dumps(sizes)},
-    )
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    _save(network, path)
     checkpoint.unlink(missing_ok=True)
 
 
@@ -260,16 +249,13 @@ def _one_thread(device: torch.device | str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _resume(
-    path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
-) -> int:
+def _resume(path: Path, parts: dict[str, Any]) -> int:
     """Load a checkpoint if one is there; returns the step at which to go on."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return int(state["step"])
 
 
@@ -278,5 +264,16 @@ def _replace_with(path: Path, state: dict) -> None:
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _save(network: ConvClassifier, path: Path) -> None:
+    """The weights, and in their metadata what the network is built from."""
+    sizes = {"channels": network.channels, "classes": network.classes, "image_size": network.image_size}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(weights, temporary, metadata={"sizes": json.dumps(sizes)})
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,19 +53,21 @@ def write_adm_batch(source: Path, target: Path) -> None:
     with h5py.File(source, "r", locking=False) as file, open(temporary, "wb") as raw:
         progress = Progress(f"export {target.name}", len(file["images"]), "images")
         with zipfile.ZipFile(raw, "w") as archive:
-            for name, key in (("arr_0", "images"), ("arr_1", "labels")):
-                data = file[key]
-                with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
-                    header = {"descr": data.dtype.str, "fortran_order": False, "shape": data.shape}
-                    np.lib.format.write_array_header_1_0(stream, header)
-                    for start in range(0, len(data), _IMAGES_AT_ONCE):
-                        raise_if_stopped()
-                        stream.write(data[start : start + _IMAGES_AT_ONCE].tobytes())
-                        if key == "images":
-                            progress.update(min(start + _IMAGES_AT_ONCE, len(data)))
+            _add_array(archive, "arr_0", file["images"], progress.update)
+            _add_array(archive, "arr_1", file["labels"], lambda done: None)
         raw.flush()
         os.fsync(raw.fileno())
     os.replace(temporary, target)
+
+
+def _add_array(archive: zipfile.ZipFile, name: str, data: h5py.Dataset, report: Callable[[int], None]) -> None:
+    with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_DATE), "w", force_zip64=True) as stream:
+        header = {"descr": data.dtype.str, "fortran_order": False, "shape": data.shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for start in range(0, len(data), _IMAGES_AT_ONCE):
+            raise_if_stopped()
+            stream.write(data[start : start + _IMAGES_AT_ONCE].tobytes())
+            report(min(start + _IMAGES_AT_ONCE, len(data)))
 
 
 def write_png_folders(source: Path, folder: Path) -> None:

@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -137,25 +138,21 @@ def _classifier(run: StageRun, world: World, image_size: int) -> ClassifierFeatu
     """The classifier of these data, params and seed, trained by the main process unless some run has already."""
     params, seed, content = run.params.evaluate.classifier, run.params.seed, run.manifests["prepare_data"].content
     recipe = {"data": content, "image_size": image_size, "params": params.model_dump(), "seed": seed}
-    folder = shared_path(run.shared, "classifier", recipe)
-    path = folder / CLASSIFIER_FILE
-    with main_alone(world):
+    path = shared_path(run.shared, "classifier", recipe) / CLASSIFIER_FILE
+    with main_alone(world), suppress(Stopped):  # all processes stop together, below
         if world.is_main and not path.exists():
-            try:
-                with exclusively(folder):
-                    if not path.exists():
-                        _train_classifier(run, world, image_size, path)
-            except Stopped:
-                if world.size == 1:
-                    raise
+            _train_classifier(run, world, image_size, path)
     raise_if_any_stopped(world)
     return ClassifierFeatures(path, world.device)
 
 
 def _train_classifier(run: StageRun, world: World, image_size: int, path: Path) -> None:
-    train = SplitSource(run.inputs["data"], "train", image_size, run.manifests["prepare_data"].content)
-    path.parent.mkdir(exist_ok=True)
-    with gpu_memory(run.name, "lower evaluate.classifier.batch_size"):
+    """Train it, unless another run has while this one waited for it."""
+    with exclusively(path.parent), gpu_memory(run.name, "lower evaluate.classifier.batch_size"):
+        if path.exists():
+            return
+        train = SplitSource(run.inputs["data"], "train", image_size, run.manifests["prepare_data"].content)
+        path.parent.mkdir(exist_ok=True)
         train_classifier(
             train.read_rows,
             labels=train.labels,
