@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +10,7 @@ from crt.analysis.comparison import Row, mean_text, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.history import read_history
+from crt.pages import data_url, write_page
 from crt.study import TRAINING_FLOPS, Contrast, Scale, Study, StudyRun
 
 
@@ -76,14 +74,6 @@ def protocol_warnings(runs: Sequence[StudyRun]) -> list[str]:
     return warnings
 
 
-def write_results(rows: Sequence[Row], path: Path) -> None:
-    """All rows as CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def summary_table(rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[str]) -> list[list[str]]:
     """Header and lines: mean and standard deviation over seeds of each metric, for each cell of the grid."""
     lines = [[*axes, "seeds", *metrics]]
@@ -136,7 +126,7 @@ def contrast_table(
     return lines
 
 
-def write_page(
+def write_study_page(
     path: Path, title: str, study: Study, sections: Mapping[str, list[list[str]] | list[str] | Path]
 ) -> None:
     """One self-contained HTML page.
@@ -148,32 +138,12 @@ def write_page(
         sections: by heading: a table (lines of cells, the first a header), a list of sentences, or a picture.
             One that is empty is left out with its heading.
     """
-    parts = []
-    for heading, content in sections.items():
-        if not isinstance(content, Path) and not content:
-            continue
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if isinstance(content, Path):
-            data = base64.b64encode(content.read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{data}">')
-        elif content and isinstance(content[0], str):
-            parts.append("<ul>" + "".join(f"<li>{html.escape(str(line))}</li>" for line in content) + "</ul>")
-        else:
-            header, *lines = content
-            cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in lines)
-            parts.append(f"<table><tr>{cells}</tr>{body}</table>")
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left}"
-        "td{font-variant-numeric:tabular-nums}th{background:#f4f4f4}img{max-width:100%}"
-    )
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(study.question)}</p>{''.join(parts)}</html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+    shown = {
+        heading: data_url(content) if isinstance(content, Path) else content
+        for heading, content in sections.items()
+        if content
+    }
+    write_page(path, "study.html.j2", title=title, question=study.question, sections=shown)
 
 
 def _cells(rows: Sequence[Row], axes: Sequence[str]) -> list[dict[str, str]]:

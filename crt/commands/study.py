@@ -16,11 +16,11 @@ from crt.analysis.study_page import (
     read_position_losses,
     read_results,
     summary_table,
-    write_page,
-    write_results,
+    write_study_page,
 )
 from crt.evaluation.metric_table import axis_title
 from crt.files import make_folder
+from crt.history import write_rows
 from crt.study import load_study, study_runs, study_stamp
 
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     make_folder(work)
-    write_results(rows, work / "results.csv")
+    write_rows(rows, work / "results.csv")
     table = summary_table(rows, axes, scale.metrics)
     sections: dict[str, list[list[str]] | list[str] | Path] = {"Results, mean and standard deviation over seeds": table}
     warnings = protocol_warnings(runs)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     picture = work / "loss_per_position.png"
     draw_position_losses(read_position_losses(runs), axes, axis, picture)
     sections["Loss per token position"] = picture
-    write_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
+    write_study_page(work / "index.html", f"Study {args.study.stem} ({args.scale})", study, sections)
     (work / stamp.name).touch()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)

@@ -5,23 +5,21 @@ It holds no date and no path; of what it shows, only the stages' wall times diff
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from crt.evaluation.metric_table import METRICS, RESULTS, title
 from crt.evaluation.paper import PAPER_TABLE, PAPER_TABLE_COLUMNS, beside_paper
 from crt.evaluation.wording import glossary, has_classes, meaning, protocol_text, shown
 from crt.manifest import Manifest
+from crt.pages import data_url, write_page
 from crt.progress import duration, human_bytes
 
 REPORT_FILE = "report.html"
-_TEMPLATE = "report.html.j2"
 _TILES = {
     "gfid": "FID of the samples: lower is better, perfect images would score {gfid_of_perfect_images:.2g}",
     "fd_classifier_gen": "distance of the samples from real images: lower is better, perfect images would score "
@@ -64,14 +62,13 @@ def write_report(
         own: what is known of this stage's manifest before it is published.
         seconds: wall time by stage, as far as it is known.
     """
-    pictures = {path.stem: _data_url(path) for path in sorted(folder.glob("*.png"))}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    pictures = {path.stem: data_url(path) for path in sorted(folder.glob("*.png"))}
     train, data = manifests["train_tokenizer"].params, manifests["prepare_data"].params["prepare_data"]
     side, classes = train["train_tokenizer"]["image_size"], has_classes(metrics)
     figures = shown(metrics, classes)
-    page = environment.get_template(_TEMPLATE).render(
+    write_page(
+        folder / REPORT_FILE,
+        "report.html.j2",
         title=f"Run report: {data['source']} at {side} px, lambda {train['lambda']:g}, seed {train['seed']}",
         lead=_lead(metrics, manifests, side),
         tiles=[
@@ -101,7 +98,6 @@ def write_report(
         stages=[_stage(name, manifest, seconds.get(name)) for name, manifest in {**manifests, "evaluate": own}.items()],
         params=_params_text([*manifests.values(), own]),
     )
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
 def _lead(metrics: Mapping[str, Any], manifests: Mapping[str, Manifest], side: int) -> str:
@@ -173,7 +169,3 @@ def _params_text(manifests: Sequence[Manifest]) -> str:
     yaml = YAML()  # keeps the order of the keys
     yaml.dump(values, stream)
     return stream.getvalue()
-
-
-def _data_url(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

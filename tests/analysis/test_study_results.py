@@ -15,7 +15,7 @@ from crt.analysis.comparison import cells
 from crt.analysis.figures import draw_figure, draw_position_losses, line_name
 from crt.analysis.scaling import fit_scaling_law
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
-from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_page
+from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_study_page
 from crt.errors import UserError
 from crt.evaluation.metric_table import METRICS, axis_title
 from crt.study import TRAINING_FLOPS, Contrast, Figure, Published, Scale, Study
@@ -229,10 +229,10 @@ def test_a_contrast_of_the_baseline_alone_makes_a_page_without_the_empty_section
         "Compute saved": savings_lines(rows, FIGURE, "plain"),
         "Scaling law": scaling_lines(rows, FIGURE),
     }
-    write_page(tmp_path / "index.html", "Study", study, sections)
+    write_study_page(tmp_path / "index.html", "Study", study, sections)
     page = (tmp_path / "index.html").read_text()
-    assert "<h2>Results</h2><table>" in page
-    assert "<h2>Scaling law</h2><ul><li>plain: alpha" in page
+    assert "<h2>Results</h2>\n<table>" in page
+    assert "<h2>Scaling law</h2>\n<ul>\n<li>plain: alpha" in page
     assert "Compute saved" not in page
 
 
