@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as MplFigure
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
 from crt.evaluation.metric_table import axis_title
 from crt.evaluation.wording import POSITION
 from crt.study import Figure, Published
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MplFigure
 
 _LINEAR_RANGE = 10
 # No law is fitted to a line whose compute-optimal cells end at less than this part of its compute.
@@ -49,13 +48,8 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
         path: PNG file to write.
         published: values from the literature; those of the figure's y are drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     over_compute = "flops" in figure.x
-    canvas, axes = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
+    canvas, axes = _canvas(height=4.6)
     means = _cell_means(rows, figure)
     for name in dict.fromkeys(name for name, *_ in means):
         x, y, spread = (np.array(column) for column in zip(*sorted(m[1:] for m in means if m[0] == name), strict=True))
@@ -83,7 +77,6 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
     axes.grid(alpha=0.3, which="both")
     _legend_beside(canvas, ", ".join(figure.axes))
     canvas.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(canvas)
 
 
 def draw_position_losses(
@@ -100,15 +93,10 @@ def draw_position_losses(
         axis: the one whose values are told apart.
         path: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     position = axes.index(axis)
     lengths = [len(run) for runs in losses.values() for run in runs]
     length = max(set(lengths), key=lengths.count)
-    canvas, plot = plt.subplots(figsize=(7.2, 3.6), constrained_layout=True)
+    canvas, plot = _canvas(height=3.6)
     for name in dict.fromkeys(choices[position] for choices in losses):
         chosen = [run for key, runs in losses.items() if key[position] == name for run in runs if len(run) == length]
         if chosen:
@@ -118,7 +106,13 @@ def draw_position_losses(
     plot.grid(alpha=0.3)
     _legend_beside(canvas, axis)
     canvas.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(canvas)
+
+
+def _canvas(height: float) -> tuple[MplFigure, Axes]:
+    """A picture so many inches high, and its axes."""
+    canvas = MplFigure(figsize=(7.2, height), layout="constrained")
+    FigureCanvasAgg(canvas)
+    return canvas, canvas.add_subplot()
 
 
 def _legend_beside(canvas: MplFigure, title: str) -> None:
