@@ -1,11 +1,12 @@
-"""Folders where a user asked for them, JSON files that are whole or not there, checksums."""
+"""Folders where a user asked for them, files that are whole or not there, checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,42 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{above}: no folder can be made in it: choose another place than {folder}") from None
 
 
+@contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Write a file under a temporary name, force it onto the disk, and rename: a reader sees all of it or none.
+
+    An error leaves the old file as it was. A kill leaves the temporary one, which the next attempt overwrites.
+
+    Args:
+        path: of the file.
+        temporary: where to write first, on the same file system; PATH.tmp unless given. Give another where a folder
+            must never show one, and one of the process's own where several may write the same file.
+
+    Yields:
+        The temporary name, to be written and closed.
+    """
+    temporary = path.with_name(path.name + ".tmp") if temporary is None else temporary
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def flush(path: Path) -> None:
+    """Force a closed file onto the disk, or a node that goes down leaves an empty one under the name it gets next."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON under a temporary name, flush it to disk, and rename: a reader sees all of it or none."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    """Write JSON as a file that is whole or not there."""
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def sha256_file(path: str | Path, report: Callable[[int], None] = lambda count: None) -> str:

@@ -7,9 +7,10 @@ uninterrupted one. DVC plots the files as they are.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from crt.files import replacing
 
 
 class History:
@@ -25,12 +26,10 @@ class History:
         self.path, self.columns = Path(path), ["step", *columns]
         kept = [row for row in read_history(self.path) if row["step"] <= resume_step] if self.path.exists() else []
         # Under a temporary name: a kill while the kept rows are written must not lose them.
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, "step": int(row["step"])} for row in kept)
-        os.replace(temporary, self.path)
 
     def has(self, step: int) -> bool:
         """Whether there is a row of this step."""

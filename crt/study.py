@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from crt.errors import UserError
 from crt.evaluation.metric_table import METRICS, figure_names
-from crt.files import make_folder
+from crt.files import make_folder, replacing
 from crt.params import Params, validate_params
 from crt.pipeline import (
     NEUTRAL_KEYS,
@@ -216,13 +216,11 @@ def write_params_files(run: StudyRun) -> None:
         }
         mark = f"# free to change: {canonical_json(neutral)}\n"
         if not path.exists() or _first_line(path) != mark:
-            temporary = path.with_suffix(".tmp")
             try:
                 make_folder(path.parent)
-                with open(temporary, "w", encoding="utf-8") as file:
+                with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                     file.write(mark)
                     YAML(typ="safe", pure=True).dump(dict(run.values), file)
-                temporary.rename(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}): see to its disk or folder") from None
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from crt.ar.engine import quiet
 from crt.distributed import World, main_alone
 from crt.errors import UserError
-from crt.files import write_json
+from crt.files import flush, write_json
 from crt.progress import logger
 
 SCHEMA = 1
@@ -187,8 +187,7 @@ def _flush_files(folder: Path) -> dict[str, int]:
     """Force the files of a checkpoint onto the disk; their sizes by relative path."""
     sizes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        flush(path)
         sizes[str(path.relative_to(folder))] = path.stat().st_size
     return sizes
 

@@ -11,7 +11,6 @@ null class, which stands for a dropped label).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crt import cpu
 from crt.errors import UserError
-from crt.files import write_json
+from crt.files import replacing, write_json
 from crt.model_files import CONFIG_FILE, TRANSFORMER, WEIGHTS_FILE, read_config, read_weights
 
 if TYPE_CHECKING:
@@ -343,12 +342,8 @@ def save_model(weights: Mapping[str, Tensor], config: ARConfig, folder: str | Pa
         config: its sizes.
         folder: an existing folder.
     """
-    path = Path(folder) / WEIGHTS_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(Path(folder) / WEIGHTS_FILE) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     config.save(folder)
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 from crt import interrupt
 from crt.data.listing import printable
 from crt.errors import UserError
+from crt.files import replacing
 from crt.progress import Progress
 
 Kind = Literal["tar", "zip", "gzip", "bzip2", "xz"]
@@ -167,9 +168,13 @@ def unpacked(path: Path, kind: Kind, work: Path) -> Path:
 
 def _decompress(path: Path, kind: Kind, target: Path) -> None:
     openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    temporary = target.with_suffix(".tmp")
     try:
-        with open(path, "rb") as packed, openers[kind](packed) as content, open(temporary, "wb") as out:
+        with (
+            replacing(target) as temporary,
+            open(path, "rb") as packed,
+            openers[kind](packed) as content,
+            open(temporary, "wb") as out,
+        ):
             total = max(os.fstat(packed.fileno()).st_size >> 20, 1)
             progress = Progress(f"unpacking {path.name}", total, "MiB")
             while block := content.read(_COPY_BYTES):
@@ -177,15 +182,12 @@ def _decompress(path: Path, kind: Kind, target: Path) -> None:
                 progress.update(min(packed.tell() >> 20, total - 1))
                 interrupt.raise_if_stopped()
             progress.update(total)
-            out.flush()
-            os.fsync(out.fileno())
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
         raise UserError(f"{path}: damaged or cut short: fetch it again") from None
     except OSError as error:
         if error.errno is not None:
             raise
         raise UserError(f"{path}: damaged or cut short: fetch it again") from None  # bz2 says it so
-    os.replace(temporary, target)
 
 
 def _inside(member: str, archive: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from crt.data.listing import PLACE, Container, Listing
+from crt.files import replacing
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ def raw_container(path: Path, pixels: np.ndarray) -> tuple[Container, np.ndarray
     Returns:
         The container, and the images' (n,) places in it, as container 0.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(np.ascontiguousarray(pixels).data)
-    os.replace(temporary, path)
     places = np.zeros(len(pixels), PLACE)
     places["size"], places["crc"] = pixels[0].size, -1
     places["offset"] = np.arange(len(pixels), dtype=np.int64) * pixels[0].size

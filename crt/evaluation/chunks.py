@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from crt.distributed import World, stop_signal
+from crt.files import replacing
 from crt.interrupt import Stopped, raise_if_stopped
 from crt.progress import Progress
 
@@ -91,11 +92,8 @@ class ChunkStore:
                 progress.update(progress.done + len(next(iter(parts[-1].values()))))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         path = self._path(start, stop)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(arrays, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # or a node that goes down leaves an empty file under the final name
-        os.replace(temporary, path)
+        with replacing(path, path.with_name(f"{path.name}.{os.getpid()}.tmp")) as temporary:
+            save_file(arrays, temporary)
 
     def _path(self, start: int, stop: int) -> Path:
         return self.folder / f"{start:09d}-{stop:09d}.safetensors"

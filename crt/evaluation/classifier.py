@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import nn
 from crt.data.sampler import batch_rows
 from crt.evaluation.comparable import CLASSES, QUARTER_TURNS
 from crt.evaluation.features import deterministic_float32
+from crt.files import replacing
 from crt.interrupt import raise_if_stopped
 from crt.params import Classifier as ClassifierParams
 from crt.progress import Progress
@@ -189,7 +189,8 @@ def train_classifier(
             step += 1
             if step % checkpoint_every == 0 and step < params.steps:
                 states = {name: part.state_dict() for name, part in parts.items()}
-                _replace_with(checkpoint, {"step": step, **states})
+                with replacing(checkpoint) as temporary, open(temporary, "wb") as file:
+                    torch.save({"step": step, **states}, file)
                 progress.update(step, loss=loss.item())
                 raise_if_stopped()
     progress.update(step)
@@ -259,21 +260,9 @@ def _resume(path: Path, parts: dict[str, Any]) -> int:
     return int(state["step"])
 
 
-def _replace_with(path: Path, state: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _save(network: ConvClassifier, path: Path) -> None:
     """The weights, and in their metadata what the network is built from."""
     sizes = {"channels": network.channels, "classes": network.classes, "image_size": network.image_size}
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata={"sizes": json.dumps(sizes)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata={"sizes": json.dumps(sizes)})

@@ -6,7 +6,6 @@ Files appear in one rename, so one that is there is whole: a stopped export cont
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from crt.data.pool import available_cpus
+from crt.files import replacing
 from crt.interrupt import raise_if_stopped
 from crt.progress import Progress
 
@@ -49,15 +49,11 @@ def write_adm_batch(source: Path, target: Path) -> None:
     """
     if target.exists():
         return
-    temporary = target.with_name(target.name + ".tmp")
-    with h5py.File(source, "r", locking=False) as file, open(temporary, "wb") as raw:
+    with h5py.File(source, "r", locking=False) as file, replacing(target) as temporary:
         progress = Progress(f"export {target.name}", len(file["images"]), "images")
-        with zipfile.ZipFile(raw, "w") as archive:
+        with zipfile.ZipFile(temporary, "w") as archive:
             _add_array(archive, "arr_0", file["images"], progress.update)
             _add_array(archive, "arr_1", file["labels"], lambda done: None)
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, target)
 
 
 def _add_array(archive: zipfile.ZipFile, name: str, data: h5py.Dataset, report: Callable[[int], None]) -> None:
@@ -95,9 +91,5 @@ def write_png_folders(source: Path, folder: Path) -> None:
 
 def _write_png(image: np.ndarray, path: Path) -> None:
     """uint8 (S, S, 3) to a file, whole or absent."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        Image.fromarray(image).save(file, "PNG", compress_level=1)
-        file.flush()
-        os.fsync(file.fileno())  # or a node that goes down leaves an empty file under the final name
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", compress_level=1)

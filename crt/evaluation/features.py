@@ -25,7 +25,7 @@ from crt.data.pool import available_cpus
 from crt.errors import UserError
 from crt.evaluation.shared import fetching
 from crt.evaluation.spatial import SPATIAL_DIMENSION, split_inception
-from crt.files import sha256_file
+from crt.files import flush, sha256_file
 
 TENSORFLOW_RESIZE: Literal["legacy_tensorflow"] = "legacy_tensorflow"
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -190,4 +190,5 @@ def _fetch_into(folder: Path, sha256: str) -> None:
                 f"{inception_url}: what was fetched is not {INCEPTION_FILE} (SHA-256 {sha256_file(fetched)} instead "
                 f"of {sha256}): fetch it by other means and set evaluate.inception_weights to its folder"
             )
+        flush(fetched)
         os.replace(fetched, folder / INCEPTION_FILE)

@@ -34,7 +34,7 @@ from crt.data.sources import open_source
 from crt.data.splits import has_class_to_split, shared_with, split_by_content
 from crt.data.store import Checked, Chunk, Form, SourceChanged, check_images, write_images
 from crt.errors import UserError
-from crt.files import sha256_file, write_json
+from crt.files import flush, replacing, sha256_file, write_json
 from crt.launch import environment_rank
 from crt.params import PrepareData
 from crt.progress import Progress, logger
@@ -220,8 +220,7 @@ def _pack(shards: list[_Shard], containers: list[Container], form: Form, run: St
 def _finish(shard: _Shard, form: Form, run: StageRun, records: Path) -> None:
     """Give a whole shard its final name, and record what it must look like."""
     part = run.work / (shard.name + ".part")
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    flush(part)
     record = {"fingerprint": shard.fingerprint(form), "sha256": sha256_file(part)}
     os.replace(part, run.staging / shard.name)
     write_json(records / f"{shard.name}.json", record)
@@ -419,15 +418,8 @@ def _chunk_key(chunk: Listing, form: Form) -> str:
 
 
 def _write_checked(path: Path, result: Checked) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(
-            file,
-            digests=result.digests,
-            payload_bytes=result.payload_bytes,
-            checksums=result.checksums,
-        )
-    os.replace(temporary, path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, digests=result.digests, payload_bytes=result.payload_bytes, checksums=result.checksums)
 
 
 def _read_checked(path: Path) -> Checked | None:

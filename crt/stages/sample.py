@@ -19,7 +19,6 @@ speed, below it reading the weights once per code does.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import h5py
@@ -35,6 +34,7 @@ from crt.data.transforms import to_uint8
 from crt.distributed import World, gpu_memory, join_world, reported_once, stop_signal
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
+from crt.files import replacing
 from crt.interrupt import Stopped, raise_if_stopped
 from crt.params import Sample
 from crt.progress import Progress
@@ -191,11 +191,8 @@ class _Chunks:
         """Write one chunk: codes (B, T) int64 and images (B, S, S, 3) uint8."""
         path = self.path(index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"codes": codes.numpy(), "images": images}, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({"codes": codes.numpy(), "images": images}, temporary)
 
     def load(self, index: int) -> dict[str, np.ndarray]:
         return load_file(self.path(index))
@@ -219,8 +216,7 @@ def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig,
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     num_images = params.num_images
     code_type = np.uint16 if config.codebook_size <= 2**16 else np.uint32
-    temporary = path.with_name(path.name + ".tmp")
-    with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+    with replacing(path) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["class_names"] = json.dumps(names, ensure_ascii=False)
         file.attrs["seed"] = run.params.seed
@@ -241,10 +237,6 @@ def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig,
             codes[start:stop] = chunk["codes"][: stop - start]
             progress.update(stop)
         file.attrs["complete"] = True
-        file.flush()
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
 
 
 def _wait_for_all(world: World) -> None:

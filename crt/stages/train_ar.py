@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import signal
 import time
 from dataclasses import asdict
@@ -47,6 +46,7 @@ from crt.ar.model import ARConfig, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
+from crt.files import replacing
 from crt.flops import ar_flops_per_image, matmul_rate
 from crt.history import History, read_history
 from crt.interrupt import Stopped, stop_requested
@@ -347,9 +347,7 @@ class _Log:
 
 def _write_positions(path: Path, losses: np.ndarray) -> None:
     """CSV of the mean loss at each position of the raster, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["position", "loss"])
         writer.writerows((position, float(loss)) for position, loss in enumerate(losses))
-    os.replace(temporary, path)

@@ -36,6 +36,7 @@ from crt.data.transforms import to_unit_range
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import LocalError, UserError
 from crt.evaluation.grids import save_png
+from crt.files import replacing
 from crt.flops import tokenizer_training_flops
 from crt.history import History, read_history
 from crt.interrupt import Stopped
@@ -275,9 +276,8 @@ class _Log:
     def picture(self, step: int, reconstructions: Image.Image) -> None:
         """Keep the picture of a validation, the last one in the result too. Rank 0 only."""
         path: Path = self.folder / "reconstructions.png"
-        temporary = path.with_suffix(".tmp")
-        save_png(reconstructions, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_png(reconstructions, temporary)
         self.live.picture(step, "reconstructions", reconstructions)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crt.errors import UserError
-from crt.files import write_json
+from crt.files import replacing, write_json
 from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights
 from crt.params import TrainTokenizer
 from crt.tokenizer.autoencoder import Decoder, Encoder
@@ -253,11 +253,8 @@ class Tokenizer(
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        temporary = folder / f"{WEIGHTS_FILE}.tmp"
-        save_file(weights, temporary, metadata={"format": "pt"})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / WEIGHTS_FILE)
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, {"format": TOKENIZER.name, "schema": TOKENIZER.schema, **asdict(self.config)})
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from crt.errors import UserError
+from crt.files import replacing
 from crt.params import TrainTokenizer
 from crt.randomness import seed_torch
 from crt.tokenizer.collectives import average_gradients
@@ -129,12 +129,8 @@ class TrainingState:
             "upkeep": self.upkeep.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     def load(self, path: Path) -> int:
         """Continue from a file that `save` wrote.

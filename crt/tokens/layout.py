@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import h5py
 import numpy as np
 
 from crt.errors import UserError
-from crt.files import sha256_file
+from crt.files import replacing, sha256_file
 from crt.manifest import MANIFEST, read_manifest
 from crt.pipeline import canonical_json
 
@@ -186,7 +185,8 @@ def write_shard(
         file.create_dataset("codes", data=codes)
 
     path = folder / header.shard_name(index)
-    _write(path, temporary, _file_image(facts, _digest(facts, checksums), fill, align=codes.nbytes))
+    with replacing(path, temporary):
+        temporary.write_bytes(_file_image(facts, _digest(facts, checksums), fill, align=codes.nbytes))
     return path
 
 
@@ -263,7 +263,8 @@ def write_index(folder: Path, temporary: Path, header: CacheHeader, class_names:
 
     path = folder / header.index_name
     digest = _digest(facts, _index_content(class_names, records))
-    _write(path, temporary, _file_image(facts, digest, fill))
+    with replacing(path, temporary):
+        temporary.write_bytes(_file_image(facts, digest, fill))
     return path
 
 
@@ -360,14 +361,6 @@ def _create_virtual(file: h5py.File, name: str, header: CacheHeader, kind: np.dt
         properties.set_virtual(space, header.shard_name(index).encode(), name.encode(), h5py.h5s.create_simple(shape))
     space.select_all()
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(kind), space, properties)
-
-
-def _write(path: Path, temporary: Path, content: bytes) -> None:
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _read_facts(file: h5py.File, path: Path) -> tuple[dict[str, Any], str]:
