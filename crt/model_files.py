@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from crt.errors import UserError
+from crt.files import replacing, write_json
 from crt.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -37,6 +39,26 @@ class Kind:
 
 TOKENIZER = Kind("format", "crt-tokenizer", 1, "tokenizer", "crt.Tokenizer.load")
 TRANSFORMER = Kind("kind", "crt_ar", 1, "transformer of stage 2", "crt.Generator.load")
+
+
+def write_model(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write config.json and model.safetensors, each complete or not at all.
+
+    Args:
+        folder: an existing folder.
+        config: content of config.json: kind, schema and the values of the config's dataclass.
+        weights: the model's state, on the CPU.
+        metadata: of the file with the weights.
+    """
+    folder = Path(folder)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata)
+    write_json(folder / CONFIG_FILE, config)
 
 
 def read_config(folder: str | Path, kind: Kind, config_class: type[Config]) -> Config:

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crt import cpu
 from crt.errors import UserError
-from crt.files import replacing, write_json
-from crt.model_files import CONFIG_FILE, TRANSFORMER, WEIGHTS_FILE, read_config, read_weights
+from crt.model_files import CONFIG_FILE, TRANSFORMER, read_config, read_weights, write_model
 
 if TYPE_CHECKING:
     from crt.params import ARModel
@@ -73,10 +71,6 @@ class ARConfig:
     def null_class(self) -> int:
         """The label that stands for no label."""
         return self.num_classes
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json into `folder`."""
-        write_json(Path(folder) / CONFIG_FILE, {"schema": TRANSFORMER.schema, "kind": TRANSFORMER.name, **asdict(self)})
 
     @classmethod
     def load(cls, folder: str | Path) -> ARConfig:
@@ -335,16 +329,8 @@ def count_parameters(config: ARConfig) -> int:
 
 
 def save_model(weights: Mapping[str, Tensor], config: ARConfig, folder: str | Path) -> None:
-    """Write config.json and model.safetensors, each complete or not at all.
-
-    Args:
-        weights: the state of an `ARTransformer`, on the CPU.
-        config: its sizes.
-        folder: an existing folder.
-    """
-    with replacing(Path(folder) / WEIGHTS_FILE) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-    config.save(folder)
+    """Write the state of an `ARTransformer`, which must lie on the CPU, and its config into an existing folder."""
+    write_model(folder, {"schema": TRANSFORMER.schema, TRANSFORMER.key: TRANSFORMER.name, **asdict(config)}, weights)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> ARTransformer:

@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import Field, PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crt.errors import UserError
-from crt.files import replacing, write_json
-from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights
+from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights, write_model
 from crt.params import TrainTokenizer
 from crt.tokenizer.autoencoder import Decoder, Encoder
 from crt.tokenizer.quantizer import Quantized, VectorQuantizer, full_precision
@@ -252,10 +250,9 @@ class Tokenizer(
         """Write config.json and model.safetensors into `folder`, which is made if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        with replacing(folder / WEIGHTS_FILE) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, {"format": TOKENIZER.name, "schema": TOKENIZER.schema, **asdict(self.config)})
+        config = {TOKENIZER.key: TOKENIZER.name, "schema": TOKENIZER.schema, **asdict(self.config)}
+        weights = {name: tensor.float().cpu() for name, tensor in self.state_dict().items()}
+        write_model(folder, config, weights, metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Tokenizer:

@@ -205,10 +205,11 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
     (tmp_path / "manifest.json").write_text('{"stage": "tokenize"}')
     refused("holds what tokenize made, no model: name the folder")
     model = small_model()
-    model.config.save(tmp_path)
-    refused("model.safetensors: not found")
     save_model(model.state_dict(), model.config, tmp_path)
     path = tmp_path / "model.safetensors"
+    path.rename(tmp_path / "aside")
+    refused("model.safetensors: not found")
+    (tmp_path / "aside").rename(path)
     path.write_bytes(path.read_bytes()[:-100])
     refused("model.safetensors: truncated or damaged")
     save_model(model.state_dict(), small_config(width=64), tmp_path)
@@ -260,5 +261,5 @@ def test_a_model_of_another_kind_is_named(tmp_path) -> None:
 
 def test_config_survives_json(tmp_path) -> None:
     config = small_config(grid=(3, 7), class_names=None)
-    config.save(tmp_path)
+    save_model({}, config, tmp_path)
     assert ARConfig.load(tmp_path) == config
