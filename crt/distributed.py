@@ -1,23 +1,30 @@
-"""The processes of one stage: which one this is, on which device, and the few collectives that stages share."""
+"""The processes of one stage: which one this is, on which device, and the collectives by which they work together.
+
+In one process all collectives do nothing. When a model is trained, each process holds an equal share of the global
+batch, and its loss is the mean over that share; a term that is not itself a mean over images (batch statistics,
+entropies, norms) goes through the differentiable `mean_over_ranks`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from crt import interrupt, slurm
 from crt.errors import LocalError, UserError
 from crt.launch import environment_rank, keep_freed_memory
 
 _COLLECTIVE_MINUTES = 30
+_BUCKET_BYTES = 64 * 2**20
 _POLL_SECONDS = 0.2
 # What one process may take longer than another to meet the same mistake.
 _REPORT_SECONDS = 10.0
@@ -72,12 +79,39 @@ def join_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def world_size() -> int:
+    """Number of processes that work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until all processes are here. A collective call: all processes must make it."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(number: int, world: World, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> int:
+    """The sum, or another combination, of the processes' numbers. A collective call."""
+    total = torch.tensor(number, device=world.device)
+    if world_size() > 1:
+        dist.all_reduce(total, operation)
+    return int(total)
+
+
 def stop_signal(world: World) -> int:
-    """The signal that asked any of the processes to stop, or 0. A collective call: all processes must make it."""
-    signum = torch.tensor(interrupt.stop_requested() or 0, device=world.device)
-    if dist.is_initialized():
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-    return int(signum)
+    """The signal that asked any of the processes to stop, or 0. A collective call."""
+    return all_reduce(interrupt.stop_requested() or 0, world, dist.ReduceOp.MAX)
+
+
+def raise_if_any_stopped(world: World) -> None:
+    """Stop if any process was asked to, so that none waits for one that has left. A collective call.
+
+    Raises:
+        Stopped: a signal arrived at some process.
+    """
+    signum = stop_signal(world)
+    if signum:
+        raise interrupt.Stopped(signum)
 
 
 def said_by_main(number: int, world: World) -> int:
@@ -86,6 +120,41 @@ def said_by_main(number: int, world: World) -> int:
     if dist.is_initialized():
         dist.broadcast(told, 0)
     return int(told)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of equally shaped tensors, one per process; carries no gradient, and leaves `value` as it is."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of equally shaped tensors, one per process; gradients flow back to all of them.
+
+    Its gradient is that of the mean loss over the processes once `average_gradients` has run.
+    """
+    return _DifferentiableSum.apply(value) / world_size() if world_size() > 1 else value
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each parameter's gradient by its mean over the processes.
+
+    A parameter without a gradient is left alone, so it must lack one in every process.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            bucket.append(parameter.grad)
+            size += parameter.grad.nbytes
+        if size >= _BUCKET_BYTES:
+            _average(bucket)
+            bucket, size = [], 0
+    _average(bucket)
 
 
 @contextmanager
@@ -141,6 +210,29 @@ def gpu_memory(stage: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(f"{stage}: out of GPU memory: {remedy}") from None
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Average tensors of one type over the processes in place, in a single message."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    """Sum over the processes, whose gradient is the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        return sum_over_ranks(value)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
 
 
 def _tell_the_others(world: World) -> None:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from crt.ar.engine import quiet
-from crt.distributed import World, main_alone
+from crt.distributed import World, barrier, main_alone, said_by_main
 from crt.errors import UserError
 from crt.files import flush, write_json
 from crt.progress import logger
@@ -68,11 +67,10 @@ class Checkpoints:
         """
         # Rank 0 looks and the others take its word: a shared file system may show them different things.
         found = self._complete() if self.world.is_main else []
-        step = torch.tensor(found[-1].step if found else -1, device=self.world.device)
-        dist.broadcast(step, 0)
-        if int(step) < 0:
+        step = said_by_main(found[-1].step if found else -1, self.world)
+        if step < 0:
             return None
-        checkpoint = _read(self._place(int(step)))
+        checkpoint = _read(self._place(step))
         if checkpoint.owner != self.owner or checkpoint.zero_stage != self.zero_stage:
             raise UserError(
                 f"{checkpoint.folder}: is a checkpoint of another model or ZeRO stage: delete {self.folder}"
@@ -87,10 +85,10 @@ class Checkpoints:
             for stale in (temporary, place):
                 shutil.rmtree(stale, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier()
+        barrier()
         with quiet():
             engine.save_checkpoint(str(temporary), tag=_STATE, client_state={"step": step}, save_latest=False)
-        dist.barrier()
+        barrier()
         if self.world.is_main:
             mark = {
                 "schema": SCHEMA,
@@ -104,7 +102,7 @@ class Checkpoints:
             os.replace(temporary, place)
             for older in self._complete()[: -self.keep]:
                 _remove(older.folder)
-        dist.barrier()
+        barrier()
 
     def restore(self, engine: Any, checkpoint: Checkpoint) -> None:
         """Put the engine into a checkpoint's state. A collective call.

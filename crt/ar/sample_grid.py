@@ -12,7 +12,7 @@ from PIL import Image
 from crt.ar.generator import Generator
 from crt.ar.model import ARTransformer
 from crt.data.transforms import to_uint8
-from crt.distributed import World
+from crt.distributed import World, said_by_main
 from crt.errors import UserError
 from crt.evaluation.grids import image_grid
 from crt.pipeline import load_stages
@@ -39,9 +39,7 @@ class SampleGrid:
         # Without dropped labels the model learns no unconditional prediction.
         self.guidance = _GUIDANCE if run.params.train_ar.model.label_dropout > 0 else 1.0
         folder = find_tokenizer(run) if num_images else None
-        found = torch.tensor(folder is not None, device=world.device)
-        torch.distributed.broadcast(found, 0)
-        self.enabled = bool(found)
+        self.enabled = bool(said_by_main(folder is not None, world))
         self.tokenizer = Tokenizer.load(folder, world.device) if folder is not None and world.is_main else None
         if num_images and not self.enabled and world.is_main:
             logger.info("train_ar: draws no samples: the tokenizer that made the codes is not where dvc.yaml has it")

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from crt.distributed import World, stop_signal
+from crt.distributed import World, barrier, raise_if_any_stopped
 from crt.files import replacing
-from crt.interrupt import Stopped, raise_if_stopped
+from crt.interrupt import raise_if_stopped
 from crt.progress import Progress
 
 _CHUNK_IMAGES = 2000
@@ -50,7 +49,7 @@ class ChunkStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(label, self.count, "images", done=self._done())
-        _barrier(world)  # all have counted before any works
+        barrier()  # all have counted before any works
         for first in range(0, len(self.bounds), world.size):
             index = first + world.rank
             if index < len(self.bounds) and not self._path(*self.bounds[index]).exists():
@@ -97,19 +96,3 @@ class ChunkStore:
 
     def _path(self, start: int, stop: int) -> Path:
         return self.folder / f"{start:09d}-{stop:09d}.safetensors"
-
-
-def raise_if_any_stopped(world: World) -> None:
-    """Stop if any process was asked to, so that none waits for one that has left; all processes must call.
-
-    Raises:
-        Stopped: a signal arrived at some process.
-    """
-    signum = stop_signal(world)
-    if signum:
-        raise Stopped(signum)
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

@@ -31,11 +31,11 @@ from torch import Tensor
 from crt.ar.generator import Generator
 from crt.ar.model import ARConfig
 from crt.data.transforms import to_uint8
-from crt.distributed import World, gpu_memory, join_world, reported_once, stop_signal
+from crt.distributed import World, barrier, gpu_memory, join_world, raise_if_any_stopped, reported_once
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
 from crt.files import replacing
-from crt.interrupt import Stopped, raise_if_stopped
+from crt.interrupt import raise_if_stopped
 from crt.params import Sample
 from crt.progress import Progress
 from crt.stage import StageRun
@@ -110,10 +110,8 @@ def _draw_all(run: StageRun, world: World, generator: Generator, tokenizer: Toke
             chunks.save(index, codes, images)
         made = min(made + world.size, chunks.count)
         progress.update(min(made * chunks.size, params.num_images))
-        signum = stop_signal(world)
-        if signum:
-            raise Stopped(signum)
-    _wait_for_all(world)
+        raise_if_any_stopped(world)
+    barrier()
 
 
 def labels_of(indices: np.ndarray, params: Sample, config: ARConfig) -> np.ndarray:
@@ -237,8 +235,3 @@ def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig,
             codes[start:stop] = chunk["codes"][: stop - start]
             progress.update(stop)
         file.attrs["complete"] = True
-
-
-def _wait_for_all(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

@@ -19,9 +19,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from crt import interrupt
 from crt.data.packed import PackedImages
-from crt.distributed import World, gpu_memory, join_world, reported_once, stop_signal
+from crt.distributed import (
+    World,
+    all_reduce,
+    gpu_memory,
+    join_world,
+    raise_if_any_stopped,
+    reported_once,
+    sum_over_ranks,
+)
 from crt.errors import UserError
 from crt.progress import Progress, logger
 from crt.stage import StageRun
@@ -68,10 +75,10 @@ def run(run: StageRun) -> None:
         pixels = _pixels(tasks, tokenizer.image_size, params.batch_size)
         total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)
         remaining = sum(len(block) * len(work.header.views) for work, block in tasks)
-        progress = Progress("tokenize", total, "images", done=total - _sum(world, remaining))
+        progress = Progress("tokenize", total, "images", done=total - all_reduce(remaining, world))
         with Encoder(tokenizer, params.precision, params.batch_size) as encode:
             # All processes go round equally often, so that they can agree to leave together.
-            for turn in range(_max(world, len(tasks))):
+            for turn in range(all_reduce(len(tasks), world, dist.ReduceOp.MAX)):
                 failure: Exception | None = None
                 if turn < len(tasks):
                     try:
@@ -83,12 +90,10 @@ def run(run: StageRun) -> None:
                         failure = error
                 _leave_if_any_failed(world, failure)
                 if world.size > 1:
-                    progress.update(total - _sum(world, remaining))
-                signum = stop_signal(world)
-                if signum:
-                    raise interrupt.Stopped(signum)
+                    progress.update(total - all_reduce(remaining, world))
+                raise_if_any_stopped(world)
 
-        train_counts = _reduce(world, counts["train"], dist.ReduceOp.SUM)
+        train_counts = sum_over_ranks(torch.from_numpy(counts["train"]).to(world.device)).cpu().numpy()
         if world.is_main:
             for split in SPLITS:
                 write_index(run.staging, run.work / "index.tmp", headers[split], images[split].class_names)
@@ -211,24 +216,7 @@ def _summary(run: StageRun, counts: np.ndarray) -> dict[str, object]:
 def _leave_if_any_failed(world: World, failure: Exception | None) -> None:
     """Raise this process's failure; where only others failed, end with the status of theirs, which they report."""
     if failure is not None:
-        _sum(world, 1)
+        all_reduce(1, world)
         raise failure
-    if _sum(world, 0):
+    if all_reduce(0, world):
         raise SystemExit(2)
-
-
-def _reduce(world: World, values: np.ndarray, operation: dist.ReduceOp.RedOpType) -> np.ndarray:
-    """Sum or maximum of int64 values over all processes."""
-    if world.size == 1:
-        return values
-    tensor = torch.from_numpy(values).to(world.device)
-    dist.all_reduce(tensor, operation)
-    return tensor.cpu().numpy()
-
-
-def _sum(world: World, value: int) -> int:
-    return int(_reduce(world, np.array([value]), dist.ReduceOp.SUM)[0])
-
-
-def _max(world: World, value: int) -> int:
-    return int(_reduce(world, np.array([value]), dist.ReduceOp.MAX)[0])

@@ -33,7 +33,16 @@ from crt.data.loader import training_batches
 from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
-from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
+from crt.distributed import (
+    World,
+    gpu_memory,
+    join_world,
+    mean_over_ranks,
+    reported_once,
+    said_by_main,
+    stop_signal,
+    sum_over_ranks,
+)
 from crt.errors import LocalError, UserError
 from crt.evaluation.grids import save_png
 from crt.files import replacing
@@ -46,7 +55,6 @@ from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor
 from crt.stage import StageRun
-from crt.tokenizer.collectives import mean_over_ranks, sum_over_ranks
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.objective import Objective
 from crt.tokenizer.regularizer import annealed_lambda

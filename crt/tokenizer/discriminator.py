@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crt.distributed import mean_over_ranks, world_size
 from crt.params import Discriminator as DiscriminatorParams
-from crt.tokenizer.collectives import mean_over_ranks, world_size
 
 _SLOPE = 0.2
 _MAX_WIDENING = 8

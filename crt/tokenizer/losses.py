@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crt.distributed import mean_over_ranks
 from crt.errors import UserError
 from crt.evaluation.shared import fetching
-from crt.tokenizer.collectives import mean_over_ranks
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
 _ADAPTIVE_EPSILON = 1e-4

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from crt.distributed import mean_over_ranks, sum_over_ranks, world_size
 from crt.randomness import torch_generator
-from crt.tokenizer.collectives import mean_over_ranks, sum_over_ranks, world_size
 
 # Distances computed at once: a 131k codebook against a whole batch would need gigabytes.
 _CPU_CHUNK, _GPU_CHUNK = 2**22, 2**26

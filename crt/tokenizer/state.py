@@ -11,11 +11,11 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from crt.distributed import average_gradients
 from crt.errors import UserError
 from crt.files import replacing
 from crt.params import TrainTokenizer
 from crt.randomness import seed_torch
-from crt.tokenizer.collectives import average_gradients
 from crt.tokenizer.discriminator import build_discriminator
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokenizer.quantizer import CodebookUpkeep

@@ -12,12 +12,12 @@ from types import TracebackType
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from crt.data.loader import made_by_workers
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_unit_range
+from crt.distributed import world_size
 from crt.launch import keep_freed_memory
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.views import render_batch, render_views
@@ -64,7 +64,7 @@ def unit_pixels(images: PackedImages, rows: Sequence[range], views: Sequence[str
     if images.storage == "pixels":
         yield from map(dataset.__getitem__, range(len(rows)))
     else:
-        yield from made_by_workers(dataset, range(len(rows)), dist.get_world_size() if dist.is_initialized() else 1)
+        yield from made_by_workers(dataset, range(len(rows)), world_size())
 
 
 class _Units(Dataset[torch.Tensor]):

@@ -164,7 +164,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(large_project, large, t
 def stop_after(monkeypatch, blocks):
     """Let the stage see SIGTERM after so many blocks."""
     seen = iter(range(blocks))
-    monkeypatch.setattr("crt.stages.tokenize.stop_signal", lambda world: 0 if next(seen, None) is not None else 15)
+    monkeypatch.setattr("crt.distributed.stop_signal", lambda world: 0 if next(seen, None) is not None else 15)
 
 
 def test_stopped_run_continues_with_the_next_block(large_project, large, tmp_path, monkeypatch):
