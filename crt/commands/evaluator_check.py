@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from crt import interrupt
+from crt.chunks import ChunkStore
 from crt.commands.check import add_arguments as add_params_argument
 from crt.distributed import World
 from crt.errors import UserError
-from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork, InceptionFeatures
 from crt.evaluation.frechet import expected_distance, frechet_distance, scarcity
 from crt.evaluation.grids import spread

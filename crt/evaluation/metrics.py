@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crt.evaluation.chunks import ChunkStore
+from crt.chunks import ChunkStore
 from crt.evaluation.comparable import ALL_CLASSES_ALIKE, CLASSES, MOMENTS_OF_IMAGES, STORED_MOMENTS
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork
 from crt.evaluation.frechet import (

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from crt.chunks import ChunkStore
 from crt.data.transforms import to_uint8, to_unit_range
 from crt.distributed import World, main_alone
 from crt.evaluation import reconstruction
-from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
 from crt.evaluation.features import FeatureNetwork, deterministic_float32, interpolated
 from crt.evaluation.shared import exclusively, shared_path

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crt.chunks import ChunkStore
 from crt.distributed import World, gpu_memory, join_world, main_alone, raise_if_any_stopped, reported_once
 from crt.errors import UserError
-from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train_classifier
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures

@@ -24,18 +24,16 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from crt.ar.generator import Generator
 from crt.ar.model import ARConfig
+from crt.chunks import ChunkStore
 from crt.data.transforms import to_uint8
-from crt.distributed import World, barrier, gpu_memory, join_world, raise_if_any_stopped, reported_once
+from crt.distributed import World, gpu_memory, join_world, reported_once
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
 from crt.files import replacing
-from crt.interrupt import raise_if_stopped
 from crt.params import Sample
 from crt.progress import Progress
 from crt.stage import StageRun
@@ -69,7 +67,7 @@ def run(run: StageRun) -> None:
         for scale in params.scales:
             path = run.staging / samples_file(params, scale)
             if not path.exists():  # complete or absent, as the exports are
-                _write_samples(path, run, _Chunks(run, scale), generator.config, scale)
+                _write_samples(path, run, generator.config, scale)
             export_samples(path, params.export)
         run.summary.update({"num_images": params.num_images, "guidance_scale": params.guidance_scale})
 
@@ -85,33 +83,25 @@ def _draw_all(run: StageRun, world: World, generator: Generator, tokenizer: Toke
     Raises:
         Stopped: a signal arrived at any process.
     """
-    params, chunks = run.params.sample, _Chunks(run, scale)
-    missing = _missing_chunks(chunks, world)
-    made = chunks.count - len(missing)
-    label = f"sample at guidance {scale:g}" if params.guidance_sweep else "sample"
-    progress = Progress(label, params.num_images, "images", done=min(made * chunks.size, params.num_images))
-    # All processes go round equally often, so that they can agree to stop together.
-    for turn in range(0, len(missing), world.size):
-        if turn + world.rank < len(missing):
-            index = missing[turn + world.rank]
-            indices = np.arange(index * chunks.size, (index + 1) * chunks.size)
-            codes = generator.generate(
-                labels_of(indices, params, generator.config),
-                scale,
-                run.params.seed,
-                first_index=int(indices[0]),
-                guidance_schedule=params.guidance_schedule,
-                guidance_interval=tuple(params.guidance_interval),
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-            )
-            images = decode(tokenizer, codes.to(world.device), generator.config.grid, params.precision)
-            chunks.save(index, codes, images)
-        made = min(made + world.size, chunks.count)
-        progress.update(min(made * chunks.size, params.num_images))
-        raise_if_any_stopped(world)
-    barrier()
+    params = run.params.sample
+
+    def draw(start: int, stop: int) -> dict[str, np.ndarray]:
+        indices = np.arange(start, start + params.batch_size)  # the last batch, too, is drawn in full before it is cut
+        codes = generator.generate(
+            labels_of(indices, params, generator.config),
+            scale,
+            run.params.seed,
+            first_index=start,
+            guidance_schedule=params.guidance_schedule,
+            guidance_interval=tuple(params.guidance_interval),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+        )
+        images = decode(tokenizer, codes.to(world.device), generator.config.grid, params.precision)
+        return {"codes": codes.numpy()[: stop - start], "images": images[: stop - start]}
+
+    _chunks(run, scale).fill(f"sample at guidance {scale:g}" if params.guidance_sweep else "sample", draw, world)
 
 
 def labels_of(indices: np.ndarray, params: Sample, config: ARConfig) -> np.ndarray:
@@ -174,43 +164,20 @@ def images_decoded_at_once(pixels: int) -> int:
     return max(1, _PIECE_PIXELS // pixels)
 
 
-class _Chunks:
-    """Finished chunks of one guidance scale in the stage's working folder, one file each, complete or absent."""
-
-    def __init__(self, run: StageRun, scale: float) -> None:
-        params = run.params.sample
-        self.folder, self.size = run.work / "chunks" / f"guidance_{scale}", params.batch_size
-        self.count = -(-params.num_images // params.batch_size)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"chunk_{index:06d}.safetensors"
-
-    def save(self, index: int, codes: Tensor, images: np.ndarray) -> None:
-        """Write one chunk: codes (B, T) int64 and images (B, S, S, 3) uint8."""
-        path = self.path(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({"codes": codes.numpy(), "images": images}, temporary)
-
-    def load(self, index: int) -> dict[str, np.ndarray]:
-        return load_file(self.path(index))
+def _chunks(run: StageRun, scale: float) -> ChunkStore:
+    """The images of one guidance scale: `codes` (B, T) int64 and `images` (B, S, S, 3) uint8, a batch in each chunk."""
+    params = run.params.sample
+    folder = run.work / "chunks" / f"guidance_{scale}"
+    return ChunkStore(folder, params.num_images, params.batch_size, chunk_images=params.batch_size)
 
 
-def _missing_chunks(chunks: _Chunks, world: World) -> list[int]:
-    """Chunks still to make, the same list on all processes: rank 0 looks, the others take its word."""
-    made = torch.tensor([chunks.path(i).exists() for i in range(chunks.count)], dtype=torch.uint8, device=world.device)
-    if dist.is_initialized():
-        dist.broadcast(made, 0)
-    return torch.nonzero(made == 0)[:, 0].tolist()
-
-
-def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig, scale: float) -> None:
+def _write_samples(path: Path, run: StageRun, config: ARConfig, scale: float) -> None:
     """Join the chunks to one HDF5 file, in bounded memory.
 
     Raises:
         Stopped: a signal arrived.
     """
-    params = run.params.sample
+    params, chunks = run.params.sample, _chunks(run, scale)
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     num_images = params.num_images
     code_type = np.uint16 if config.codebook_size <= 2**16 else np.uint32
@@ -221,17 +188,13 @@ def _write_samples(path: Path, run: StageRun, chunks: _Chunks, config: ARConfig,
         file.attrs["guidance_scale"] = scale
         for name in ("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "precision"):
             file.attrs[name] = getattr(params, name)
-        size = chunks.load(0)["images"].shape[1:]
+        size = next(chunks.parts("images")).shape[1:]
         images = file.create_dataset("images", (num_images, *size), np.uint8)
         codes = file.create_dataset("codes", (num_images, config.num_tokens), code_type)
         file.create_dataset("labels", data=labels_of(np.arange(num_images), params, config))
         progress = Progress(f"write {path.name}", num_images, "images")
-        for index in range(chunks.count):
-            raise_if_stopped()
-            chunk = chunks.load(index)
-            start = index * chunks.size
-            stop = min(start + chunks.size, num_images)
-            images[start:stop] = chunk["images"][: stop - start]
-            codes[start:stop] = chunk["codes"][: stop - start]
+        parts = zip(chunks.bounds, chunks.parts("images"), chunks.parts("codes"), strict=True)
+        for (start, stop), pixels, raster in parts:
+            images[start:stop], codes[start:stop] = pixels, raster
             progress.update(stop)
         file.attrs["complete"] = True

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from crt import interrupt
+from crt import chunks, interrupt
 from crt.__main__ import main
 from crt.ar.generator import Generator
 from crt.errors import UserError
@@ -99,7 +99,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 ) -> None:
     whole, torn = sample_run(tmp_path / "whole"), sample_run(tmp_path / "torn")
     assert main(whole) == 0
-    monkeypatch.setattr(sample, "Progress", StopAt)
+    monkeypatch.setattr(chunks, "Progress", StopAt)
     monkeypatch.setattr(StopAt, "plan", (8, _fail))
     assert main(torn) == 1
     (chunk,) = (tmp_path / "torn" / ".work").glob("samples-*/chunks/*/*")
@@ -185,11 +185,11 @@ def test_kills_at_random_moments_leave_no_trace(sample_run: Make, tmp_path: Path
     whole, killed = sample_run(tmp_path / "whole", **changes), sample_run(tmp_path / "killed", **changes)
     assert main(whole) == 0
 
-    def chunks() -> int:
+    def made() -> int:
         return len(list((tmp_path / "killed" / ".work").glob("samples-*/chunks/*/*.safetensors")))
 
     command = [*launcher(processes), "-m", "crt", *killed]
-    struck = kill_and_repeat(command, chunks, 20, random.Random(processes), kills=20, end=400)
+    struck = kill_and_repeat(command, made, 20, random.Random(processes), kills=20, end=400)
     assert struck >= 18  # the last ones may come too late
     assert file_of(killed).read_bytes() == file_of(whole).read_bytes()
 

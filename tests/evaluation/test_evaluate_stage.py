@@ -25,13 +25,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from crt import chunks
 from crt.__main__ import main
 from crt.ar.model import ARTransformer, save_model
 from crt.commands.results import table
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World
-from crt.evaluation import chunks
 from crt.evaluation import metrics as metrics_module
 from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier
 from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences

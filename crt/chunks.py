@@ -1,4 +1,4 @@
-"""Work on many images kept on disk chunk by chunk, so that a stopped evaluation continues and processes share it.
+"""Work on many images kept on disk chunk by chunk, so that a stopped stage continues and processes share it.
 
 A chunk is one safetensors file of arrays, rows in order. It appears in one rename, so a file that is there is whole.
 """
@@ -29,11 +29,12 @@ class ChunkStore:
         count: images in all.
         batch_size: images worked on at once; chunks are a whole number of batches, so batches do not depend on
             the number of processes or on where a run was stopped.
+        chunk_images: so many at most make a chunk, but a batch at least; 2000 unless given.
     """
 
-    def __init__(self, folder: Path, count: int, batch_size: int) -> None:
+    def __init__(self, folder: Path, count: int, batch_size: int, chunk_images: int | None = None) -> None:
         self.folder, self.count, self.batch_size = folder, count, batch_size
-        size = batch_size * max(_CHUNK_IMAGES // batch_size, 1)
+        size = batch_size * max((chunk_images or _CHUNK_IMAGES) // batch_size, 1)
         self.bounds = [(start, min(start + size, count)) for start in range(0, count, size)]
 
     def fill(self, label: str, work: Callable[[int, int], dict[str, np.ndarray]], world: World) -> None:
@@ -48,15 +49,18 @@ class ChunkStore:
             Stopped: a signal arrived at any process; all of them raise, with finished chunks on disk.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        progress = Progress(label, self.count, "images", done=self._done())
-        barrier()  # all have counted before any works
+        missing = {(start, stop): stop - start for start, stop in self.bounds if not self._path(start, stop).exists()}
+        done = self.count - sum(missing.values())
+        progress = Progress(label, self.count, "images", done)
+        barrier()  # all have looked before any works
         for first in range(0, len(self.bounds), world.size):
-            index = first + world.rank
-            if index < len(self.bounds) and not self._path(*self.bounds[index]).exists():
-                self._compute(*self.bounds[index], work, progress if world.size == 1 else None)
+            turn = self.bounds[first : first + world.size]
+            if world.rank < len(turn) and turn[world.rank] in missing:
+                self._compute(*turn[world.rank], work, progress if world.size == 1 else None)
             raise_if_any_stopped(world)
-            if world.size > 1 and world.is_main and progress.first < self.count:
-                progress.update(self._done())
+            done += sum(missing.get(bounds, 0) for bounds in turn)
+            if done > progress.done:
+                progress.update(done)
 
     def parts(self, name: str) -> Iterator[np.ndarray]:
         """One array, a chunk at a time, in the order of the images.
@@ -78,17 +82,14 @@ class ChunkStore:
             kept.append(values[rows[(rows >= start) & (rows < stop)] - start])
         return np.concatenate(kept)
 
-    def _done(self) -> int:
-        return sum(stop - start for start, stop in self.bounds if self._path(start, stop).exists())
-
     def _compute(
         self, start: int, stop: int, work: Callable[[int, int], dict[str, np.ndarray]], progress: Progress | None
     ) -> None:
         parts = []
         for first in range(start, stop, self.batch_size):
+            if progress is not None and first > start:  # the last batch is done when the chunk is on the disk
+                progress.update(progress.done + self.batch_size)
             parts.append(work(first, min(first + self.batch_size, stop)))
-            if progress is not None:
-                progress.update(progress.done + len(next(iter(parts[-1].values()))))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         path = self._path(start, stop)
         with replacing(path, path.with_name(f"{path.name}.{os.getpid()}.tmp")) as temporary:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from crt import chunks as module
+from crt.chunks import ChunkStore
 from crt.distributed import World
-from crt.evaluation import chunks as module
-from crt.evaluation.chunks import ChunkStore
 from crt.evaluation.grids import spread
 from crt.evaluation.metrics import store_statistics
 from crt.interrupt import Stopped
