@@ -196,6 +196,25 @@ def reported_once(world: World) -> Iterator[None]:
 
 
 @contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """For what one process alone may fail at, such as a full disk, while the others would wait for it.
+
+    All processes must enter. Whoever fails raises what it met; where only others fail, this process ends with the
+    status of theirs, which they report.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, UserError, torch.OutOfMemoryError) as error:
+        failure = error
+    failures = all_reduce(int(failure is not None), world)
+    if failure is not None:
+        raise failure
+    if failures:
+        raise SystemExit(2)
+
+
+@contextmanager
 def gpu_memory(stage: str, remedy: str) -> Iterator[None]:
     """For work whose need of GPU memory the user sets.
 

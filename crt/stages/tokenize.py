@@ -23,6 +23,7 @@ from crt.data.packed import PackedImages
 from crt.distributed import (
     World,
     all_reduce,
+    failing_together,
     gpu_memory,
     join_world,
     raise_if_any_stopped,
@@ -67,37 +68,38 @@ def run(run: StageRun) -> None:
             tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
             images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
             headers = {split: _header(run, images[split], tokenizer) for split in SPLITS}
-        params = run.params.tokenize
-
         counts = {split: np.zeros(tokenizer.codebook_size, np.int64) for split in SPLITS}
         works = [work for work in _own_shards(run, world, images, headers, counts) if not _is_made(run, work)]
-        tasks = [task for work in works for task in _tasks(work)]
-        pixels = _pixels(tasks, tokenizer.image_size, params.batch_size)
         total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)
-        remaining = sum(len(block) * len(work.header.views) for work, block in tasks)
-        progress = Progress("tokenize", total, "images", done=total - all_reduce(remaining, world))
-        with Encoder(tokenizer, params.precision, params.batch_size) as encode:
-            # All processes go round equally often, so that they can agree to leave together.
-            for turn in range(all_reduce(len(tasks), world, dist.ReduceOp.MAX)):
-                failure: Exception | None = None
-                if turn < len(tasks):
-                    try:
-                        for images_done in _make_block(run, *tasks[turn], encode, pixels):
-                            remaining -= images_done
-                            if world.size == 1:
-                                progress.update(total - remaining)
-                    except (OSError, UserError, torch.OutOfMemoryError) as error:  # such as a full disk
-                        failure = error
-                _leave_if_any_failed(world, failure)
-                if world.size > 1:
-                    progress.update(total - all_reduce(remaining, world))
-                raise_if_any_stopped(world)
-
+        _make_shards(run, world, tokenizer, works, total)
         train_counts = sum_over_ranks(torch.from_numpy(counts["train"]).to(world.device)).cpu().numpy()
         if world.is_main:
             for split in SPLITS:
                 write_index(run.staging, run.work / "index.tmp", headers[split], images[split].class_names)
             run.summary.update(_summary(run, train_counts))
+
+
+def _make_shards(run: StageRun, world: World, tokenizer: Tokenizer, works: list[_ShardWork], total: int) -> None:
+    """Make this process's shards, block by block; `total`: images of all processes, finished ones included.
+
+    Raises:
+        Stopped: a signal arrived at any process.
+    """
+    params, tasks = run.params.tokenize, [task for work in works for task in _tasks(work)]
+    pixels = _pixels(tasks, tokenizer.image_size, params.batch_size)
+    remaining = sum(len(block) * len(work.header.views) for work, block in tasks)
+    progress = Progress("tokenize", total, "images", done=total - all_reduce(remaining, world))
+    with Encoder(tokenizer, params.precision, params.batch_size) as encode:
+        # All processes go round equally often, so that they can agree to leave together.
+        for turn in range(all_reduce(len(tasks), world, dist.ReduceOp.MAX)):
+            with failing_together(world):
+                for images_done in _make_block(run, *tasks[turn], encode, pixels) if turn < len(tasks) else ():
+                    remaining -= images_done
+                    if world.size == 1:
+                        progress.update(total - remaining)
+            if world.size > 1:
+                progress.update(total - all_reduce(remaining, world))
+            raise_if_any_stopped(world)
 
 
 def _header(run: StageRun, images: PackedImages, tokenizer: Tokenizer) -> CacheHeader:
@@ -211,12 +213,3 @@ def _summary(run: StageRun, counts: np.ndarray) -> dict[str, object]:
         "code_entropy_bits": use.entropy,
         "bytes_per_token": sum(cache.file_bytes for cache in caches) / tokens,
     }
-
-
-def _leave_if_any_failed(world: World, failure: Exception | None) -> None:
-    """Raise this process's failure; where only others failed, end with the status of theirs, which they report."""
-    if failure is not None:
-        all_reduce(1, world)
-        raise failure
-    if all_reduce(0, world):
-        raise SystemExit(2)
