@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend."""
+"""The exception for mistakes that a user can fix."""
 
 
 class UserError(Exception):

@@ -496,4 +496,4 @@ def _check_heads(width: int, heads: int, divisor: int) -> None:
     if width % heads:
         raise ValueError(f"width {width} is not divisible by heads {heads}")
     if (width // heads) % divisor:
-        raise ValueError(f"width / heads is {width // heads}, which is no multiple of {divisor}: 2D RoPE needs one")
+        raise ValueError(f"width / heads is {width // heads}, which is not a multiple of {divisor}: 2D RoPE needs one")

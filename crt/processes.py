@@ -88,7 +88,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _say(rank: int, processes: int, signum: signal.Signals) -> None:
-    reason = ", most likely for want of memory" if signum == signal.SIGKILL else ""
+    reason = ", most likely out of memory" if signum == signal.SIGKILL else ""
     print(
         f"error: process {rank} of {processes} was ended by {signum.name}{reason}: run the same command again; "
         "finished work is kept",

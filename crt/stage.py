@@ -215,7 +215,7 @@ def check_out(out: Path, read: Mapping[str, str | Path]) -> None:
         read: files and folders that the stage reads, by the option or key that names each.
 
     Raises:
-        UserError: it holds what the stage reads, or files that no stage made; it is no folder, or cannot be replaced.
+        UserError: it holds what the stage reads, or files of no stage; it is not a folder, or cannot be replaced.
     """
     if out.name in ("", ".."):
         raise UserError(f"--out {out}: is replaced as a whole: name a folder for this result alone, such as out/tokens")
@@ -237,7 +237,7 @@ def _check_replaceable(out: Path) -> None:
     """Raises UserError where `out` is neither missing, nor empty, nor a stage's output."""
     if out.is_dir():
         if not is_result(out) and any(name not in _CLUTTER and not name.startswith(".nfs") for name in os.listdir(out)):
-            raise UserError(f"{out}: exists and is no stage's output: choose another folder, or empty it")
+            raise UserError(f"{out}: exists and is not a stage's output: choose another folder, or empty it")
     elif out.exists():
         raise UserError(f"{out}: exists and is a file: choose another folder")
 

@@ -102,13 +102,13 @@ class Scale(Section):
         """Say what an axis looks like to who wrote a list, a single value, or a number as a name."""
         for axis, values in axes.items() if isinstance(axes, dict) else ():
             if not isinstance(axis, str):
-                raise ValueError(f'the name {in_yaml(axis)} is no text: put it into quotes: "{in_yaml(axis)}"')
+                raise ValueError(f'the name {in_yaml(axis)} is not text: put it into quotes: "{in_yaml(axis)}"')
             if not isinstance(values, dict):
                 raise ValueError(f"{axis}: give each value a name and the params that it sets, as in {_AXIS_FORM}")
             for name, overrides in values.items():
                 if not isinstance(name, str):
                     raise ValueError(
-                        f'{axis}: the name {in_yaml(name)} is no text: put it into quotes: "{in_yaml(name)}"'
+                        f'{axis}: the name {in_yaml(name)} is not text: put it into quotes: "{in_yaml(name)}"'
                     )
                 if not isinstance(overrides, dict):
                     raise ValueError(
@@ -222,7 +222,7 @@ def write_params_files(run: StudyRun) -> None:
                     file.write(mark)
                     YAML(typ="safe", pure=True).dump(dict(run.values), file)
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror}): see to its disk or folder") from None
+                raise UserError(f"{path}: cannot be written ({error.strerror}): check its disk or folder") from None
 
 
 def _first_line(path: Path) -> str:
@@ -301,7 +301,7 @@ def _check_figures(place: str, scale: Scale, params: Params) -> None:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}"
-            raise UserError(f"{place}.{key}: {name!r} is no figure of an evaluation with these params: {remedy}")
+            raise UserError(f"{place}.{key}: {name!r} is not a figure of an evaluation with these params: {remedy}")
 
 
 def _make_run(choices: dict[str, str], seed: int, values: dict[str, Any]) -> StudyRun:

@@ -113,7 +113,7 @@ def test_if_one_is_killed_the_others_end_and_it_is_said(training):
     os.kill(children[1], signal.SIGKILL)
     said = parent.communicate(timeout=120)[1]
     assert parent.returncode == 128 + signal.SIGKILL
-    assert "error: process 1 of 2 was ended by SIGKILL, most likely for want of memory" in said
+    assert "error: process 1 of 2 was ended by SIGKILL, most likely out of memory" in said
     assert not any(map(alive, children))
 
 

@@ -301,8 +301,8 @@ def foreign_manifest(out):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (thesis, "exists and is no stage's output: choose another folder, or empty it"),
-        (foreign_manifest, "exists and is no stage's output"),
+        (thesis, "exists and is not a stage's output: choose another folder, or empty it"),
+        (foreign_manifest, "exists and is not a stage's output"),
         (lambda out: out.write_text("years of work"), "exists and is a file: choose another folder"),
     ],
 )

@@ -146,7 +146,7 @@ def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_fi
     page = Path("out/studies/trial-s/index.html").read_text()
     for text in (
         "<h2>validation loss of stage 2 (nats per code) over training FLOPs of stage 2</h2>",
-        "<h2>Compute saved, by validation loss of stage 2 (nats per code)</h2><ul><li>lambda = 0.5: ",
+        "<h2>Compute saved, by validation loss of stage 2 (nats per code)</h2>\n<ul>\n<li>lambda = 0.5: ",
         " less compute than lambda = 0, ",
         "<li>lambda = 0: alpha ",
     ):
@@ -219,22 +219,25 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
             {"scales": {"s": SMALL | {"overrides": {"sample.top_p": 9.0}}}},
             "sample.top_p",
         ),
-        (scale(metrics=["psrn"]), "scales.s.metrics: 'psrn' is no figure of an evaluation with these params: did you"),
+        (
+            scale(metrics=["psrn"]),
+            "scales.s.metrics: 'psrn' is not a figure of an evaluation with these params: did you",
+        ),
         (
             scale(metrics=["gfid"]),
-            "'gfid' is no figure of an evaluation with these params: there are fd_classifier_rec",
+            "'gfid' is not a figure of an evaluation with these params: there are fd_classifier_rec",
         ),
-        (scale(figures=[{"x": "flops", "y": "psnr", "lines": "a"}]), "scales.s.figures.0.x: 'flops' is no figure"),
-        (scale(figures=[{"x": "training_flops", "y": "psrn", "lines": "a"}]), "figures.0.y: 'psrn' is no figure"),
+        (scale(figures=[{"x": "flops", "y": "psnr", "lines": "a"}]), "scales.s.figures.0.x: 'flops' is not a figure"),
+        (scale(figures=[{"x": "training_flops", "y": "psrn", "lines": "a"}]), "figures.0.y: 'psrn' is not a figure"),
         (
             scale(published=[{"cell": {"a": "b"}, "metric": "gfdi", "value": 1.0, "source": "?"}]),
-            "scales.s.published.0.metric: 'gfdi' is no figure of an evaluation with these params: did you mean 'gfid'?",
+            "scales.s.published.0.metric: 'gfdi' is not a figure of an evaluation with these params: did you mean",
         ),
         (scale(axes={"lambda": 0}), "scales.s.axes: lambda: give each value a name and the params that it sets, as in"),
         (scale(axes={"lambda": [0.1, 0.1]}), "scales.s.axes: lambda: give each value a name and the params"),
-        (scale(axes={"a": {0: {"lambda": 0.0}}}), 'scales.s.axes: a: the name 0 is no text: put it into quotes: "0"'),
-        (scale(axes={"a": {None: {}}}), 'a: the name null is no text: put it into quotes: "null"'),
-        (scale(axes={3: {"b": {}}}), 'scales.s.axes: the name 3 is no text: put it into quotes: "3"'),
+        (scale(axes={"a": {0: {"lambda": 0.0}}}), 'scales.s.axes: a: the name 0 is not text: put it into quotes: "0"'),
+        (scale(axes={"a": {None: {}}}), 'a: the name null is not text: put it into quotes: "null"'),
+        (scale(axes={3: {"b": {}}}), 'scales.s.axes: the name 3 is not text: put it into quotes: "3"'),
         (
             scale(axes={"a": {"b": 0.1}}),
             "scales.s.axes: a: b: give the params that it sets, as in {lambda: 1.0}, or {}",
@@ -276,5 +279,5 @@ def test_params_files_that_cannot_be_written_are_one_line(study_file, monkeypatc
     run = study_runs(study_file(), "small")[0]
     monkeypatch.chdir(tmp_path)
     Path("out").touch()
-    with pytest.raises(UserError, match=r"^out/runs/.*yaml: cannot be written [(]Not a directory[)]: see to its disk"):
+    with pytest.raises(UserError, match=r"^out/runs/.*yaml: cannot be written [(]Not a directory[)]: check its disk"):
         write_params_files(run)

@@ -132,7 +132,7 @@ class Generator:
             (B, T) int64 codes in raster order, on the CPU.
 
         Raises:
-            UserError: a label that is no class of the model, or a setting of another type or out of range.
+            UserError: a label that is not a class of the model, or a setting of another type or out of range.
         """
         wanted = self._check_labels(labels)
         settings = DrawSettings(

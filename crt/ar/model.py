@@ -82,7 +82,7 @@ class ARConfig:
         config = read_config(folder, TRANSFORMER, cls)
         if config.width % (4 * config.heads):
             raise UserError(
-                f"{Path(folder) / CONFIG_FILE}: width {config.width} is no multiple of 4 channels for each of "
+                f"{Path(folder) / CONFIG_FILE}: width {config.width} is not a multiple of 4 channels for each of "
                 f"{config.heads} heads: copy or make the {TRANSFORMER.noun} again"
             )
         return config

@@ -54,7 +54,7 @@ def archive_kind(path: Path) -> Kind:
         with tarfile.open(path, "r:"):
             return "tar"
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fix that and run again") from None
     except tarfile.TarError:
         raise UserError(f"{path}: no archive: give a folder, or a .tar, .tar.gz or .zip file") from None
 

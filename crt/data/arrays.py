@@ -119,7 +119,7 @@ def _arrays(folder: Path, files: list[str]) -> Iterator[tuple[str, str, np.ndarr
         except (ValueError, EOFError, BadZipFile, gzip.BadGzipFile, zlib.error):
             raise UserError(f"{where}: damaged, or holds Python objects, which are not read: get it again") from None
         except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror}): mend that and run again") from None
+            raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
 
 
 def _pairs(keys: list[str]) -> Iterator[tuple[str, str | None]]:

@@ -154,7 +154,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if ignored:
         unread = [kind for kind in sorted(ignored) if kind in UNREAD_PICTURES]
         remedy = f"; convert {', '.join(unread)} to PNG or JPEG to have them read" if unread else ""
-        notes.append(f"{where}: files that are no images by their names are ignored: {kinds}{remedy}")
+        notes.append(f"{where}: files without an image's file name are ignored: {kinds}{remedy}")
     return found
 
 
@@ -226,7 +226,7 @@ def check_classes(name: str, classes: Sequence[str], known: Sequence[str]) -> No
     strange = sorted(set(classes) - set(known))
     if strange:
         raise UserError(
-            f"{name}: folder {strange[0]} is no class of this source ({known[0]} to {known[-1]}): "
+            f"{name}: folder {strange[0]} is not a class of this source ({known[0]} to {known[-1]}): "
             "remove it, or set prepare_data.source to imagefolder"
         )
 

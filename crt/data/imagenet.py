@@ -51,10 +51,10 @@ def open_imagenet(folder: Path) -> Source:
     """ImageNet in a folder; see the module's description for what it must hold.
 
     Raises:
-        UserError: something is missing or damaged, and the message says what; or there is a strange class.
+        UserError: something is missing or damaged, and the message says what; or there is an unknown class.
     """
     if not folder.is_dir():
-        state = "is no folder" if folder.exists() else "not found"
+        state = "is not a folder" if folder.exists() else "not found"
         raise UserError(f"{folder}: {state}: set prepare_data.path to the folder that holds {TRAIN_ARCHIVE} or train/")
     if not any((folder / name).exists() for name in (TRAIN_ARCHIVE, "train")) and (folder / _KAGGLE_TREE).is_dir():
         folder /= _KAGGLE_TREE
@@ -141,7 +141,7 @@ def _flat_val(folder: Path, tree: Tree, classes: list[str], notes: list[str]) ->
             wnids[place] = wnids[place] or truth.get(int(number[1]) if number else 0)
             if wnids[place] is None:
                 raise UserError(
-                    f"{tree.name}: {printable(name)} is no validation image that {labels_file} labels "
+                    f"{tree.name}: {printable(name)} is not a validation image that {labels_file} labels "
                     f"(ILSVRC2012_val_00000001.JPEG to {len(truth):08d}): remove it"
                 )
         if len(rows) < len(truth):

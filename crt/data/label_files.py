@@ -103,9 +103,9 @@ def _read(path: Path) -> list[tuple[str, str | None]]:
             image, label = _columns(path, names)
             return [(str(line[image]).strip(), _text(line.get(label))) for line in lines]
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError):
-        raise UserError(f"{path}: cannot be read as a list of images and labels: mend it or get it again") from None
+        raise UserError(f"{path}: cannot be read as a list of images and labels: fix it or get it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fix that and run again") from None
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[str, str]:

@@ -81,7 +81,7 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise Undecodable("a loop of links") from None
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fix that and run again") from None
     if container.layout == "zip":
         return _unzipped(data, int(place["crc"]))
     if container.layout == "tar":

@@ -157,7 +157,7 @@ def _opened(path: Path) -> Iterator[ParquetFile]:
     except OSError as error:
         if error.errno is None:  # pyarrow says so of pages that end early
             raise UserError(f"{where}: damaged or cut short: fetch it again") from None
-        raise UserError(f"{where}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
 
 
 def _common_columns(folder: Path, shards: Sequence[str]) -> _Columns:

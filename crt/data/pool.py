@@ -21,7 +21,7 @@ from crt.errors import UserError
 
 _NO_QUOTA = 2**16
 WORKER_KILLED = (
-    "a worker process was killed, most likely for want of memory: free some and run the same command again; "
+    "a worker process was killed, most likely out of memory: free some and run the same command again; "
     "finished work is kept"
 )
 

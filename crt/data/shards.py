@@ -35,7 +35,7 @@ def list_shards(folder: Path, ending: str, notes: list[str], hint: str = "") -> 
         UserError: there is no such folder, or it holds none.
     """
     if not folder.is_dir():
-        state = "is no folder" if folder.exists() else "not found"
+        state = "is not a folder" if folder.exists() else "not found"
         raise UserError(f"{folder}: {state}: set prepare_data.path to the folder of the {ending} shards")
     files = folder_tree(folder).files
     shards = [name for name in files if name.lower().endswith(ending)]
@@ -47,7 +47,7 @@ def list_shards(folder: Path, ending: str, notes: list[str], hint: str = "") -> 
             f"{folder}: holds no {ending} shards{hint}{held}: give the folder that does{other and f', or {other}'}"
         )
     if kinds:
-        notes.append(f"{folder}: files that are no {ending} shards by their names are ignored: {kinds}")
+        notes.append(f"{folder}: files that are not {ending} shards by their names are ignored: {kinds}")
     return shards
 
 

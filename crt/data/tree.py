@@ -53,7 +53,7 @@ def open_tree(path: Path, key: str, work: Path) -> Tree:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found: set {key} to a folder or archive that exists") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fix that and run again") from None
     if stat.S_ISDIR(state.st_mode):
         return folder_tree(path)
     kind = archive_kind(path)
@@ -126,7 +126,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             return False
-        raise UserError(f"{entry.path}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{entry.path}: cannot be read ({error.strerror}): fix that and run again") from None
 
 
 def _state(entry: os.DirEntry[str]) -> tuple[int, int]:

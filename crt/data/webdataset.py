@@ -96,7 +96,7 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
     try:
         file, other = open(path, "rb"), open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}): mend that and run again") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
     with file, other:
         for member in tar_members(file, 0, os.fstat(file.fileno()).st_size, where):
             interrupt.raise_if_stopped()
@@ -136,7 +136,7 @@ def _read_shard(path: Path, shard: str) -> Iterator[_Sample]:
         for key, member_name in dotted.items():
             if not samples[key].id:
                 raise UserError(
-                    f"{where}: {member_name} is no image of its own, since a key ends at the first dot of a name: "
+                    f"{where}: {member_name} is not an image of its own, since a key ends at the first dot of a name: "
                     f"sample {printable(key)} has none: rename its members, without dots in the key"
                 )
         for key, place in fields.items():
@@ -154,12 +154,12 @@ def _label_in(content: bytes, name: str) -> str | None:
     """The label among the values of a JSON file, if it has one.
 
     Raises:
-        UserError: the file is no JSON, or its label neither integer nor text.
+        UserError: the file is not JSON, or its label neither integer nor text.
     """
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
-        raise UserError(f"{name} is no JSON: fetch the shard again") from None
+        raise UserError(f"{name} is not JSON: fetch the shard again") from None
     values = values if isinstance(values, dict) else {}
     key = next((key for key in LABEL_NAMES if values.get(key) is not None), None)
     if key is None:

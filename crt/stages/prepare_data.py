@@ -258,7 +258,7 @@ def _rejected(
             _write_lines(path, rejected)
             raise UserError(
                 f"{share}, more than prepare_data.max_rejected_fraction {max_fraction:g} allows: "
-                f"{examples}{more}: mend or delete them ({path} lists all), or raise the limit"
+                f"{examples}{more}: fix or delete them ({path} lists all), or raise the limit"
             )
         logger.warning("prepare_data: %s and are left out: %s%s", share, examples, more)
     return rejected

@@ -49,7 +49,7 @@ def run(run: StageRun) -> None:
     """Draw `sample.num_images` images.
 
     Raises:
-        UserError: the model's codes are not the tokenizer's, a label is no class of the model, or too little GPU
+        UserError: the model's codes are not the tokenizer's, a label is not a class of the model, or too little GPU
             memory.
         Stopped: a signal arrived at any process; finished chunks and files are kept.
     """
@@ -118,7 +118,9 @@ def check_labels(params: Sample, config: ARConfig) -> None:
     """
     wrong = [label for label in params.labels or [] if label >= config.num_classes]
     if wrong:
-        raise UserError(f"sample.labels: {wrong[0]} is no class: the model has classes 0 to {config.num_classes - 1}")
+        raise UserError(
+            f"sample.labels: {wrong[0]} is not a class: the model has classes 0 to {config.num_classes - 1}"
+        )
 
 
 def check_same_codes(config: ARConfig, tokenizer: Tokenizer, tokenizer_content: str | None) -> None:

@@ -206,7 +206,7 @@ def check_same_step(step: int, path: Path, world: World) -> None:
     if of_main != step:
         raise LocalError(
             f"{path}: process {world.rank} finds the state after {step} steps there, the first one that after "
-            f"{of_main}: see to the shared file system, or wait a minute, and run the same command again"
+            f"{of_main}: check the shared file system, or wait a minute, and run the same command again"
         )
 
 

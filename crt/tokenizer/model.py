@@ -190,7 +190,7 @@ class Tokenizer(
         if images.numel():
             low, high = torch.stack(images.aminmax()).tolist()
             if math.isnan(low):
-                raise ValueError("images contain NaN: expected floats in [-1, 1]: leave out or mend what is not finite")
+                raise ValueError("images contain NaN: expected floats in [-1, 1]: leave out or fix what is not finite")
             if max(-low, high) > _FARTHEST:
                 raise ValueError(
                     f"images reach from {low:.4g} to {high:.4g}: expected floats in [-1, 1]: use "

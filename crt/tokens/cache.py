@@ -169,4 +169,4 @@ def locate_splits(path: Path) -> tuple[Path, list[str]]:
     elif path.stem in SPLITS and path.suffix == ".h5":
         return path.parent, [path.stem]
     wanted = " or ".join(f"{split}.h5" for split in SPLITS)
-    raise UserError(f"{path}: is no token cache: give the tokenize stage's output folder, or {wanted} in it")
+    raise UserError(f"{path}: is not a token cache: give the tokenize stage's output folder, or {wanted} in it")

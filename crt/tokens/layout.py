@@ -366,7 +366,7 @@ def _create_virtual(file: h5py.File, name: str, header: CacheHeader, kind: np.dt
 def _read_facts(file: h5py.File, path: Path) -> tuple[dict[str, Any], str]:
     """Attributes of a cache's file as plain values, and the digest, after the first checks."""
     if _plain(file.attrs.get("format")) != FORMAT:
-        raise UserError(f"{path}: is no token cache: give the output of the tokenize stage")
+        raise UserError(f"{path}: is not a token cache: give the output of the tokenize stage")
     schema = int(file.attrs["schema"])
     if schema != SCHEMA:
         raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: {_remedy(path.parent)}")

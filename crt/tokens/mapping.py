@@ -43,7 +43,7 @@ def map_end_to_end(parts: Sequence[tuple[Path, int, int]]) -> np.ndarray:
     system_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     for path, offset, length in parts:
         if offset % mmap.PAGESIZE or place % mmap.PAGESIZE:
-            raise ValueError(f"{path}: offset {offset} is no multiple of the page size {mmap.PAGESIZE}")
+            raise ValueError(f"{path}: offset {offset} is not a multiple of the page size {mmap.PAGESIZE}")
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:

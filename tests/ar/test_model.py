@@ -231,7 +231,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path) -> None:
         ({"layers": 0}, "key 'layers' is 0"),
         ({"grid": [4]}, "key 'grid' is \\[4\\]"),
         ({"class_names": "abcde"}, "key 'class_names' is 'abcde'"),
-        ({"heads": 3}, "width 32 is no multiple of 4 channels for each of 3 heads"),
+        ({"heads": 3}, "width 32 is not a multiple of 4 channels for each of 3 heads"),
     ],
 )
 def test_a_config_that_is_no_models_is_refused(tmp_path, changes, message) -> None:

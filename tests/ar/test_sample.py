@@ -196,7 +196,7 @@ def test_kills_at_random_moments_leave_no_trace(sample_run: Make, tmp_path: Path
 
 def test_a_label_that_is_no_class_is_refused(sample_run: Make, capsys: pytest.CaptureFixture) -> None:
     assert main(sample_run(sample__labels=[0, 7])) == 2
-    assert "sample.labels: 7 is no class" in last_line(capsys)
+    assert "sample.labels: 7 is not a class" in last_line(capsys)
 
 
 def test_a_model_of_another_tokenizer_is_refused(

@@ -73,7 +73,7 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
         ("a.csv", "filename,label\ntwin,cat\n", "twin may be train/twin.png, twin.png: write its path from"),
         ("a.csv", "", "columns are : the first line must name them"),
         ("a.jsonl", '{"file_name": "000.png", "label": ["cat"]}', "cannot be read as a list of images and labels"),
-        ("a.jsonl", '{"file_name"', "cannot be read as a list of images and labels: mend it or get it again"),
+        ("a.jsonl", '{"file_name"', "cannot be read as a list of images and labels: fix it or get it again"),
         ("dataset.json", '{"splits": []}', "cannot be read as a list of images and labels"),
         ("dataset.json", '{"labels": [["train/000.png", [0.5, 1]]]}', "cannot be read as a list of images and labels"),
     ],

@@ -158,7 +158,7 @@ def test_a_killed_worker_is_reported_wherever_it_is_noticed(encoded, monkeypatch
         if noticed == "by the next batch":
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
-        with pytest.raises(UserError, match="a worker process was killed, most likely for want of memory: free some"):
+        with pytest.raises(UserError, match="a worker process was killed, most likely out of memory: free some"):
             os.kill(int(min(workers)), signal.SIGKILL)
             if noticed == "at once":
                 time.sleep(20)

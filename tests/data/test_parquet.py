@@ -117,7 +117,7 @@ def test_files_of_other_endings_are_noted(prepare, make, tmp_path, capfd):
         make.write(tmp_path / "f" / name, b"x")
     status, out = prepare(path=tmp_path / "f", **FILES)
     assert status == 0 and len(found_in(out, "train") | found_in(out, "val")) == 10
-    told = "files that are no .parquet shards by their names are ignored: 1 .arrow, 1 .parquet.gz"
+    told = "files that are not .parquet shards by their names are ignored: 1 .arrow, 1 .parquet.gz"
     assert told in capfd.readouterr().err
 
 

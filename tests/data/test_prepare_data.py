@@ -271,7 +271,7 @@ def test_too_many_of_them_stop_the_stage(refused, make, tmp_path):
     message = refused(path=damaged(make, tmp_path / "images"), max_rejected_fraction=0.1)
     assert "4 of 24 files (16.7%) cannot be decoded, more than prepare_data.max_rejected_fraction 0.1" in message
     assert "a/cut.jpg" in message and "a/empty.jpg (empty file)" in message and "..." in message
-    found = re.search(r"mend or delete them \((.*) lists all\), or raise the limit$", message)
+    found = re.search(r"fix or delete them \((.*) lists all\), or raise the limit$", message)
     names = ["a/cut.jpg", "a/empty.jpg", "b/text.png", "b/thin.png"]
     assert [record["source_id"] for record in make.lines(Path(found[1]))] == names
 

@@ -212,7 +212,7 @@ def test_kaggles_labels_may_lie_beside_the_images_or_be_damaged(prepare, refused
         assert "LOC_val_solution.csv" in refused(path=folder, **IMAGENET), damaged
     labels.write_text(text.replace(KAGGLE_LINES[1] + "\n", ""))
     message = refused(path=folder, **IMAGENET)
-    assert "val/ILSVRC2012_val_00000001.JPEG is no validation image that" in message and str(labels) in message
+    assert "val/ILSVRC2012_val_00000001.JPEG is not a validation image that" in message and str(labels) in message
 
 
 def test_imagenet_from_the_hub_is_labelled_by_names(prepare, refused, make, tmp_path):
@@ -250,7 +250,7 @@ def test_imagenet_archives_cut_short_are_refused(refused, make, tmp_path, name):
 def test_a_folder_that_is_no_synset_is_refused_for_imagenet(refused, make, tmp_path):
     folder = extracted(tmp_path / "imagenet", make, flat_val=False)
     make.write(folder / "train" / "cats" / "1.JPEG", val_image(make, 1))
-    assert "folder cats is no class of this source" in refused(path=folder, **IMAGENET)
+    assert "folder cats is not a class of this source" in refused(path=folder, **IMAGENET)
 
 
 def test_a_validation_class_without_training_images_is_refused(refused, make, tmp_path):
@@ -261,7 +261,7 @@ def test_a_validation_class_without_training_images_is_refused(refused, make, tm
 
 def test_a_path_that_is_no_folder_is_refused_for_imagenet(refused, make, tmp_path):
     assert "not found" in refused(path=tmp_path / "gone", **IMAGENET)
-    assert "is no folder" in refused(path=make.write(tmp_path / "file.tar", b"x"), **IMAGENET)
+    assert "is not a folder" in refused(path=make.write(tmp_path / "file.tar", b"x"), **IMAGENET)
 
 
 def test_a_damaged_devkit_is_refused(refused, make, tmp_path):
@@ -326,7 +326,7 @@ def test_cifar10_refuses_pickles_and_torn_batches(refused, make, tmp_path):
 
 def test_cifar10_refuses_other_classes(refused, make, tmp_path):
     make.class_folders(tmp_path / "images", {"cat": 3, "cow": 3})
-    assert "folder cow is no class" in refused(source="cifar10", path=tmp_path / "images")
+    assert "folder cow is not a class" in refused(source="cifar10", path=tmp_path / "images")
 
 
 def test_cifar10_without_a_network_says_what_to_do(refused, monkeypatch):
@@ -622,4 +622,4 @@ def test_an_image_of_strange_name_is_told_of_in_one_line(refused, make, tmp_path
     folder = kaggle(tmp_path / "kaggle", make)
     (folder / "LOC_val_solution.csv").write_text("\n".join(lines), encoding="utf-8")  # as a spreadsheet saves it
     make.write(folder / "ILSVRC" / "Data" / "CLS-LOC" / "val" / "a\nb.JPEG", val_image(make, 90))
-    assert "val/a\\nb.JPEG is no validation image that" in refused(path=folder, **IMAGENET)
+    assert "val/a\\nb.JPEG is not a validation image that" in refused(path=folder, **IMAGENET)

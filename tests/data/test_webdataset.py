@@ -113,9 +113,9 @@ def test_wordnet_ids_are_named(prepare, make, tmp_path):
         (lambda make: sample(make, 1) | {"00001.json": b'{"labels": true}'}, "labels is true: "),
         (lambda make: sample(make, 1, 0) | {"00001.png": b"x"}, "sample 00001 has two images"),
         (lambda make: sample(make, 1) | {"00001.cls": b" "}, "00001.cls is empty"),
-        (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is no JSON"),
+        (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is not JSON"),
         (lambda make: {"00001.txt": b"words"}, "the shards hold no images"),
-        (lambda make: sample(make, 1) | {"00001.json": b"[" * 100_000}, "00001.json is no JSON"),
+        (lambda make: sample(make, 1) | {"00001.json": b"[" * 100_000}, "00001.json is not JSON"),
         (lambda make: {"a\nb.jpg": b"x", "a\nb.cls": b""}, "a\\nb.cls is empty"),
         (lambda make: {"a\nb.jpg": b"x", "a\nb.png": b"x"}, "sample a\\nb has two images"),
     ],
@@ -222,7 +222,7 @@ def test_keys_with_dots_are_refused(refused, make, tmp_path, plain):
     members = {f"{number:05d}.jpg": image(make, number) for number in range(plain)}
     members |= {"photos.d/i.v1.JPG": image(make, 10), "photos.d/i.v2.JPG": image(make, 11)}
     message = refused(path=write_shard(tmp_path / "s/0.tar", members).parent, **SHARDS)
-    assert "photos.d/i.v2.JPG is no image of its own, since a key ends at the first dot" in message
+    assert "photos.d/i.v2.JPG is not an image of its own, since a key ends at the first dot" in message
     assert "sample photos.d/i has none: rename its members, without dots in the key" in message
 
 
@@ -242,7 +242,7 @@ def test_shards_of_other_endings_are_noted(prepare, refused, make, tmp_path, cap
     status, out = prepare(path=folder, val_fraction=0.5, **SHARDS)
     assert status == 0 and len(PackedImages(out, "train")) == len(PackedImages(out, "val")) == 2
     kinds = "1 .json, 2 .tar.gz, 1 .tgz, 1 no extension"
-    assert f"files that are no .tar shards by their names are ignored: {kinds}" in capfd.readouterr().err
+    assert f"files that are not .tar shards by their names are ignored: {kinds}" in capfd.readouterr().err
     for name in ("0.tar", "1.TAR"):
         (folder / name).unlink()
     shutil.rmtree(out)

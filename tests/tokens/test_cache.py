@@ -177,5 +177,5 @@ def test_places_of_splits(written, tmp_path):
     assert locate_splits(folder / "train.h5") == (folder, ["train"])
     with pytest.raises(UserError, match=r"train\.h5 or val\.h5"):
         locate_splits(tmp_path)
-    with pytest.raises(UserError, match="is no token cache"):
+    with pytest.raises(UserError, match="is not a token cache"):
         locate_splits(folder / "train-00000-of-00003.h5")

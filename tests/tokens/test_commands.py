@@ -133,7 +133,7 @@ def test_verify_finds_damage_between_the_blocks(tokens, tmp_path, capsys):
 def test_commands_refuse_other_folders(tmp_path, capsys):
     for name in ("verify", "inspect"):
         assert command(name, tmp_path) == 2
-        assert ["is no token cache" in line for line in errors(capsys)] == [True]
+        assert ["is not a token cache" in line for line in errors(capsys)] == [True]
 
 
 # Import
@@ -274,7 +274,7 @@ def test_wrong_descriptions_are_refused(peer, tmp_path, capsys, options, message
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("mydata", "mydata: exists and is no stage's output: choose another folder, or empty it"),
+        ("mydata", "mydata: exists and is not a stage's output: choose another folder, or empty it"),
         ("peer1", "peer1: would be replaced, but is or holds {tmp}/peer1 (folder 2): choose another folder"),
         ("", ": would be replaced, but is or holds {tmp}/peer0 (folder 1)"),
     ],

@@ -188,7 +188,7 @@ def test_shards_that_changed_places(copy):
     [
         ("complete", False, "incomplete"),
         ("schema", 99, "has schema 99, this version reads 1"),
-        ("format", "other", "is no token cache"),
+        ("format", "other", "is not a token cache"),
         ("rows", 4695, "digest disagrees"),
         ("codebook_size", 65, "digest disagrees"),
     ],
