@@ -364,10 +364,11 @@ def test_a_damaged_checkpoint_is_named(runs, monkeypatch, capsys):
     assert f"{checkpoint}: damaged" in capsys.readouterr().err
 
 
-def test_missing_lpips_stops_before_training(runs, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    runs.train("run", status=2, loss__lpips_weight=1.0)
-    assert "python -m pip install lpips" in capsys.readouterr().err
+def test_unusable_lpips_weights_stop_before_training(runs, tmp_path, capsys):
+    runs.train("run", status=2, loss__lpips_weight=1.0, loss__lpips_weights=str(tmp_path / "absent.pth"))
+    error = capsys.readouterr().err
+    assert "absent.pth: no weights of LPIPS" in error and "steps/s" not in error
+    assert "or set train_tokenizer.loss.lpips_weights to null" in error
 
 
 @pytest.mark.parametrize(("kind", "context"), [("l2", "latents"), ("l2", "codes"), ("larp", "codes")])
