@@ -40,7 +40,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -71,7 +70,7 @@ def join_world() -> Iterator[World]:
         timeout = timedelta(minutes=_COLLECTIVE_MINUTES)
         dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, local_rank, device)
+        yield World(rank, size, device)
         if started:
             dist.barrier()
     finally:

@@ -18,7 +18,7 @@ from crt.evaluation.metrics import store_statistics
 from crt.interrupt import Stopped
 from crt.progress import logger, start_logging
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 VALUES = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
 
 
@@ -110,7 +110,7 @@ def _fill_as_rank(rank: int, folder: str) -> None:
             file.write(f"{start} {stop}\n")
         return work(start, stop)
 
-    store.fill("test", logged, World(rank, 2, rank, torch.device("cpu")))
+    store.fill("test", logged, World(rank, 2, torch.device("cpu")))
     dist.barrier()
     dist.destroy_process_group()
 

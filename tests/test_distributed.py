@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_one_process_alone_meets_it_reports_itself(rank):
-    world = World(rank, 2, rank, torch.device("cpu"))
+    world = World(rank, 2, torch.device("cpu"))
     with pytest.raises(LocalError), reported_once(world):
         raise LocalError("a damaged image")
     with pytest.raises(SystemExit if rank else UserError), reported_once(world):

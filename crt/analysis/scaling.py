@@ -35,10 +35,8 @@ class ScalingFit:
     loss_min: float
     alpha: float
     lambda_0: float
-    loss_min_interval: tuple[float, float]
     alpha_interval: tuple[float, float]
     compute_range: tuple[float, float]
-    rms_residual: float
     undetermined: str | None
     """Why the fit must not be used outside its points; None if it may be."""
 
@@ -88,17 +86,14 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
     for _ in range(resamples):
         rows = generator.integers(0, c.size, c.size)
         if np.unique(c[rows]).size >= 3:
-            draws.append(_fit(c[rows], y[rows])[:2])
-    samples = np.array(draws) if draws else np.array([[loss_min, alpha]])
-    (min_low, alpha_low), (min_high, alpha_high) = np.percentile(samples, [2.5, 97.5], axis=0)
+            draws.append(_fit(c[rows], y[rows])[1])
+    alpha_low, alpha_high = np.percentile(draws or [alpha], [2.5, 97.5])
     return ScalingFit(
         loss_min=loss_min,
         alpha=alpha,
         lambda_0=lambda_0,
-        loss_min_interval=(float(min_low), float(min_high)),
         alpha_interval=(float(alpha_low), float(alpha_high)),
         compute_range=(float(c.min()), float(c.max())),
-        rms_residual=rms,
         undetermined=_why_undetermined(c, alpha, (float(alpha_low), float(alpha_high))),
     )
 

@@ -153,5 +153,5 @@ def _features(network: FeatureNetwork, source: ImageSource, shared: Path, batch_
         return network.arrays(source.read(start, stop))
 
     with exclusively(path):
-        store.fill(source.name, work, World(0, 1, 0, network.device))
+        store.fill(source.name, work, World(0, 1, network.device))
     return store

@@ -50,7 +50,7 @@ def training_batches(
         images: the split to draw from.
         image_size: side S of the crops.
         batch_size: over all processes.
-        min_crop: see `crt.data.transforms.random_crop`.
+        min_crop: see `crt.data.transforms.crop_at`.
         horizontal_flip: mirror half of the images.
         seed: the run's seed.
         first_step: steps that are done already; any step starts equally fast.

@@ -47,30 +47,18 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return resized[top : top + size, left : left + size]
 
 
-def random_crop(image: np.ndarray, size: int, min_crop: float, flip: bool, rng: np.random.Generator) -> np.ndarray:
-    """Random resized crop as ADM and LlamaGen train on; see `crop_at`.
+def crop_at(image: np.ndarray, size: int, min_crop: float, flip: bool, draws: np.ndarray) -> np.ndarray:
+    """Random resized crop as ADM and LlamaGen train on, for four uniform draws: scale, row, column, mirror.
+
+    The shorter side becomes one of the integers from `size` to ceil(size / min_crop), all equally
+    likely; the window's place is uniform too.
 
     Args:
         image: (H, W, 3) uint8.
         size: side of the crop.
         min_crop: smallest share of the shorter side that a crop may cover, in (0, 1].
         flip: mirror left and right with probability one half.
-        rng: source of the four uniform draws.
-
-    Returns:
-        (size, size, 3) uint8.
-    """
-    return crop_at(image, size, min_crop, flip, rng.random(4))
-
-
-def crop_at(image: np.ndarray, size: int, min_crop: float, flip: bool, draws: np.ndarray) -> np.ndarray:
-    """The crop that four uniform draws stand for: scale, row, column, mirror.
-
-    The shorter side becomes one of the integers from `size` to ceil(size / min_crop), all equally
-    likely; the window's place is uniform too.
-
-    Args:
-        draws: (4,) in [0, 1). The other arguments are those of `random_crop`.
+        draws: (4,) in [0, 1).
 
     Returns:
         (size, size, 3) uint8.

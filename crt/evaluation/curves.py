@@ -43,20 +43,18 @@ _TITLES = {
 }
 
 
-def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
-    """Draw what training runs recorded, one panel per figure, training and validation together.
+def plot_losses(title: str, folder: Path, path: str | Path) -> None:
+    """Draw what a training run recorded, one panel per figure, training and validation together.
 
     Args:
-        folders: outputs of training stages by the title to give them; each may hold `train.csv` and
-            `validation.csv` (figures by step) and `loss_per_position.csv` (by place in the raster).
-        path: the PNG to write.
-
-    Returns:
-        Whether there was anything to draw.
+        title: of the network.
+        folder: output of the stage: `train.csv` and `validation.csv` (figures by step), and of stage 2
+            `loss_per_position.csv` (by place in the raster).
+        path: the PNG to write; none is where nothing was recorded.
     """
-    panels = [panel for title, folder in folders.items() for panel in _panels(title, folder)]
+    panels = _panels(title, folder)
     if not panels:
-        return False
+        return
     columns = min(_COLUMNS, len(panels))
     figure, axes = _figure(columns, -(-len(panels) // columns))
     for axis, panel in zip(axes, panels, strict=False):
@@ -73,7 +71,6 @@ def plot_losses(folders: Mapping[str, Path], path: str | Path) -> bool:
             _logarithmic(axis)
         axis.legend()
     _save(figure, path)
-    return True
 
 
 def plot_code_usage(counts: np.ndarray, path: str | Path) -> None:

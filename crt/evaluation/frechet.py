@@ -61,10 +61,6 @@ class GaussianStatistics:
         self._scatter = np.zeros((dimension, dimension))
 
     @property
-    def dimension(self) -> int:
-        return len(self.mean)
-
-    @property
     def covariance(self) -> np.ndarray:
         """(D, D), with divisor N - 1 as in `numpy.cov`; needs two images at least."""
         if self.count < 2:
@@ -74,19 +70,11 @@ class GaussianStatistics:
     def update(self, features: np.ndarray) -> None:
         """Add a batch of features (B, D) of any float type."""
         features = np.asarray(features, np.float64)
-        mean = features.mean(axis=0)
+        mean, count = features.mean(axis=0), len(features)
         centred = features - mean
-        self._combine(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: GaussianStatistics) -> None:
-        """Add all that `other` has seen."""
-        if other.count:
-            self._combine(other.count, other.mean, other._scatter)
-
-    def _combine(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         total = self.count + count
         shift = mean - self.mean
-        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+        self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
 

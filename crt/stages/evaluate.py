@@ -289,4 +289,4 @@ def _draw(run: StageRun, networks: Networks, sources: Sources, counts: np.ndarra
     save_png(reconstruction_grid(originals, networks.reconstruct(originals)), run.staging / "reconstructions.png")
     plot_code_usage(counts, run.staging / "code_usage.png")
     for title, key in (("tokenizer", "tokenizer"), ("transformer", "ar")):
-        plot_losses({title: run.inputs[key]}, run.staging / f"curves_{title}.png")
+        plot_losses(title, run.inputs[key], run.staging / f"curves_{title}.png")

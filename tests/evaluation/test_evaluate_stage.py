@@ -520,7 +520,7 @@ def test_larger_images_are_measured_at_the_side_of_published_references(imagenet
     networks = Networks(tokenizer, "content", torch.device("cpu"), classifier, inception, None)
     source = SplitSource(tmp_path / "data", "val", 64, "content")
     samples = SampleSource(tmp_path / "samples", "content")
-    world = World(0, 1, 0, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     passes = measure(
         tmp_path / "w", tmp_path / "s", 4, world, networks=networks, sources=Sources(source, samples, source)
     )

@@ -91,7 +91,7 @@ def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
         train.append(step, {"loss": 1 / step, "learning_rate": 0.1})
     validation.append(10, {"loss": 0.2, "psnr": float("nan")})
     for name in ("a.png", "b.png"):
-        assert plot_losses({"tokenizer": folder, "transformer": tmp_path / "absent"}, tmp_path / name)
+        plot_losses("tokenizer", folder, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 10
@@ -101,7 +101,7 @@ def test_curves_show_training_and_validation_and_repeat_bit_for_bit(tmp_path):
     by_place = _panels("transformer", folder)[-1]
     assert by_place.series["validation"][0].tolist() == [0, 1] and by_place.x_name.endswith("from 0")
     assert [panel.unit for panel in _panels("transformer", folder)] == ["nats per code", "nats per code"]
-    assert not plot_losses({"tokenizer": tmp_path / "absent"}, tmp_path / "none.png")
+    plot_losses("tokenizer", tmp_path / "absent", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -146,7 +146,7 @@ def test_shares_have_an_axis_of_0_to_1(tmp_path, monkeypatch):
     usage = History(tmp_path / "train.csv", ["code_usage"])
     for step, share in enumerate((1.0, 0.5), 1):
         usage.append(step, {"code_usage": share})
-    plot_losses({"tokenizer": tmp_path}, tmp_path / "usage.png")
+    plot_losses("tokenizer", tmp_path, tmp_path / "usage.png")
     shares = axes["tokenizer: share of codes in use"]
     assert shares.get_ylim() == (0, 1)
     assert not shares.lines[0].get_clip_on()  # a marker on the edge is drawn whole

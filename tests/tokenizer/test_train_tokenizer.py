@@ -63,7 +63,7 @@ def same_files(a, b) -> bool:
 
 def test_a_process_that_finds_another_state_than_the_first_one_does_not_train_on(monkeypatch, tmp_path):
     """As on NFS, where a node may not see for a while what another one wrote."""
-    second = World(1, 2, 1, torch.device("cpu"))
+    second = World(1, 2, torch.device("cpu"))
     monkeypatch.setattr(train_tokenizer, "said_by_main", lambda step, world: 1000)
     train_tokenizer.check_same_step(1000, tmp_path, second)
     with pytest.raises(LocalError, match=r"process 1 .* 0 steps there, the first one that after 1000"):
