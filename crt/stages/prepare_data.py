@@ -5,42 +5,33 @@ lists: `rejected.jsonl`, files that could not be decoded and why, and `duplicate
 left out because validation has them too. Cost: every image is decoded twice (see `crt.data.store`), on all
 CPUs that the process may use.
 
-A first pass checks all images; its results lie under `run.work`, a file per chunk. Then everything about
-the data set is known, and a second pass writes shards, each of which is kept as soon as it is whole. A
-killed run continues behind the last chunk or shard, and ends with the same bytes.
+A first pass checks all images. Then everything about the data set is known, and a second pass writes shards (see
+`crt.data.packing`). A killed run continues behind the last chunk or shard, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from crt import interrupt
-from crt.data.listing import Container, Listing, printable
-from crt.data.packed import INDEX, SCHEMA, SPLITS, create_shard
-from crt.data.pool import available_cpus, ordered_map
+from crt.data.listing import Listing, printable
+from crt.data.packed import INDEX, SCHEMA, SPLITS
+from crt.data.packing import PackedSplit, Shard, check_split, pack_shards, plan_shards
 from crt.data.source import Source
 from crt.data.sources import open_source
 from crt.data.splits import has_class_to_split, shared_with, split_by_content
-from crt.data.store import Checked, Chunk, Form, SourceChanged, check_images, write_images
+from crt.data.store import Checked, Form, SourceChanged
 from crt.errors import UserError
-from crt.files import flush, replacing, sha256_file, write_json
+from crt.files import write_json
 from crt.launch import environment_rank
 from crt.params import PrepareData
-from crt.progress import Progress, logger
+from crt.progress import logger
 from crt.stage import StageRun
 
-CHUNK_IMAGES = 256
 REJECTED = "rejected.jsonl"
 MIN_VAL_IMAGES = 2  # of which evaluation takes a covariance
 # Shares that a message proposes.
@@ -67,16 +58,16 @@ def run(run: StageRun) -> None:
         )
     splits = {name: _first_per_class(source, name, params) for name in source.splits}
     form = Form(params.storage, params.image_size, params.resize_filter)
-    checked = {name: _check(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
+    checked = {name: check_split(listing, source.containers, form, run.work, name) for name, listing in splits.items()}
     rejected = _rejected(splits, checked, params.max_rejected_fraction, run.work)
     kept = {name: _accepted(splits[name], checked[name]) for name in splits}
     packed, duplicates = _split(kept, params)
     _refuse_small_splits(source, kept, packed, params)
     _note_lost_classes(source, kept, packed, run.target)
-    shards = _plan(packed, params.images_per_shard)
+    shards = plan_shards(packed, params.images_per_shard)
     _drop_unexpected(run.staging, {shard.name for shard in shards})
     try:
-        _pack(shards, source.containers, form, run)
+        pack_shards(shards, source.containers, form, run.work, run.staging)
     except SourceChanged:
         shutil.rmtree(run.work / "checked", ignore_errors=True)
         raise
@@ -94,37 +85,6 @@ def run(run: StageRun) -> None:
     logger.info("prepare_data: %s", counts)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """The images of one split as they go into shards."""
-
-    listing: Listing
-    digests: np.ndarray
-    payload_bytes: np.ndarray
-    checksums: np.ndarray
-
-    def select(self, rows: np.ndarray) -> _Packed:
-        return _Packed(self.listing.select(rows), self.digests[rows], self.payload_bytes[rows], self.checksums[rows])
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One file to write."""
-
-    name: str
-    split: str
-    content: _Packed
-
-    def fingerprint(self, form: Form) -> str:
-        """Of everything that its bytes depend on."""
-        parts = [repr((self.split, form)), "\0".join(self.content.listing.ids)]
-        arrays = [self.content.listing.labels, self.content.digests, self.content.checksums]
-        digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape"))
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-
 def _first_per_class(source: Source, split: str, params: PrepareData) -> Listing:
     """The candidates of one split; where images are yet to be split, the limit per class applies after that."""
     listing = source.splits[split]
@@ -137,102 +97,6 @@ def _first_rows(labels: np.ndarray, limit: int) -> np.ndarray:
     """Rows of the first `limit` of each class; `labels` is sorted."""
     starts = np.searchsorted(labels, labels, side="left")
     return np.flatnonzero(np.arange(len(labels)) - starts < limit)
-
-
-def _check(listing: Listing, containers: list[Container], form: Form, work: Path, name: str) -> Checked:
-    """First pass over one split; faultless chunks that an earlier, stopped run checked are read back."""
-    folder = work / "checked"
-    folder.mkdir(exist_ok=True)
-    total = len(listing)
-    digests, payload_bytes = np.zeros((total, 32), np.uint8), np.zeros(total, np.int64)
-    checksums, reasons = np.zeros(total, np.uint32), dict[int, str]()
-    starts = range(0, total, CHUNK_IMAGES)
-    chunks = [(start, listing.select(np.arange(start, min(start + CHUNK_IMAGES, total)))) for start in starts]
-    files = [folder / f"{name}-{_chunk_key(chunk, form)}.npz" for _, chunk in chunks]
-
-    def keep(start: int, result: Checked) -> None:
-        end = start + len(result.digests)
-        digests[start:end], payload_bytes[start:end] = result.digests, result.payload_bytes
-        checksums[start:end] = result.checksums
-        reasons.update({start + row: reason for row, reason in result.reasons.items()})
-
-    missing = []
-    for (start, chunk), path in zip(chunks, files, strict=True):
-        known = _read_checked(path)
-        if known is None:
-            missing.append((start, chunk, path))
-        else:
-            keep(start, known)
-    done = total - sum(len(chunk) for _, chunk, _ in missing)
-    label = "checking images" if name == "all" else f"checking {name} images"
-    progress = Progress(label, total, "images", done)
-    tasks = (Chunk(containers, chunk.ids, chunk.places, form) for _, chunk, _ in missing)
-    with closing(ordered_map(check_images, tasks, _num_workers(len(missing)))) as results:
-        for (start, chunk, path), result in zip(missing, results, strict=True):
-            if not result.reasons:  # a file that the user mends must be looked at again
-                _write_checked(path, result)
-            keep(start, result)
-            done += len(chunk)
-            progress.update(done)
-            interrupt.raise_if_stopped()
-    return Checked(digests, payload_bytes, checksums, reasons)
-
-
-def _pack(shards: list[_Shard], containers: list[Container], form: Form, run: StageRun) -> None:
-    """Second pass: write the shards that are not there yet."""
-    records = run.work / "finished"
-    records.mkdir(exist_ok=True)
-    missing = [shard for shard in shards if not _is_finished(shard, form, run.staging, records)]
-    total = sum(len(shard.content.listing) for shard in shards)
-    done = total - sum(len(shard.content.listing) for shard in missing)
-    progress = Progress("packing", total, "images", done)
-    owners: list[tuple[_Shard, bool]] = []  # of each task given out: its shard, and whether it is the shard's last
-
-    def tasks() -> Iterator[tuple[Chunk, np.ndarray, np.ndarray, Path]]:
-        for shard in missing:
-            content, path = shard.content, run.work / (shard.name + ".part")
-            offsets = create_shard(
-                path,
-                split=shard.split,
-                storage=form.storage,
-                image_size=form.image_size,
-                labels=content.listing.labels,
-                source_ids=content.listing.ids,
-                digests=content.digests,
-                payload_bytes=content.payload_bytes,
-            )
-            for start in range(0, len(offsets), CHUNK_IMAGES):
-                rows = np.arange(start, min(start + CHUNK_IMAGES, len(offsets)))
-                part = content.listing.select(rows)
-                owners.append((shard, rows[-1] == len(offsets) - 1))
-                yield Chunk(containers, part.ids, part.places, form), content.checksums[rows], offsets[rows], path
-
-    num_chunks = sum(-(-len(shard.content.listing) // CHUNK_IMAGES) for shard in missing)
-    with closing(ordered_map(write_images, tasks(), _num_workers(num_chunks))) as results:
-        for count, (shard, is_last) in zip(results, owners, strict=False):  # owners grows as tasks are given out
-            done += count
-            progress.update(done)
-            if is_last:
-                _finish(shard, form, run, records)
-            interrupt.raise_if_stopped()
-
-
-def _finish(shard: _Shard, form: Form, run: StageRun, records: Path) -> None:
-    """Give a whole shard its final name, and record what it must look like."""
-    part = run.work / (shard.name + ".part")
-    flush(part)
-    record = {"fingerprint": shard.fingerprint(form), "sha256": sha256_file(part)}
-    os.replace(part, run.staging / shard.name)
-    write_json(records / f"{shard.name}.json", record)
-
-
-def _is_finished(shard: _Shard, form: Form, staging: Path, records: Path) -> bool:
-    """Whether an earlier run finished this shard and it still is as it was."""
-    try:
-        record = json.loads((records / f"{shard.name}.json").read_text())
-        return record == {"fingerprint": shard.fingerprint(form), "sha256": sha256_file(staging / shard.name)}
-    except (OSError, ValueError):
-        return False
 
 
 def _rejected(
@@ -264,12 +128,12 @@ def _rejected(
     return rejected
 
 
-def _accepted(listing: Listing, checked: Checked) -> _Packed:
+def _accepted(listing: Listing, checked: Checked) -> PackedSplit:
     rows = np.flatnonzero(checked.payload_bytes > 0)
-    return _Packed(listing, checked.digests, checked.payload_bytes, checked.checksums).select(rows)
+    return PackedSplit(listing, checked.digests, checked.payload_bytes, checked.checksums).select(rows)
 
 
-def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Packed], list[dict[str, str]]]:
+def _split(kept: dict[str, PackedSplit], params: PrepareData) -> tuple[dict[str, PackedSplit], list[dict[str, str]]]:
     """Training and validation images, and a record per training image dropped because validation has it."""
     if "all" in kept:
         train, val = _set_aside(kept["all"], params.val_fraction, params.max_images_per_class)
@@ -288,7 +152,7 @@ def _split(kept: dict[str, _Packed], params: PrepareData) -> tuple[dict[str, _Pa
     return {"train": train.select(np.flatnonzero(~shared)), "val": val}, duplicates
 
 
-def _set_aside(everything: _Packed, val_fraction: float, limit: int | None) -> tuple[_Packed, _Packed]:
+def _set_aside(everything: PackedSplit, val_fraction: float, limit: int | None) -> tuple[PackedSplit, PackedSplit]:
     """Training and validation images of a source that has no validation split, at most `limit` of a class in each."""
     in_val = split_by_content(everything.listing.labels, everything.digests, val_fraction)
     train, val = everything.select(np.flatnonzero(~in_val)), everything.select(np.flatnonzero(in_val))
@@ -298,7 +162,7 @@ def _set_aside(everything: _Packed, val_fraction: float, limit: int | None) -> t
 
 
 def _refuse_small_splits(
-    source: Source, kept: dict[str, _Packed], packed: dict[str, _Packed], params: PrepareData
+    source: Source, kept: dict[str, PackedSplit], packed: dict[str, PackedSplit], params: PrepareData
 ) -> None:
     """Tell of splits too small for later stages now, rather than after hours of training.
 
@@ -326,7 +190,7 @@ def _refuse_small_splits(
     raise UserError(f"{few}: add images, until a class has {MIN_VAL_IMAGES + 1} that differ")
 
 
-def _suffices(everything: _Packed, val_fraction: float, limit: int | None) -> bool:
+def _suffices(everything: PackedSplit, val_fraction: float, limit: int | None) -> bool:
     """Whether so large a share leaves images enough for both splits."""
     train, val = _set_aside(everything, val_fraction, limit)
     return len(train.listing) > 0 and len(val.listing) >= MIN_VAL_IMAGES
@@ -336,7 +200,9 @@ def _where(params: PrepareData) -> str:
     return params.path or params.source
 
 
-def _note_lost_classes(source: Source, kept: dict[str, _Packed], packed: dict[str, _Packed], target: Path) -> None:
+def _note_lost_classes(
+    source: Source, kept: dict[str, PackedSplit], packed: dict[str, PackedSplit], target: Path
+) -> None:
     """Tell of classes that no training image is left of: they stay, since other classes' numbers depend on them."""
     num_train, num_val = (
         np.bincount(packed[split].listing.labels, minlength=len(source.class_ids)) for split in SPLITS
@@ -367,17 +233,7 @@ def _shown_classes(source: Source, labels: np.ndarray) -> str:
     return ", ".join(printable(source.class_ids[label]) for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
 
 
-def _plan(packed: dict[str, _Packed], images_per_shard: int) -> list[_Shard]:
-    shards = []
-    for split in SPLITS:
-        total = len(packed[split].listing)
-        for number, start in enumerate(range(0, total, images_per_shard)):
-            rows = np.arange(start, min(start + images_per_shard, total))
-            shards.append(_Shard(f"{split}-{number:05d}.h5", split, packed[split].select(rows)))
-    return shards
-
-
-def _index(source: Source, packed: dict[str, _Packed], shards: list[_Shard], params: PrepareData) -> dict[str, Any]:
+def _index(source: Source, packed: dict[str, PackedSplit], shards: list[Shard], params: PrepareData) -> dict[str, Any]:
     num_classes = len(source.class_ids)
     return {
         "schema": SCHEMA,
@@ -401,34 +257,6 @@ def _index(source: Source, packed: dict[str, _Packed], shards: list[_Shard], par
             for split in SPLITS
         },
     }
-
-
-def _num_workers(num_tasks: int) -> int:
-    return max(min(available_cpus(), num_tasks), 1)
-
-
-def _chunk_key(chunk: Listing, form: Form) -> str:
-    """Names a chunk's result by what it was made from, so that a source that has changed is checked anew.
-
-    A folder's files are told by size and time, an archive's members by where they lie and the archive's time.
-    """
-    digest = hashlib.sha256("\0".join([repr(form), *chunk.ids]).encode("utf-8", "surrogateescape"))
-    digest.update(np.ascontiguousarray(chunk.places).tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _write_checked(path: Path, result: Checked) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, digests=result.digests, payload_bytes=result.payload_bytes, checksums=result.checksums)
-
-
-def _read_checked(path: Path) -> Checked | None:
-    """A chunk's result; None if there is none, or if a crash of the machine tore it."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return Checked(stored["digests"], stored["payload_bytes"], stored["checksums"], {})
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return None
 
 
 def _drop_unexpected(staging: Path, expected: set[str]) -> None:

@@ -76,7 +76,7 @@ def params_of(params_file: Callable[..., Path], tmp_path: Path) -> Callable[...,
 @pytest.fixture
 def prepare(params_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run the stage with changed keys of its section, in this process; returns exit status and output folder."""
-    monkeypatch.setattr("crt.stages.prepare_data.available_cpus", lambda: 1)
+    monkeypatch.setattr("crt.data.packing.available_cpus", lambda: 1)
 
     def run(out: Path | None = None, **changes: Any) -> tuple[int, Path]:
         out = out or tmp_path / "out" / "prepared"

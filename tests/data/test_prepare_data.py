@@ -23,7 +23,7 @@ from PIL import Image
 import crt.stages.prepare_data as stage
 from crt import interrupt
 from crt.__main__ import main
-from crt.data import listing
+from crt.data import listing, packing
 from crt.data.decode import Undecodable, decode
 from crt.data.packed import PackedImages, pixel_digest, read_index
 from crt.data.store import Form, stored_form
@@ -522,7 +522,7 @@ def undisturbed(prepare, tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("cpus", [2, 3])
 def test_any_number_of_workers_makes_the_same_bytes(prepare, tmp_path, monkeypatch, undisturbed, cpus):
-    monkeypatch.setattr(stage, "available_cpus", lambda: cpus)
+    monkeypatch.setattr(packing, "available_cpus", lambda: cpus)
     status, out = prepare(out=tmp_path / "other", **MANY)
     assert status == 0 and fingerprint(out) == undisturbed
 
@@ -559,7 +559,7 @@ def stopped_after(prepare, monkeypatch, out: Path, calls: int, **changes) -> Pat
             raise interrupt.Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage.interrupt, "raise_if_stopped", stop)
+        patched.setattr(interrupt, "raise_if_stopped", stop)
         assert prepare(out=out, **(changes or MANY))[0] == 128 + signal.SIGTERM
     (work,) = (out.parent / ".work").glob(f"{out.name}-*")
     return work
@@ -602,7 +602,7 @@ def test_a_source_that_changes_meanwhile_is_noticed_and_checked_anew(prepare, ma
         if left[0] == 0:
             make.write(root / "a" / "007.png", make.encode(make.noise(999)))
 
-    monkeypatch.setattr(stage.interrupt, "raise_if_stopped", change)
+    monkeypatch.setattr(interrupt, "raise_if_stopped", change)
     assert prepare(path=root)[0] == 2
     assert "a/007.png: changed while the data set was packed" in capfd.readouterr().err
     status, out = prepare(path=root)
@@ -616,7 +616,7 @@ def test_a_source_that_changes_meanwhile_is_noticed_and_checked_anew(prepare, ma
 def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
     prepare, make, tmp_path, monkeypatch, capfd, calls
 ):
-    monkeypatch.setattr(stage, "CHUNK_IMAGES", 4)
+    monkeypatch.setattr(packing, "CHUNK_IMAGES", 4)
     root = tmp_path / "images"
     for number in range(12):
         make.write(root / "train" / "a" / f"{number:03d}.bmp", make.encode(make.noise(number), "BMP"))

@@ -131,5 +131,5 @@ def make(folder: Path, images: Path, changes: dict) -> Project:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         # In this process: starting workers would take longer than the work.
-        patch.setattr("crt.stages.prepare_data.available_cpus", lambda: 1)
+        patch.setattr("crt.data.packing.available_cpus", lambda: 1)
         return Project(folder, images, changes)
