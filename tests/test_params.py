@@ -58,7 +58,7 @@ def test_shipped_files_are_complete_and_valid(path):
             {"tokenize.views": ["ten_crop@1.1", "ten_crop@1.10"]},
             "views ['ten_crop@1.1', 'ten_crop@1.10'] names a view twice: name each once",
         ),
-        ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 256"),
+        ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 64"),
         ({"sample.guidance_scale": 0.5}, "sample.guidance_scale"),
         ({"prepare_data.source": "imagefolder"}, "set prepare_data.path"),
         ({"prepare_data.path": ""}, "prepare_data.path: is empty: give a path, or null for none"),

@@ -281,7 +281,7 @@ def test_codes_of_another_codebook_are_refused(small_run: Make, tmp_path: Path, 
     ("changes", "message"),
     [
         ({"train_ar__model__heads": 3}, "width 32 is not divisible by heads 3"),
-        ({"train_ar__model__heads": 16}, "no multiple of 4"),
+        ({"train_ar__model__heads": 16}, "not a multiple of 4"),
         ({"train_ar__micro_batch_size": 5}, "micro_batch_size 5 does not divide batch_size 16"),
         ({"train_ar__offload": "optimizer", "train_ar__zero_stage": 0}, "needs zero_stage"),
         ({"train_ar__compile": True, "train_ar__zero_stage": 3}, "compile needs zero_stage"),
