@@ -209,6 +209,14 @@ def test_all_stages_are_jobs_and_two_tasks_on_two_nodes_give_the_local_result(pr
     assert len(set(submitted)) >= 6
 
 
+def test_a_current_result_is_made_anew_where_snakemake_is_told_so(project, reference):
+    """The job must learn of it from Snakemake on another machine: told nothing, a stage leaves its result as it is."""
+    before = len(re.findall("sample: starts, recipe", project.log("out/samples")))
+    project.run("snakemake", "--profile", "slurm", "-R", "sample", "--", "sample")
+    assert len(re.findall("sample: starts, recipe", project.log("out/samples"))) == before + 1
+    assert project.contents() == reference.contents()
+
+
 def test_deepspeed_trains_across_nodes(project, reference):
     """Two processes on two nodes agree to rounding with one process."""
     assert (project.root / "out/ar").exists()
