@@ -16,10 +16,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from crt.data.decode import Undecodable
-from crt.data.listing import Listing, printable, read_entry, sorted_listing
+from crt.data.listing import Listing, first_three, printable, read_entry, sorted_listing
 from crt.data.no_classes import (
     ONE_CLASS,
-    first_three,
     note_labels_beside,
     note_order_of_numbers,
     refuse_annotations,
@@ -193,7 +192,7 @@ def _deeper(tree: Tree, root: str, found: dict[str, list[int]]) -> str:
     full = [name for name, rows in found.items() if rows]
     if len(full) != 1 or any("/" not in tree.files[row][len(root) + len(full[0]) + 1 :] for row in found[full[0]]):
         return ""
-    first = "" if tree.container.layout == "folder" else "unpack it and "
+    first = tree.unpack_first
     return f"; or {first}set prepare_data.path to its folder {root}{full[0]}, if the class folders are in there"
 
 
@@ -329,7 +328,7 @@ def _note_inner_folders(tree: Tree, root: str, name: str, notes: list[str]) -> N
         folders = sorted({image.partition("/")[0] for image in _images_in(tree, inner) if "/" in image})
     if folders:
         refuse_annotations(tree, inner, folders)
-        first = "" if tree.container.layout == "folder" else "unpack it and "
+        first = tree.unpack_first
         notes.append(
             f"{tree.name}: one class {name}, which holds folders {first_three(folders)}: "
             f"{first}set prepare_data.path to its folder {inner[:-1]} if those are the classes"

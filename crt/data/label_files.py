@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from crt.data.class_folders import is_image, listing_of
-from crt.data.listing import printable
-from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS, first_three
+from crt.data.listing import first_three, printable
+from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS
 from crt.data.shards import LABEL_NAMES, classes_of_labels
 from crt.data.source import Source
 from crt.data.synsets import class_names

@@ -94,6 +94,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def first_three(names: Sequence[str]) -> str:
+    """Some of many names, for messages."""
+    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 class _Opened:
     """A container's file, open as long as this object is in use."""
 

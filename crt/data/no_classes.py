@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from crt.data.listing import printable
+from crt.data.listing import first_three
 from crt.data.tree import Tree
 from crt.errors import UserError
 
@@ -65,7 +65,7 @@ def without_parts(tree: Tree, root: str, by_class: dict[str, list[int]], notes: 
     parts = f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes"
     labels = f"{root}{STYLEGAN_LABELS}"
     if labels in tree.files:
-        first = "" if _is_folder(tree) else "unpack it and "
+        first = tree.unpack_first
         raise UserError(f"{parts}: {first}set prepare_data.path to its {labels} to read labels, or remove that file")
     notes.append(f"{parts}: all are one class; if they are the classes, give them other names")
     return {ONE_CLASS: sorted(row for rows in by_class.values() for row in rows)}
@@ -80,7 +80,7 @@ def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
     pictures = [name for name in names if _PICTURES.fullmatch(name.lower())]
     drawn = [name for name in names if _ANNOTATIONS.fullmatch(name.lower())]
     if len(pictures) == 1 and drawn and len(names) == 1 + len(drawn):
-        first = "" if _is_folder(tree) else "unpack it and "
+        first = tree.unpack_first
         raise UserError(
             f"{tree.name}: folders {first_three([root + name for name in names])} look like pictures beside their "
             f"annotations, not like classes: {first}move {drawn[0]} elsewhere, or set prepare_data.path to "
@@ -100,7 +100,7 @@ def note_labels_beside(tree: Tree, notes: list[str]) -> None:
     tables = [str(path) for path in paths if path.suffix.lower() in LABEL_FILES or path.name == STYLEGAN_LABELS]
     matlab = [str(path) for path in paths if path.suffix.lower() == ".mat"]
     if tables:
-        first = "" if _is_folder(tree) else "unpack it and "
+        first = tree.unpack_first
         notes.append(
             f"{tree.name}: one class, for {first_three(tables)} {_are(tables)} not read: if labels are in there, "
             f"{first}set prepare_data.path to that file"
@@ -123,11 +123,6 @@ def note_order_of_numbers(tree: Tree, classes: Sequence[str], notes: list[str]) 
             )
 
 
-def first_three(names: Sequence[str]) -> str:
-    """Some of many names, for messages."""
-    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def _inner_folder(tree: Tree, row: int) -> str | None:
     """The folder right above an image, unless that is a class folder."""
     *_, upper, folder, _ = ["", "", "", *tree.files[row].split("/")]
@@ -145,10 +140,6 @@ def _are_parts(tree: Tree, by_class: Mapping[str, list[int]]) -> bool:
     return any(
         all(number // size * step == folder for folder, number in numbers) for size in _PART_SIZES for step in (1, size)
     )
-
-
-def _is_folder(tree: Tree) -> bool:
-    return tree.container.layout == "folder"
 
 
 def _are(names: Sequence[str]) -> str:

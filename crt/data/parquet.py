@@ -24,8 +24,7 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import PLACE, Container, printable, sorted_listing
-from crt.data.no_classes import first_three
+from crt.data.listing import PLACE, Container, first_three, printable, sorted_listing
 from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names

@@ -33,6 +33,11 @@ class Tree:
     """(n,) of type PLACE, in container 0."""
     folders: set[str]
 
+    @property
+    def unpack_first(self) -> str:
+        """How the remedy begins that moves files or names a folder inside."""
+        return "" if self.container.layout == "folder" else "unpack it and "
+
 
 def open_tree(path: Path, key: str, work: Path) -> Tree:
     """List a folder or an archive (.tar, also compressed, or .zip, told apart by content).

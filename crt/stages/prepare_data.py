@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from crt.data.listing import Listing, printable
+from crt.data.listing import Listing, first_three, printable
 from crt.data.packed import INDEX, SCHEMA, SPLITS
 from crt.data.packing import PackedSplit, Shard, check_split, pack_shards, plan_shards
 from crt.data.source import Source
@@ -217,7 +217,7 @@ def _note_lost_classes(
             len(moved),
             verb,
             target,
-            _shown_classes(source, moved),
+            first_three([source.class_ids[label] for label in moved]),
         )
         lost &= num_val == 0
     rows = np.flatnonzero(lost)
@@ -225,12 +225,8 @@ def _note_lost_classes(
         logger.warning(
             "prepare_data: %s no training image left, since all were rejected or are validation images too: %s",
             "1 class has" if len(rows) == 1 else f"{len(rows)} classes have",
-            _shown_classes(source, rows),
+            first_three([source.class_ids[label] for label in rows]),
         )
-
-
-def _shown_classes(source: Source, labels: np.ndarray) -> str:
-    return ", ".join(printable(source.class_ids[label]) for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
 
 
 def _index(source: Source, packed: dict[str, PackedSplit], shards: list[Shard], params: PrepareData) -> dict[str, Any]:
