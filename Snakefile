@@ -121,8 +121,6 @@ for name, (stage, stamp, inputs) in JOBS.items():
         log:
             stage.log,
         threads: 1 if name.startswith(RUN_RULE) and not has_gpu() else CORES
-        resources:
-            **stage.resources,
         params:
             command=stage.command,
         shell:

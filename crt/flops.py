@@ -94,7 +94,7 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
 
 def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) -> int:
     """`tokenizer_training_flops` over all steps and images of a batch."""
-    return tokenizer_training_flops(params, with_regularizer) // (params.steps * params.batch_size)
+    return tokenizer_training_flops(params, with_regularizer) // max(params.steps * params.batch_size, 1)
 
 
 def _perceptual_network() -> Callable[[Tensor, Tensor], Tensor]:

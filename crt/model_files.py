@@ -140,6 +140,36 @@ def read_weights(
         raise UserError(f"{path}: truncated or damaged ({error}): {again}") from None
 
 
+def check_same_config(key: str, folder: str | Path, found: object, wanted: object, keys: Mapping[str, str]) -> None:
+    """Refuse a model to begin with that is another than the params describe.
+
+    Args:
+        key: params key that names its folder.
+        folder: of the model.
+        found: its config.
+        wanted: the config of the params.
+        keys: params key by name of the config's fields that must agree.
+
+    Raises:
+        UserError: naming all that differ.
+    """
+    differing = [
+        f"{where} ({_listed(getattr(found, name))}, in the params {_listed(getattr(wanted, name))})"
+        for name, where in keys.items()
+        if getattr(found, name) != getattr(wanted, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{key}: {folder} has another {', '.join(differing)}: set it in the params to what the folder has, "
+            f"or {key} to null"
+        )
+
+
+def _listed(value: Any) -> Any:
+    """A value as params files write it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_shapes(
     source: str | Path,
     found: Mapping[str, tuple[int, ...]],

@@ -55,7 +55,7 @@ PathText = Annotated[str, AfterValidator(_possible_path)]
 class PrepareData(Section):
     """Where the images come from and how they are stored."""
 
-    source: Literal["digits", "cifar10", "imagefolder", "imagenet", "webdataset", "parquet", "arrays"]
+    source: Literal["digits", "cifar10", "imagefolder", "imagenet", "webdataset", "parquet", "lmdb", "arrays"]
     path: PathText | None
     storage: Literal["pixels", "encoded"]
     image_size: PositiveInt | None
@@ -67,7 +67,7 @@ class PrepareData(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrepareData:
-        if self.source in ("imagefolder", "imagenet", "webdataset", "parquet", "arrays") and self.path is None:
+        if self.source not in ("digits", "cifar10") and self.path is None:
             raise ValueError(
                 f"path is null, but source {self.source!r} needs a folder or archive: set prepare_data.path"
             )
@@ -186,6 +186,13 @@ class Optimizer(Section):
     final_fraction: Probability
 
 
+def _check_steps(section: TrainTokenizer | TrainAR) -> None:
+    if not section.steps and section.init_from is None:
+        raise ValueError(
+            "steps is 0, which takes the weights of init_from as they are, and it is null: set one of them"
+        )
+
+
 class TrainTokenizer(Section):
     """Stage 1."""
 
@@ -196,7 +203,8 @@ class TrainTokenizer(Section):
     discriminator: Discriminator
     regularizer: Regularizer
     optimizer: Optimizer
-    steps: PositiveInt
+    init_from: PathText | None
+    steps: NonNegativeInt
     batch_size: PositiveInt
     min_crop: Annotated[float, Field(gt=0, le=1)]
     horizontal_flip: bool
@@ -209,6 +217,7 @@ class TrainTokenizer(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainTokenizer:
+        _check_steps(self)
         factor = self.architecture.downsampling
         if self.image_size % factor:
             raise ValueError(
@@ -225,7 +234,7 @@ class TrainTokenizer(Section):
 
     def _check_discriminator(self) -> None:
         kind, layers = self.discriminator.kind, self.discriminator.layers
-        if kind == "none":
+        if kind == "none" or not self.steps:
             return
         if self.discriminator.start_step >= self.steps:
             raise ValueError(
@@ -314,7 +323,8 @@ class TrainAR(Section):
 
     model: ARModel
     optimizer: Optimizer
-    steps: PositiveInt
+    init_from: PathText | None
+    steps: NonNegativeInt
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     precision: Literal["float32", "bf16"]
@@ -329,6 +339,7 @@ class TrainAR(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainAR:
+        _check_steps(self)
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: "

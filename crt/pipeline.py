@@ -42,7 +42,6 @@ class StageSpec:
     inputs: tuple[str, ...]
     output: str
     metrics: tuple[str, ...]
-    resources: Mapping[str, Any]
 
     @property
     def log(self) -> str:
@@ -77,7 +76,6 @@ def load_stages(root: str | Path = ".", paths: Mapping[str, str] | None = None) 
             inputs=tuple(resolve(dep) for dep in stage.get("deps", [])),
             output=out_paths(stage["outs"])[0],
             metrics=out_paths(stage.get("metrics", [])),
-            resources=stage.get("meta", {}),
         )
         for name, stage in text["stages"].items()
     }

@@ -105,6 +105,22 @@ class StageRun:
         """Folder whose content becomes the output."""
         return self.work / "staging"
 
+    def refuse_own_output(self, key: str, folder: str | None) -> None:
+        """Refuse a folder to read from that the result is about to replace.
+
+        Args:
+            key: params key that names it.
+            folder: as named there; None for none.
+
+        Raises:
+            UserError: it is the stage's own output.
+        """
+        if folder is not None and os.path.realpath(os.path.expanduser(folder)) == os.path.realpath(self.out):
+            raise UserError(
+                f"{key}: {folder} is where {self.name} puts its result, which would replace it: copy it elsewhere "
+                f"(cp -r {folder} FOLDER) and name the copy"
+            )
+
     def manifest_so_far(self) -> Manifest:
         """What is known of the result's manifest before it is published: no files, no time."""
         inputs = {name: manifest.ancestry for name, manifest in self.manifests.items()}

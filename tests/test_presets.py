@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crt.params import load_params
 from tests.conftest import ROOT, write_params
 from tests.test_end_to_end import make_project
-
-pytestmark = pytest.mark.slow
 
 # Revival: without it so few steps end with a handful of codes in use, and the pictures show nothing.
 CIFAR10 = {
@@ -47,6 +46,7 @@ IMAGENET = {
     "train_tokenizer.discriminator.start_step": 250,
     "train_tokenizer.optimizer.learning_rate": 1.0e-3,
     "train_tokenizer.regularizer.width": 64,
+    "train_tokenizer.regularizer.heads": 4,
     "train_tokenizer.regularizer.anneal_steps": 200,
     "train_tokenizer.steps": 300,
     "train_tokenizer.batch_size": 4,
@@ -64,6 +64,7 @@ IMAGENET = {
     "sample.num_images": 12,
     "sample.batch_size": 6,
     "evaluate.features": "classifier",
+    "evaluate.image_size": None,
     "evaluate.generation_reference": "val",
     "evaluate.adm_reference": None,
     "evaluate.lpips": False,
@@ -74,6 +75,15 @@ IMAGENET = {
 }
 
 
+@pytest.mark.parametrize(("preset", "changes"), [("cifar10", CIFAR10), ("imagenet256", IMAGENET)])
+def test_shortened_presets_are_valid(preset, changes, tmp_path):
+    path = write_params(
+        tmp_path / "params.yaml", changes | {"prepare_data.path": "images"}, base=ROOT / "presets" / f"{preset}.yaml"
+    )
+    assert load_params(path).train_tokenizer.steps == changes["train_tokenizer.steps"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "source", "changes", "psnr"),
     [("cifar10", "cifar10_archive", CIFAR10, 17.0), ("imagenet256", "imagenet_sample", IMAGENET, 13.0)],

@@ -6,7 +6,7 @@ import gc
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crt.ar.decoder import is_partitioned
 from crt.ar.deepspeed_config import deepspeed_config
 from crt.ar.model import ARConfig, ARTransformer, count_parameters
 from crt.ar.one_process import skip_partitioning, updates_in_place
@@ -59,7 +60,13 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def deepspeed_engine(
-    params: TrainAR, config: ARConfig, seed: int, world: World, universal: bool = False
+    params: TrainAR,
+    config: ARConfig,
+    seed: int,
+    world: World,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    universal: bool = False,
 ) -> Iterator[Any]:
     """The model at its initial weights inside a DeepSpeed engine, within a `deepspeed_session`.
 
@@ -68,6 +75,7 @@ def deepspeed_engine(
         config: the model.
         seed: of the initial weights.
         world: this process among all.
+        initial: weights of another model that take the place of random ones, by name; not all need be there.
         universal: whether a checkpoint of another number of processes will be loaded.
 
     Yields:
@@ -84,6 +92,7 @@ def deepspeed_engine(
     partitioned = params.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=partitioned), world.device:
         model = ARTransformer(config, params.activation_checkpointing)
+    _take_over(model, initial or {}, world)
     if params.compile:
         _compile(model, world)
     with quiet():
@@ -110,6 +119,22 @@ def deepspeed_engine(
         # Memory and hooks, so that another engine may be made in this process.
         engine.destroy()
         gc.collect()
+
+
+@torch.no_grad()
+def _take_over(model: ARTransformer, weights: Mapping[str, Tensor], world: World) -> None:
+    """Copy weights into a model, one at a time, also where ZeRO-3 has split it: rank 0's count there."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            continue
+        if not is_partitioned(model):
+            parameter.copy_(weights[name])
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if world.is_main:
+                parameter.copy_(weights[name])
 
 
 def _compile(model: ARTransformer, world: World) -> None:

@@ -19,9 +19,8 @@ from crt.commands.check import add_arguments as add_params_argument
 from crt.distributed import World
 from crt.errors import UserError
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork, InceptionFeatures
-from crt.evaluation.frechet import expected_distance, frechet_distance, scarcity
 from crt.evaluation.grids import spread
-from crt.evaluation.metrics import open_reference, store_statistics, stored_moments
+from crt.evaluation.metrics import distances, open_reference, stored_moments
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.shared import exclusively, shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SplitSource
@@ -115,16 +114,10 @@ def score(
     stored = stored_moments(reference, network)
     stores = [_features(network, source, shared, batch_size) for source in (images, reference)]
     moments = open_reference(stores[1], network, stored).moments
-    figures: dict[str, float] = {}
     warnings: list[str] = []
-    for column, real in moments.items():
-        name, dimension = "sFID" if column == "spatial" else "FID", len(real.mean)
-        ours = store_statistics(stores[0], column, dimension)
-        figures[name] = frechet_distance(ours, real)
-        if min(ours.count, real.count) <= dimension:
-            expected = expected_distance(real, (ours.count, real.count))
-            counts = {"validation images": ours.count, "reference images": real.count}
-            warnings.append(scarcity(name, dimension, counts, expected))
+    names = {"features": "FID", "spatial": "sFID"}
+    found = distances(stores[0], moments, names, "validation images", warnings)
+    figures = {name: distance for name, (distance, _) in found.items()}
     if "features" not in stored:
         warnings.append(
             f"{reference.name} holds no moments of the whole training set, from which the published FID is: "

@@ -33,7 +33,7 @@ from crt.errors import UserError
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
 _TRAIN_FOLDERS = ("train", "training")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 # Pillow's PPM covers PGM and PBM.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 MIN_SIDE = 2
 
 # First bytes of the formats that store pixels without loss. A TIFF file may hold JPEG: rare, and it only costs space.

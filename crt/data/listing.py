@@ -8,13 +8,16 @@ import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from crt.data.decode import Undecodable
 from crt.errors import UserError
+
+if TYPE_CHECKING:
+    import lmdb
 
 # Where one image lies: which container, the first byte and the number of bytes, and a zip member's checksum. Of a
 # folder's file the size, and of files and archives when they were last changed (ns), tell one that has changed.
@@ -28,11 +31,12 @@ class Container:
     """A file that holds images at known offsets, or a folder of image files.
 
     Layouts: "folder" (an image's id is its path in it); "tar" (image files, whole); "zip" (image files
-    behind a local header, as they are or deflated); "raw" (uint8 RGB pixels of one `shape`).
+    behind a local header, as they are or deflated); "lmdb" (image files by key, which is an image's id
+    from character `offset` on); "raw" (uint8 RGB pixels of one `shape`).
     """
 
     path: str
-    layout: Literal["folder", "tar", "zip", "raw"]
+    layout: Literal["folder", "tar", "zip", "lmdb", "raw"]
     shape: tuple[int, int] = (0, 0)
     """(height, width) of raw pixels."""
 
@@ -74,6 +78,8 @@ def read_entry(containers: Sequence[Container], name: str, place: np.void) -> by
         if container.layout == "folder":
             with open(path, "rb") as file:
                 return file.read()
+        if container.layout == "lmdb":
+            return _value(path, name[int(place["offset"]) :])
         container_file = _opened(path)  # named, or another thread may have it closed
         data = _read_at(container_file.descriptor, int(place["offset"]), int(place["size"]), container.layout == "zip")
     except (FileNotFoundError, NotADirectoryError):
@@ -111,6 +117,30 @@ class _Opened:
 def _opened(path: str) -> _Opened:
     """A container's file; those that were used last stay open."""
     return _Opened(path)
+
+
+@cache  # LMDB wants a file opened once in a process
+def open_lmdb(path: str) -> lmdb.Environment:
+    """An LMDB file to read from.
+
+    Raises:
+        lmdb.Error: it is none, is cut short or cannot be read.
+    """
+    import lmdb
+
+    environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+    used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if os.path.getsize(path) < used:  # LMDB maps the file to memory: what is missing would kill the process
+        raise lmdb.CorruptedError(f"{used} bytes are needed")
+    return environment
+
+
+def _value(path: str, key: str) -> bytes:
+    with open_lmdb(path).begin() as transaction:
+        value = transaction.get(key.encode())
+    if value is None:
+        raise Undecodable("no longer in the file")
+    return bytes(value)
 
 
 def _read_at(file: int, offset: int, size: int, zip_member: bool) -> bytes:

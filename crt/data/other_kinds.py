@@ -10,7 +10,7 @@ _CONVERT = (
     "write the images as files into a folder for each class, or get the data set as Parquet files, as the Hugging Face "
     "Hub has most, and set prepare_data.source to parquet: files of this kind are not read"
 )
-UNREAD_PICTURES = (".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
+UNREAD_PICTURES = (".heic", ".heif", ".jp2", ".j2k", ".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
 """Endings of pictures in formats that are not read."""
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # By patterns of files' names in lower case; the first that any name has counts.
@@ -19,13 +19,14 @@ _KINDS = {
     r"n\d{8}\.tar": "unpack each class archive (nXXXXXXXX.tar) into a folder of its name",
     r".*\.tar": "set prepare_data.source to webdataset to read images inside these files",
     r".*\.parquet": "set prepare_data.source to parquet to read images inside these files",
+    r".*\.(mdb|lmdb)": "set prepare_data.source to lmdb to read LMDB files",
     r".*\.npz|.*-idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read .npz and idx files",
     r"(data_batch_\d|test_batch)(\.bin)?": "set prepare_data.source to cifar10 to read CIFAR-10's binary version",
     r"fine_label_names\.txt|file\.txt~": "get CIFAR-100 as Parquet files from the Hugging Face Hub and set "
     "prepare_data.source to parquet: its own versions are not read",
     r".*\.arrow": "write the data set with Dataset.to_parquet and set prepare_data.source to parquet: Arrow files are "
     "not read",
-    r".*\.(mat|npy|h5|hdf5|mdb|tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
+    r".*\.(mat|npy|h5|hdf5|tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
     rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",
 }
 

@@ -13,6 +13,7 @@ from crt.data.class_folders import open_class_folders
 from crt.data.imagenet import open_imagenet
 from crt.data.label_files import is_label_file, open_label_file
 from crt.data.listing import read_entry, sorted_listing
+from crt.data.lmdb import open_lmdb_files
 from crt.data.parquet import open_parquet
 from crt.data.source import Source, raw_container
 from crt.data.tree import Tree, open_tree
@@ -25,6 +26,7 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 _CIFAR_TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
 _CIFAR_VAL_FILE = "test_batch"
 _CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
+_READ_IN_PLACE = {"imagenet": open_imagenet, "webdataset": open_webdataset, "lmdb": open_lmdb_files}
 
 
 def open_source(params: PrepareData, work: Path) -> Source:
@@ -43,10 +45,8 @@ def open_source(params: PrepareData, work: Path) -> Source:
     if params.source == "cifar10":
         return _fetch_cifar10(work) if path is None else _open_cifar10(path, work)
     assert path is not None
-    if params.source == "imagenet":
-        return open_imagenet(path)
-    if params.source == "webdataset":
-        return open_webdataset(path)
+    if params.source in _READ_IN_PLACE:
+        return _READ_IN_PLACE[params.source](path)
     if params.source == "imagefolder" and is_label_file(path):
         return open_label_file(path)
     readers = {"imagefolder": open_class_folders, "parquet": open_parquet, "arrays": open_arrays}

@@ -95,6 +95,29 @@ def _columns(network: FeatureNetwork) -> dict[str, int]:
     return {column: size for column, size in sizes.items() if size}
 
 
+def distances(
+    store: ChunkStore, reference: Mapping[str, Moments], names: Mapping[str, str], images: str, warnings: list[str]
+) -> dict[str, tuple[float, float]]:
+    """The Frechet distance by each kind of features, and what as many perfect images would score.
+
+    Args:
+        store: the features of what is measured.
+        reference: as `Reference.moments`.
+        names: of the distance, by that of the features.
+        images: how warnings call what is measured.
+        warnings: that of too few images is added.
+    """
+    found = {}
+    for column, real in reference.items():
+        name, dimension = names[column], len(real.mean)
+        made = store_statistics(store, column, dimension)
+        expected = expected_distance(real, (made.count, real.count))
+        found[name] = frechet_distance(made, real), expected
+        if min(made.count, real.count) <= dimension:
+            warnings.append(scarcity(name, dimension, {images: made.count, "reference images": real.count}, expected))
+    return found
+
+
 def generation_metrics(
     params: Evaluate,
     seed: int,
@@ -108,15 +131,10 @@ def generation_metrics(
     inception = networks.features is not networks.classifier
     name, kernel_name = ("gfid", "kid") if inception else ("fd_classifier_gen", "kd_classifier_gen")
     metrics: Metrics = {}
-    for column, real in reference.moments.items():
-        figure, dimension = "sfid" if column == "spatial" else name, len(real.mean)
-        made = store_statistics(samples, column, dimension)
-        expected = expected_distance(real, (made.count, real.count))
-        metrics |= {figure: frechet_distance(made, real), f"{figure}_of_perfect_images": expected}
-        if min(made.count, real.count) <= dimension:
-            counts = {"samples": made.count, "reference images": real.count}
-            warnings.append(scarcity(figure, dimension, counts, expected))
-
+    for figure, (distance, expected) in distances(
+        samples, reference.moments, {"features": name, "spatial": "sfid"}, "samples", warnings
+    ).items():
+        metrics |= {figure: distance, f"{figure}_of_perfect_images": expected}
     stores = samples, reference.store
     x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in stores)
     if min(len(x), len(y)) > params.neighbours:

@@ -42,6 +42,7 @@ from crt.ar.engine import (
     gradient_norm,
     set_learning_rate,
 )
+from crt.ar.initial_weights import initial_weights
 from crt.ar.model import ARConfig, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
@@ -69,9 +70,11 @@ def run(run: StageRun) -> None:
     """Train the model of `train_ar.model`.
 
     Raises:
-        UserError: a batch that does not divide, a damaged cache, a loss that is not finite, too little GPU memory.
+        UserError: a batch that does not divide, weights to begin with that do not fit, a damaged cache, a loss that is
+            not finite, too little GPU memory.
         Stopped: a signal arrived at any process; the state is saved.
     """
+    run.refuse_own_output("train_ar.init_from", run.params.train_ar.init_from)
     remedy = "lower train_ar.micro_batch_size, turn on activation_checkpointing, raise zero_stage, or set offload"
     with join_world() as world, deepspeed_session(world), reported_once(world), gpu_memory(run.name, remedy):
         train_codes = TokenCache(run.inputs["tokens"], "train")
@@ -106,7 +109,8 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
     universal = checkpoint is not None and checkpoints.needs_conversion(checkpoint)
     if checkpoint is not None and universal:
         checkpoints.convert(checkpoint)
-    with deepspeed_engine(params, config, seed, world, universal) as engine:
+    initial = initial_weights(params, config)
+    with deepspeed_engine(params, config, seed, world, initial=initial, universal=universal) as engine:
         if checkpoint is not None:
             checkpoints.restore(engine, checkpoint)
         first_step = checkpoint.step if checkpoint is not None else 0
@@ -127,7 +131,7 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
         engine.train()
         for step in range(first_step, params.steps + 1):  # `step` updates are done
             last, fresh = step == params.steps, step > first_step
-            due = step > 0 and (last or step % params.validate_every == 0)
+            due = last or (step > 0 and step % params.validate_every == 0)
             if due and not log.stop_signal and (fresh or not validated):
                 losses = validate(engine, val_codes, micro, world)
                 if losses is None:
@@ -161,7 +165,8 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
                 log.live_figures(done, speed)
                 progress.update(done, loss=log.last_loss, grad_norm=log.last_norm, **speed)
 
-        weights = gather_weights(engine, world)
+        # Without a step they are the given ones, not what the precision of training makes of them.
+        weights = gather_weights(engine, world) if params.steps else initial
         if world.is_main:
             save_model(weights, config, run.staging)
             run.summary.update(log.summary())

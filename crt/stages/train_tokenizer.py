@@ -69,9 +69,11 @@ def run(run: StageRun) -> None:
     """Train the tokenizer of section train_tokenizer.
 
     Raises:
-        UserError: a batch that does not divide, missing LPIPS, a loss that is not finite, too little GPU memory.
+        UserError: a batch that does not divide, weights to begin with that do not fit, missing LPIPS, a loss that is
+            not finite, too little GPU memory.
         Stopped: a signal arrived at any process; the state is saved.
     """
+    run.refuse_own_output("train_tokenizer.init_from", run.params.train_tokenizer.init_from)
     remedy = "lower train_tokenizer.batch_size, use more processes, or set precision to bf16"
     with join_world() as world, reported_once(world), gpu_memory(run.name, remedy):
         _train(run, world)
@@ -120,7 +122,7 @@ def _train(run: StageRun, world: World) -> None:
     signum = 0
     for step in range(first_step, params.steps + 1):  # `step` updates are done
         last, fresh = step == params.steps, step > first_step
-        due = step > 0 and (last or step % params.validate_every == 0)
+        due = last or (step > 0 and step % params.validate_every == 0)
         if due and not signum and (fresh or not validated):
             size = params.batch_size // world.size
             validation = validate(state.averaged, state.regularizer, val_images, size, world)

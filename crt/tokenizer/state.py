@@ -17,6 +17,7 @@ from crt.files import replacing
 from crt.params import TrainTokenizer
 from crt.randomness import seed_torch
 from crt.tokenizer.discriminator import build_discriminator
+from crt.tokenizer.initial_weights import load_initial_weights
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokenizer.quantizer import CodebookUpkeep
 from crt.tokenizer.regularizer import Regularizer, build_regularizer
@@ -32,11 +33,15 @@ class TrainingState:
         lambda_: weight of the regularizer.
         seed: of the initial weights; each network draws from a stream of its own, so none depends on another.
         device: where to train.
+
+    Raises:
+        UserError: the weights to begin with, which the params name, are missing or another tokenizer's.
     """
 
     def __init__(self, params: TrainTokenizer, lambda_: float, seed: int, device: torch.device) -> None:
         seed_torch(seed, "tokenizer_init")
         self.model = Tokenizer(TokenizerConfig.from_params(params))
+        load_initial_weights(self.model, params)
         self.regularizer: Regularizer | None = None
         if lambda_ > 0:
             seed_torch(seed, "regularizer_init")

@@ -38,7 +38,7 @@ def test_lossless_files_give_the_pixels_that_were_saved(make, kind, options):
     assert is_lossless(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
 def test_lossy_files_give_what_pillow_decodes(make, kind):
     data = make.encode(make.noise(1), kind, quality=80)
     assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -138,7 +138,7 @@ def test_a_transparent_colour():
 def test_exif_orientation_as_pillow_transposes_it(make, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("PNG", "JPEG", "TIFF"):
+    for kind in ("PNG", "JPEG", "TIFF", "AVIF"):
         data = make.encode(make.noise(4), kind, exif=exif)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert np.array_equal(decode(data), np.asarray(upright))

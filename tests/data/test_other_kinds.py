@@ -10,12 +10,12 @@ KINDS = [
     ("data_batch_1", "set prepare_data.source to cifar10"),
     ("train_32x32.mat", "write the images as files into a folder for each class, or get the data set as Parquet files"),
     ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
-    ("bedroom_train_lmdb/data.mdb", "write the images as files into a folder for each class"),
+    ("bedroom_train_lmdb/data.mdb", "set prepare_data.source to lmdb"),
     (
         "train/data-00000-of-00001.arrow",
         "write the data set with Dataset.to_parquet and set prepare_data.source to parquet",
     ),
-    ("a/photo.avif", "convert them to PNG or JPEG"),
+    ("a/photo.heic", "convert them to PNG or JPEG"),
 ]
 
 
@@ -39,6 +39,6 @@ def test_cifar100_and_archives_in_folders(refused, make, tmp_path):
 
 def test_pictures_that_are_not_read_among_others_are_noted(prepare, make, tmp_path, capfd):
     root = make.class_folders(tmp_path / "images", {"a": 4, "b": 4})
-    make.write(root / "a" / "x.AVIF", b"avif")
+    make.write(root / "a" / "x.HEIC", b"heic")
     assert prepare(path=root)[0] == 0
-    assert "are ignored: 1 .avif; convert .avif to PNG or JPEG to have them read" in capfd.readouterr().err
+    assert "are ignored: 1 .heic; convert .heic to PNG or JPEG to have them read" in capfd.readouterr().err
