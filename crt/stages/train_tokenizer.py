@@ -86,7 +86,9 @@ def _train(run: StageRun, world: World) -> None:
     # A continued run must choose the same kernels as an uninterrupted one.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
-    state = TrainingState(params, run.params.lambda_, run.params.seed, world.device)
+    # Without a step the regularizer would stay untrained, and its figure say nothing.
+    lambda_ = run.params.lambda_ if params.steps else 0.0
+    state = TrainingState(params, lambda_, run.params.seed, world.device)
     perceptual = None
     if params.loss.lpips_weight > 0:
         perceptual = PerceptualLoss(params.loss.lpips_weights).to(world.device)
@@ -104,7 +106,7 @@ def _train(run: StageRun, world: World) -> None:
     if params.compile:
         state.compile()
 
-    log = _Log(run, world, first_step)
+    log = _Log(run, world, first_step, regularized=state.regularizer is not None)
     progress = Progress("train_tokenizer", params.steps, "steps", done=first_step)
     batches = training_batches(
         train_images,
@@ -226,13 +228,13 @@ class _Log:
     step its columns hold 0.
     """
 
-    def __init__(self, run: StageRun, world: World, first_step: int) -> None:
+    def __init__(self, run: StageRun, world: World, first_step: int, regularized: bool) -> None:
         self.world = world
         params: TrainTokenizer = run.params.train_tokenizer
         self.keep_every, self.folder = math.ceil(params.steps / _HISTORY_ROWS), run.staging
         self.batch_size, self.steps_since, self.since = params.batch_size, 0, time.monotonic()
         self.last: dict[str, float] = {}
-        regularized, adversarial = run.params.lambda_ > 0, params.discriminator.kind != "none"
+        adversarial = params.discriminator.kind != "none"
         self.columns = ["loss", "pixel", "codebook", "commitment"]
         self.columns += ["lpips"] * (params.loss.lpips_weight > 0) + ["entropy"] * (params.loss.entropy_weight > 0)
         self.columns += ["grad_norm", "code_usage"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from crt.history import read_history
-from crt.tokenizer.model import Tokenizer
+from crt.params import load_params
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+from tests.conftest import ROOT
+from tests.tokenizer.conftest import tiny_config
 from tests.tokenizer.test_train_tokenizer import end_in_the_middle, same_files
 
 
@@ -20,6 +24,7 @@ def test_without_a_step_they_come_out_as_they_went_in(runs):
     # Figures of the validation are those of the run that it comes from.
     before, after = (read_history(runs.out(name) / "validation.csv")[-1] for name in ("first", "second"))
     assert after["step"] == 0 and after["mse"] == before["mse"]
+    assert "regularizer" in before and "regularizer" not in after  # it would be one that was never trained
     summary = json.loads((runs.out("second") / "manifest.json").read_text())["summary"]
     assert summary["training_flops"] == 0 and summary["val_psnr"] == before["psnr"]
 
@@ -45,6 +50,16 @@ def test_a_run_that_died_ends_with_the_same_bytes(runs, monkeypatch, kind):
     whole = runs.train("whole", **changes)
     end_in_the_middle(monkeypatch, runs, "died", 5, **changes)
     assert same_files(whole, runs.train("died", **changes))
+
+
+def test_the_imagenet_preset_describes_llamagens_tokenizer():
+    params = load_params(ROOT / "presets/imagenet256.yaml").train_tokenizer
+    wanted = TokenizerConfig.from_params(params)
+    assert wanted == dataclasses.replace(
+        tiny_config(), image_size=256, encoder_channels=128, decoder_channels=128, channel_multipliers=(1, 1, 2, 2, 4),
+        encoder_blocks=2, decoder_blocks=3, attention=True, norm_groups=32, z_channels=256, codebook_size=16384,
+        codebook_dim=8,
+    )  # fmt: skip
 
 
 def test_another_tokenizer_is_refused(runs, capfd):
