@@ -32,7 +32,9 @@ def test_shipped_files_are_complete_and_valid(path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"train_ar.steps": -1}, "train_ar.steps: must be greater than 0, got -1"),
+        ({"train_ar.steps": -1}, "train_ar.steps: must be greater than or equal to 0, got -1"),
+        ({"train_ar.steps": 0}, "train_ar: steps is 0, which takes the weights of init_from as they are, and it is null"),
+        ({"train_ar.batch_size": 0}, "train_ar.batch_size: must be greater than 0, got 0"),
         ({"train_ar.steps": "100"}, 'train_ar.steps: must be a whole number, got "100"'),
         ({"train_ar.steps": True}, "train_ar.steps: must be a whole number, got true"),
         ({"lambda": -0.1}, "lambda: must be greater than or equal to 0"),
@@ -111,7 +113,7 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, ke
 
 
 def test_every_wrong_key_gets_its_own_line(values):
-    changed = override(copy.deepcopy(values), {"train_ar.steps": 0, "sample.top_p": 2.0})
+    changed = override(copy.deepcopy(values), {"train_ar.steps": -1, "sample.top_p": 2.0})
     del changed["seed"]
     with pytest.raises(UserError) as caught:
         validate_params(changed, "p")
