@@ -33,7 +33,7 @@ def test_shipped_files_are_complete_and_valid(path):
     ("change", "expected"),
     [
         ({"train_ar.steps": -1}, "train_ar.steps: must be greater than or equal to 0, got -1"),
-        ({"train_ar.steps": 0}, "train_ar: steps is 0, which takes the weights of init_from as they are, and it is null"),
+        ({"train_ar.steps": 0}, "train_ar: steps is 0, which takes the weights of init_from as they are"),
         ({"train_ar.batch_size": 0}, "train_ar.batch_size: must be greater than 0, got 0"),
         ({"train_ar.steps": "100"}, 'train_ar.steps: must be a whole number, got "100"'),
         ({"train_ar.steps": True}, "train_ar.steps: must be a whole number, got true"),
