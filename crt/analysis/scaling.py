@@ -99,7 +99,7 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
 
 
 def pareto_frontier(compute: ArrayLike, loss: ArrayLike) -> NDArray[np.int64]:
-    """Indices of the runs that no cheaper (or equally cheap) run beats, by increasing compute."""
+    """Indices of the runs that are better than every cheaper (or equally cheap) one, by increasing compute."""
     c, y = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     best, kept = np.inf, []
     for row in np.lexsort((y, c)):

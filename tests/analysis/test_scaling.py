@@ -34,10 +34,23 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert covered >= 31
 
 
+def test_the_interval_holds_95_percent_of_the_resamples():
+    """Oracle: each resample of the runs fitted by itself."""
+    compute = np.repeat(np.geomspace(1e17, 1e20, 8), 2)
+    loss = law(compute, 2.0, -0.5, 20.0) + np.random.default_rng(1).normal(0, 0.05, compute.size)
+    fit = fit_scaling_law(compute, loss, resamples=40, seed=3)
+    generator = np.random.default_rng(3)
+    draws = [generator.integers(0, 16, 16) for _ in range(40)]
+    alphas = [fit_scaling_law(compute[rows], loss[rows], resamples=0).alpha for rows in draws]
+    assert fit.alpha_interval == pytest.approx(np.percentile(alphas, [2.5, 97.5]))
+
+
 @pytest.mark.parametrize(
     ("compute", "loss", "reason"),
     [
         ([1e18, 1e19, 1e20], [5.0, 4.0, 3.5], "only 3 distinct"),
+        ([1e18, 1e19, 1e20] * 2, [5.0, 4.0, 3.5] * 2, "only 3 distinct"),  # seeds add no compute
+        (np.geomspace(1e17, 1e21, 8), law(np.geomspace(1e17, 1e21, 8), 5.0, -4.0, 170.0), "at the edge of its search"),
         ([1e18, 1.5e18, 2e18, 3e18], [5.0, 4.8, 4.7, 4.6], "span only a factor of 3"),
         # All but the first point are flat: how steep the law is rests on that one.
         (np.geomspace(1e11, 1e13, 6).repeat(2), np.repeat([9, 4.7, 4.0, 4.1, 3.8, 3.85], 2), "known to lie"),
@@ -73,6 +86,10 @@ def test_frontier_keeps_exactly_the_runs_that_nothing_cheaper_beats():
     compute, loss = np.array([1.0, 2.0, 2.0, 3.0, 4.0, 0.5]), np.array([5.0, 6.0, 4.0, 4.5, 1.0, 9.0])
     expected = [i for i in range(6) if not any((compute[j] <= compute[i]) and (loss[j] < loss[i]) for j in range(6))]
     assert sorted(pareto_frontier(compute, loss)) == sorted(expected)
+
+
+def test_a_run_that_costs_more_for_the_same_loss_is_not_on_the_frontier():
+    assert pareto_frontier([3.0, 1.0, 2.0, 1.0], [4.0, 5.0, 5.0, 5.0]).tolist() == [1, 0]
 
 
 def test_compute_saved_is_the_shift_between_two_laws():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as MplFigure
 from PIL import Image
 
 from crt.analysis.comparison import cells
-from crt.analysis.figures import draw_figure, draw_position_losses, line_name
+from crt.analysis.figures import compute_optimal, draw_figure, draw_position_losses, line_name
 from crt.analysis.scaling import fit_scaling_law
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
 from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_study_page
@@ -96,6 +96,15 @@ def test_the_winner_changes_where_the_curves_cross():
     ]
 
 
+def test_the_winner_is_the_best_in_the_mean_over_seeds():
+    rows = [
+        {"tokenizer": name, "seed": seed, "stage2_training_flops": 1.0, "loss": loss}
+        for name, losses in (("plain", (5.0, 1.0)), ("crt", (2.5, 2.7)))
+        for seed, loss in enumerate(losses)
+    ]
+    assert winner_lines(rows, FIGURE) == ["from 1 FLOPs on: crt (loss 2.6)"]
+
+
 def test_too_few_computes_give_no_law():
     rows = [row for row in make_rows() if row["stage2_training_flops"] < 1e4]
     assert all("no fit" in line for line in scaling_lines(rows, FIGURE))
@@ -148,6 +157,24 @@ def drawn(monkeypatch) -> list[MplFigure]:
     save = MplFigure.savefig
     monkeypatch.setattr(MplFigure, "savefig", lambda self, *a, **k: pictures.append(self) or save(self, *a, **k))
     return pictures
+
+
+def test_the_dashed_law_is_that_of_the_compute_optimal_cells(tmp_path, drawn):
+    rows = chinchilla_rows()
+    draw_figure(rows, FIGURE, tmp_path / "figure.png")
+    (curve,) = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == "--"]
+    best = [(row["stage2_training_flops"], row["loss"]) for (row,) in compute_optimal(rows, FIGURE, "plain")]
+    law = fit_scaling_law(*zip(*best, strict=True), resamples=0)
+    np.testing.assert_allclose(curve.get_ydata(), law.predict(curve.get_xdata()))
+
+
+def test_points_bear_the_spread_over_seeds(tmp_path, drawn):
+    rows = [row for row in make_rows() if row["generator"] == "1000" and row["tokenizer"] == "plain"]
+    draw_figure(
+        [row | {"loss": float(loss)} for row, loss in zip(rows, (1, 2, 6), strict=True)], FIGURE, tmp_path / "x.png"
+    )
+    ((low, high),) = (bar[:, 1] for bar in drawn[0].axes[0].collections[0].get_segments())
+    assert (low, high) == pytest.approx((3 - np.std([1, 2, 6], ddof=1), 3 + np.std([1, 2, 6], ddof=1)))
 
 
 @pytest.mark.parametrize(("values", "scale"), [((0.8, 20.0), "log"), ((2.0, 19.0), "linear"), ((-0.1, 20.0), "linear")])
