@@ -90,6 +90,29 @@ def test_every_combination_runs_and_shared_stages_run_once(study_file):
     assert run.fingerprints["train_tokenizer"][:16] in run.stages["train_tokenizer"].output
 
 
+def test_no_run_writes_the_params_or_metrics_of_another(study_file):
+    runs = study_runs(study_file(), "small")
+    evaluations = {run.stages["evaluate"].output: run.stages["evaluate"] for run in runs}
+    assert len({stage.metrics for stage in evaluations.values()}) == len(evaluations) == 12
+    for output, stage in evaluations.items():
+        assert f"--params {output}.yaml " in stage.command and f"--metrics {output}.json" in stage.command
+
+
+def test_a_value_of_an_axis_wins_over_the_overrides_of_the_scale(study_file):
+    overrides, axes = {"train_ar.steps": 7}, {"a": {"b": {}, "c": {"train_ar.steps": 9}}}
+    runs = study_runs(study_file(**scale(overrides=overrides, axes=axes)), "s")
+    assert [run.values["train_ar"]["steps"] for run in runs] == [7, 9]
+
+
+def test_a_page_is_current_for_its_study_and_its_runs_alone(study_file):
+    path = study_file()
+    runs = study_runs(path, "small")
+    stamp = study_stamp(path, "small", runs)
+    assert study_stamp(path, "small", runs) == stamp
+    assert study_stamp(path, "small", runs[:-1]) != stamp
+    assert study_stamp(study_file(question="another?"), "small", runs) != stamp
+
+
 def test_a_value_added_to_an_axis_adds_one_branch(study_file):
     before = stages(study_runs(study_file(), "small"))
     axes = STUDY["scales"]["small"]["axes"]
