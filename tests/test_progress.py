@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from crt.progress import Progress, logger, restore_log, start_logging
+from crt.progress import Progress, duration, human_bytes, logger, restore_log, start_logging
 
 
 @pytest.fixture
@@ -40,6 +40,22 @@ def test_what_is_not_known_beforehand_is_counted(tmp_path, no_handlers, monkeypa
         "listing photos: 300 files, 20 files/s",
         "listing photos: 300/300 files (100%), 15 files/s, took 20s",
     ]
+
+
+def test_rate_and_time_left_are_of_what_is_done_since_it_began():
+    """Not of what an earlier, stopped run did; oracle: 20 steps in 10 s, and 20 to go."""
+    progress = Progress("train", 100, "steps", done=60)
+    assert progress.line(progress.started, {}).endswith(", time left unknown")
+    progress.done = 80
+    line = progress.line(progress.started + 10, {"loss": 0.5})
+    assert line == "train: 80/100 steps (80%), 2 steps/s, 10s left, loss 0.5"
+
+
+def test_times_and_sizes_are_told_in_units_of_their_size():
+    times = {0.4: "0s", 59.6: "1m00s", 200: "3m20s", 3599: "59m59s", 7500: "2h05m", 4 * 86400 + 3 * 3600: "4d03h"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    sizes = {512: "512 B", 1000: "1 kB", 1_230_000: "1.23 MB", 98.7e9: "98.7 GB", 2e12: "2 TB"}
+    assert {count: human_bytes(count) for count in sizes} == sizes
 
 
 def test_a_deleted_log_comes_back_with_its_lines(tmp_path):
