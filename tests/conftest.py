@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def write_params(path: Path, changes: dict[str, Any], base: Path = ROOT / "param
     with open(path, "w", encoding="utf-8") as file:
         yaml.dump(values, file)
     return path
+
+
+def raise_version(stage: str, root: Path) -> None:
+    """Write a project's stage versions as after a change of one stage's code."""
+    text = (ROOT / "crt/stage_versions.yaml").read_text(encoding="utf-8")
+    raised = re.sub(rf"(?m)^{stage}: (\d+)$", lambda found: f"{stage}: {int(found[1]) + 1}", text)
+    assert raised != text
+    (root / "crt/stage_versions.yaml").write_text(raised, encoding="utf-8")
 
 
 def dvclive_curve(folder: Path, name: str) -> dict[int, float]:

@@ -40,6 +40,15 @@ def test_columns_come_back_in_order(tmp_path):
         np.testing.assert_array_equal(store.column("values", np.array(rows, np.int64)), VALUES[rows])
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "ends"), [(3, [6, 12, 18, 23]), (4, [4, 8, 12, 16, 20, 23]), (10, [10, 20, 23])]
+)
+def test_chunks_are_whole_batches(tmp_path, batch_size, ends):
+    """Of six images at most, unless a batch has more."""
+    store = ChunkStore(tmp_path, 23, batch_size)
+    assert store.bounds == list(zip([0, *ends], ends, strict=False))
+
+
 def test_a_stopped_pass_continues_with_the_missing_chunks_in_the_same_batches(tmp_path, monkeypatch):
     store = ChunkStore(tmp_path, len(VALUES), batch_size=3)
     batches = []

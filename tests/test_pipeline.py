@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from crt.__main__ import STAGES
 from crt.params import load_params
 from crt.pipeline import PARAMS_FILE, canonical_json, expected_fingerprints, load_stages
 from crt.yaml_files import read_yaml
-from tests.conftest import ROOT, override
+from tests.conftest import ROOT, override, raise_version
 
 
 def test_stages_are_read_as_dvc_reads_them():
@@ -57,6 +58,12 @@ def test_both_engines_show_the_same_stages_and_edges():
         ({"train_ar.model.layers": 2}, {"train_ar", "sample", "evaluate"}),
         ({"evaluate.batch_size": 10}, {"evaluate"}),
         ({"prepare_data.val_fraction": 0.3}, set(STAGES)),
+        ({"prepare_data.images_per_shard": 7}, set(STAGES)),
+        ({"train_tokenizer.validate_every": 7}, set(STAGES) - {"prepare_data"}),
+        ({"train_ar.validate_every": 7}, {"train_ar", "sample", "evaluate"}),
+        # What no result shows, and what is another spelling of the same value.
+        ({"prepare_data.max_rejected_fraction": 0.9, "train_tokenizer.checkpoint_every": 7}, set()),
+        ({"train_ar.checkpoint_every": 7, "train_ar.keep_checkpoints": 7, "train_ar.sample_images": 7}, set()),
         ({"train_tokenizer.loss.pixel_weight": 1}, set()),
     ],
 )
@@ -65,6 +72,15 @@ def test_a_changed_key_changes_exactly_the_fingerprints_downstream(change, chang
     before = expected_fingerprints(values, ROOT)
     after = expected_fingerprints(override(copy.deepcopy(values), change), ROOT)
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_raised_version_changes_exactly_the_fingerprints_downstream(tmp_path):
+    (tmp_path / "crt").mkdir()
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    raise_version("train_ar", tmp_path)
+    values = read_yaml(ROOT / PARAMS_FILE)
+    before, after = expected_fingerprints(values, ROOT), expected_fingerprints(values, tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"train_ar", "sample", "evaluate"}
 
 
 def test_fingerprints_do_not_depend_on_how_the_params_were_read():

@@ -14,7 +14,7 @@ from crt.manifest import MANIFEST, read_manifest
 from crt.pipeline import stamp_name
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
-from tests.conftest import write_params
+from tests.conftest import raise_version, write_params
 
 
 @pytest.fixture
@@ -134,6 +134,26 @@ def test_inputs_made_with_other_params_are_refused_with_the_command_that_renews_
     )
 
 
+@pytest.mark.parametrize("raised", ["prepare_data", "train_tokenizer", "tokenize"])
+def test_inputs_made_by_an_earlier_version_of_any_stage_before_are_refused(tmp_path, chain, monkeypatch, raised):
+    (tmp_path / "crt").mkdir()
+    shutil.copy("dvc.yaml", tmp_path)
+    raise_version(raised, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    assert f"{tmp_path}/tokens: stale: made by an earlier version of stage {raised}: renew it" in str(caught.value)
+
+
+def test_inputs_from_before_a_key_was_introduced_are_refused(tmp_path, chain):
+    path = tmp_path / "tokens" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["inputs"]["train_tokenizer"]["params"]["train_tokenizer"]["min_crop"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train_tokenizer was run with train_tokenizer\.min_crop = null, "):
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+
+
 def test_a_key_of_a_later_stage_does_not_matter(tmp_path, chain):
     _make, params = chain
     write_params(params, {"train_ar.steps": 7, "evaluate.batch_size": 5}, base=params)
@@ -148,6 +168,16 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, chain):
         open_run(
             "evaluate", params, {k: tmp_path / k for k in ("data", "tokenizer", "tokens")}, tmp_path / "evaluation"
         )
+
+
+def test_a_model_of_another_tokenizers_codes_is_refused(tmp_path, chain):
+    """Two steps away: the tokenizer made the codes that the model was trained on."""
+    make, params = chain
+    make("train_ar", ("tokens",))
+    shutil.rmtree(tmp_path / "tokenizer")
+    make("train_tokenizer", ("data",), text="trained again, with other weights")
+    with pytest.raises(UserError, match="ar: was made from another train_tokenizer result"):
+        open_run("sample", params, {key: tmp_path / key for key in ("tokenizer", "ar")}, tmp_path / "samples")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +282,23 @@ def test_publishing_replaces_the_old_result_as_a_whole(tmp_path, chain):
     assert not (tmp_path / "tokens" / "left over").exists()
 
 
+def test_a_result_appears_with_all_that_belongs_to_it(tmp_path, chain, monkeypatch):
+    """Beside what an earlier attempt, killed at this point, had put aside; oracle: what is renamed to the output."""
+    run = open_run("tokenize", chain[1], {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    (run.work / "replaced" / "older").mkdir(parents=True)
+    run.staging.mkdir()
+    (run.staging / "codes").touch()
+    appeared, rename = {}, os.replace
+
+    def noted(source, target):
+        appeared[target] = sorted(os.listdir(source)) if os.path.isdir(source) else None
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
+    publish(run)
+    assert appeared[run.out] == ["codes", stamp_name(run.fingerprint), MANIFEST]
+
+
 def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
     make, params = chain
     first = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
@@ -260,6 +307,7 @@ def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
     second = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
     assert first.fingerprint == second.fingerprint
     assert first.work != second.work
+    assert first.is_current() and not second.is_current()
 
 
 def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, params_file, monkeypatch):
