@@ -173,6 +173,7 @@ def test_figures_are_those_of_the_images_taken_in_one_go(evaluated):
     assert metrics["bits_per_image_entropy"] == pytest.approx(16 * entropy)
     assert metrics["bits_per_image_stage2"] == pytest.approx(16 * 2.5 / np.log(2))
     assert metrics["stage2_val_loss"] == 2.5
+    assert (metrics["stage1_training_flops"], metrics["stage2_training_flops"]) == (10**10, 10**9)
     settings = load_params(evaluated.params).evaluate
     expected = kernel_distance(made, real, settings.kernel_subsets, settings.kernel_subset_size, seed=0)
     assert metrics["kd_classifier_gen"] == pytest.approx(expected, rel=1e-3)
