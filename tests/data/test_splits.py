@@ -39,6 +39,20 @@ def test_images_shared_by_classes_stay_together(seed):
     assert in_val.any() and not in_val.all()
 
 
+def test_copies_of_an_earlier_class_images_count_to_the_share():
+    """Half of ten images is set aside; another class has that half twice over, and ten images of its own."""
+    half = np.flatnonzero(split_by_content(np.zeros(10, int), digests_of(np.arange(10)), 0.5))
+    contents = np.concatenate([np.arange(10), half, half, np.arange(20, 30)])
+    in_val = split_by_content(np.repeat([0, 1], [10, 20]), digests_of(contents), 0.5)
+    assert in_val[10:].tolist() == [True] * 10 + [False] * 10
+
+
+def test_a_class_whose_training_image_an_earlier_class_chose_sets_its_other_one_aside():
+    trained = np.flatnonzero(~split_by_content(np.zeros(2, int), digests_of([0, 1]), 0.5))
+    in_val = split_by_content(np.array([0, 0, 1, 1]), digests_of([0, 1, *trained, 2]), 0.5)
+    assert in_val[2:].tolist() == [False, True]
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_two_distinct_images_give_one_to_each_side(fraction):
     labels = np.array([0, 0, 1, 1, 1, 2, 2])
