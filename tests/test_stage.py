@@ -393,6 +393,13 @@ def test_an_output_that_is_or_holds_an_input_is_refused(tmp_path, chain, out, he
         open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / out)
 
 
+def test_an_output_that_holds_what_runs_share_is_refused(tmp_path, chain):
+    with pytest.raises(UserError, match=f"would be replaced, but is or holds {tmp_path}/out/shared .--shared.: choose"):
+        open_run(
+            "train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "out", shared=tmp_path / "out/shared"
+        )
+
+
 def test_a_link_to_the_output_stays_and_the_work_is_done_beside_what_it_names(tmp_path, chain):
     make, params = chain
     (tmp_path / "disk").mkdir()
@@ -421,3 +428,7 @@ def test_metrics_are_also_written_into_a_folder_that_is_still_to_be_made(tmp_pat
     (run.staging / "metrics.json").write_text('{"psnr": 20}')
     publish(run)
     assert json.loads(metrics.read_text()) == {"psnr": 20}
+    run.staging.mkdir(parents=True)
+    (run.staging / "metrics.json").write_text('{"psnr": 21}')
+    publish(run)
+    assert json.loads(metrics.read_text()) == {"psnr": 21}

@@ -104,7 +104,8 @@ def test_encoded_files_are_kept_unless_they_are_too_large(prepare, make, tmp_pat
         size = (32, 16) if original.width > original.height else (16, 32)
         assert np.array_equal(decode(stored[name]), np.asarray(original.resize(size, Image.Resampling.BICUBIC)))
     for name in ("2.jpg", "5.webp"):
-        assert stored[name].startswith(b"\xff\xd8") and decode(stored[name]).shape == (16, 32, 3)
+        small = Image.fromarray(decode(files[name])).resize((32, 16), Image.Resampling.BICUBIC)
+        assert stored[name] == make.encode(np.asarray(small), "JPEG", quality=95, subsampling="4:4:4")
     status, out = prepare(path=tmp_path / "images", storage="encoded", image_size=None)
     packed = PackedImages(out, "train")
     assert [packed.encoded(row) for row in range(len(packed))] == list(files.values())
@@ -636,6 +637,27 @@ def test_a_file_that_changes_between_a_stop_and_the_rerun_is_taken_anew(
     ]
     expected_pixels = Image.fromarray(make.noise(99)).resize((19, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(PackedImages(out, "train").image(1), np.asarray(expected_pixels)[:, 1:17])
+
+
+def test_labels_that_change_between_a_stop_and_the_rerun_are_taken_anew(prepare, make, tmp_path, monkeypatch):
+    """Tiny ImageNet has them in a file: the images and their order stay, and their shard was finished."""
+    root = make.class_folders(tmp_path / "images" / "train", {"a": 2, "b": 2}).parent
+    make.class_folders(root / "val", {"images": 4}, first_seed=50)
+    labels = root / "val" / "val_annotations.txt"
+    make.write(labels, b"000.png\ta\n001.png\ta\n002.png\ta\n003.png\tb\n")
+    stopped_after(prepare, monkeypatch, tmp_path / "stopped", 4, path=root)
+    make.write(labels, b"000.png\ta\n001.png\ta\n002.png\tb\n003.png\tb\n")
+    status, out = prepare(out=tmp_path / "stopped", path=root)
+    assert status == 0
+    assert PackedImages(out, "val").labels.tolist() == [0, 0, 1, 1]
+
+
+def test_shards_are_on_the_disk_before_they_have_their_names(prepare, make, tmp_path, monkeypatch):
+    flushed = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 6}), val_fraction=0.4)
+    assert status == 0
+    assert {path.stat().st_ino for path in out.glob("*.h5")} <= flushed
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip", "webdataset", "imagenet"])

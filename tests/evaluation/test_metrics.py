@@ -14,6 +14,7 @@ from crt.distributed import World
 from crt.evaluation.comparable import ALL_CLASSES_ALIKE
 from crt.evaluation.frechet import GaussianStatistics, expected_distance, kernel_distance
 from crt.evaluation.grids import spread
+from crt.evaluation.metric_table import figure_names
 from crt.evaluation.metrics import (
     code_metrics,
     drawn_labels,
@@ -25,7 +26,7 @@ from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.sources import SplitSource
 from crt.params import load_params
 from crt.stages.evaluate import _code_counts
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_params
 from tests.tokens.caches import make_header, random_codes, write_cache
 
 SETTINGS = {"neighbours": 3, "pairwise_images": 1000, "kernel_subsets": 4, "kernel_subset_size": 10}
@@ -99,6 +100,13 @@ def test_the_inception_score_is_of_all_samples_in_its_splits(tmp_path):
     expected = inception_score(probabilities(made), 5, seed=5)
     assert (found["inception_score"], found["inception_score_std"]) == pytest.approx(expected)
     assert {"gfid", "kid"} <= set(found)
+
+
+@pytest.mark.parametrize(("side", "measured_at", "score"), [(256, 128, "ssim"), (128, 256, "ms_ssim")])
+def test_similarity_is_named_by_the_side_at_which_images_are_measured(tmp_path, side, measured_at, score):
+    changes = {"train_tokenizer.image_size": side, "evaluate.image_size": measured_at}
+    params = load_params(write_params(tmp_path / "params.yaml", changes, base=ROOT / "presets/imagenet256.yaml"))
+    assert {"ssim", "ms_ssim"} & set(figure_names(params)) == {score}
 
 
 class Labelled(SplitSource):

@@ -11,6 +11,7 @@ from crt import interrupt
 from crt.evaluation import precision_recall as module
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
 from crt.interrupt import Stopped
+from crt.randomness import numpy_generator
 
 
 def share_inside_by_loops(points, centres, neighbours):
@@ -88,6 +89,14 @@ def test_inception_score_is_the_definition():
     marginal = probabilities.mean(axis=0)
     total = sum(p[k] * np.log(p[k] / marginal[k]) for p in probabilities for k in range(4))
     assert inception_score(probabilities, splits=1, seed=0)[0] == pytest.approx(np.exp(total / 50))
+
+
+def test_inception_scores_spread_is_that_of_its_splits():
+    """As published: the deviation of the splits, not an estimate from them."""
+    probabilities = np.random.default_rng(4).dirichlet(np.ones(4), size=40)
+    order = numpy_generator(7, "inception score").permutation(40)
+    scores = [inception_score(probabilities[part], splits=1, seed=0)[0] for part in np.array_split(order, 3)]
+    assert inception_score(probabilities, splits=3, seed=7) == pytest.approx((np.mean(scores), np.std(scores)))
 
 
 def test_inception_score_does_not_fall_for_a_file_in_class_order():
