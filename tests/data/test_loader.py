@@ -93,6 +93,13 @@ def test_whole_pixels_are_images_or_their_mirrors(pixels):
     assert np.array_equal(plain, pixels.pixels(batch_rows(len(pixels), 12, 1, 3)[0]))
 
 
+def test_images_taken_whole_are_augmented_as_crops_are(pixels):
+    """Oracle: the way of images whose size is not known, which crops each of them."""
+    whole = batches(pixels, min_crop=1.0)
+    pixels.image_size = None
+    assert torch.equal(batches(pixels, min_crop=1.0), whole)
+
+
 @pytest.mark.parametrize("kind, size", [("encoded", 16), ("pixels", 16), ("pixels", 8)])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_sees_every_image_once_in_order(kind, size, world_size, request):
