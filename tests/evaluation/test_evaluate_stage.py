@@ -344,6 +344,14 @@ def test_a_reference_of_another_size_is_refused(evaluated, tmp_path, capfd):
     assert "adm_train have 32 pixels a side, the samples 16: set evaluate.image_size to 32" in errors[0]
 
 
+def test_a_single_sample_is_refused(evaluated, tmp_path, capfd):
+    changes = evaluated.changes | {"sample.num_images": 1}
+    assert evaluate_scales(evaluated, changes, "one_sample", tmp_path / "refused") == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert error == "error: evaluate: samples holds 1 image, distances need two at least: add some"
+    write_params(evaluated.params, evaluated.changes)
+
+
 @pytest.mark.parametrize(
     ("where", "key"),
     [
