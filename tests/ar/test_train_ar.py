@@ -20,6 +20,7 @@ from crt.ar.deepspeed_config import deepspeed_config, micro_batches
 from crt.ar.engine import build_optimizer
 from crt.ar.generator import Generator
 from crt.errors import UserError
+from crt.flops import ar_flops_per_image
 from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
@@ -170,6 +171,7 @@ def test_validation_is_the_mean_over_the_whole_split(small_run: Make, tmp_path: 
     assert summary["best_val_loss"] == min(row["loss"] for row in rows)
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert summary["tokens_seen"] == 40 * 16 * 16
+    assert summary["training_flops"] == 40 * 16 * ar_flops_per_image(model.config)
 
 
 def test_training_learns_what_the_codes_hold(small_run: Make) -> None:

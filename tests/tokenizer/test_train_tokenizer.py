@@ -23,6 +23,7 @@ from crt.data.transforms import to_uint8, to_unit_range
 from crt.distributed import World
 from crt.errors import LocalError
 from crt.evaluation.grids import reconstruction_grid
+from crt.flops import tokenizer_training_flops
 from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
@@ -111,6 +112,8 @@ def test_result_describes_itself_and_its_figures_are_those_of_the_published_weig
     assert summary["parameters"] == sum(parameter.numel() for parameter in tokenizer.parameters())
     assert (summary["val_psnr"], summary["regularizer"]) == (last["psnr"], last["regularizer"])
     assert (summary["grid"], summary["codebook_size"]) == ([4, 4], 32)
+    params = load_params(out.with_name("params.yaml")).train_tokenizer
+    assert summary["training_flops"] == tokenizer_training_flops(params, with_regularizer=True)
     with Image.open(out / "reconstructions.png") as picture:
         assert picture.size[0] > picture.size[1] > 64
     steps = curve(out)
@@ -127,7 +130,9 @@ def test_without_lambda_there_is_no_regularizer(runs, params_file):
     out = runs.train("plain", **{"lambda": 0.0})
     columns = set(curve(out)) | set(curve(out, "validation"))
     assert not columns & {"regularizer", "lambda", "regularizer_grad_norm"}
-    assert "regularizer" not in read_manifest(out).summary
+    summary, params = read_manifest(out).summary, load_params(out.with_name("params.yaml")).train_tokenizer
+    assert "regularizer" not in summary
+    assert summary["training_flops"] == tokenizer_training_flops(params, with_regularizer=False)
     params = load_params(params_file())
     state = TrainingState(params.train_tokenizer, 0.0, 0, torch.device("cpu"))
     assert state.regularizer is None
@@ -136,6 +141,12 @@ def test_without_lambda_there_is_no_regularizer(runs, params_file):
     other = TrainingState(params.train_tokenizer, 1.0, 0, torch.device("cpu"))
     for ours, theirs in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_crops_and_mirrors_are_those_of_the_params(runs):
+    changes = ({}, {"horizontal_flip": True}, {"min_crop": 0.5})
+    losses = [tuple(curve(runs.train(f"run{n}", steps=1, **changed))["pixel"]) for n, changed in enumerate(changes)]
+    assert len(set(losses)) == 3
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(runs):
