@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from crt import processes
 from crt.launch import local_command
 from tests.conftest import ROOT
 from tests.tokenizer.conftest import digits, runs  # noqa: F401 - fixtures
@@ -56,6 +57,29 @@ def training(runs):  # noqa: F811
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     parent.communicate()
+
+
+def child(seconds: float, status: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sh", "-c", f"sleep {seconds}; exit {status}"])
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ([(0.0, 0), (0.3, 0)], 0),
+        ([(0.5, 4), (0.0, 3)], 3),  # the first that failed
+        ([(1.5, 143), (0.0, 143)], 143),  # stops on request: the first process saves, however long that takes
+    ],
+)
+def test_the_status_is_that_of_the_first_that_failed(monkeypatch, ends, status):
+    """Each child ends after some seconds, with a status of its own."""
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
+    assert processes._wait([child(*end) for end in ends]) == status
+
+
+def test_nobody_is_waited_for_long_once_the_first_is_gone(monkeypatch):
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
+    assert processes._wait([child(0.0, 0), child(5.0, 0)]) == 128 + signal.SIGKILL
 
 
 def test_a_mistake_is_one_line_and_status_2(runs):  # noqa: F811
