@@ -68,13 +68,19 @@ def child(seconds: float, status: int) -> subprocess.Popen[bytes]:
     [
         ([(0.0, 0), (0.3, 0)], 0),
         ([(0.5, 4), (0.0, 3)], 3),  # the first that failed
-        ([(1.5, 143), (0.0, 143)], 143),  # stops on request: the first process saves, however long that takes
     ],
 )
 def test_the_status_is_that_of_the_first_that_failed(monkeypatch, ends, status):
     """Each child ends after some seconds, with a status of its own."""
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
     assert processes._wait([child(*end) for end in ends]) == status
+
+
+def test_those_that_stop_on_request_wait_for_the_first_one_to_save(monkeypatch):
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
+    children = [child(1.0, 143), child(0.0, 143)]
+    assert processes._wait(children) == 143
+    assert [process.returncode for process in children] == [143, 143]
 
 
 def test_nobody_is_waited_for_long_once_the_first_is_gone(monkeypatch):
