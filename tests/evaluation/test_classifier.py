@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from crt.evaluation import classifier
 from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns
 from crt.evaluation.precision_recall import class_agreement
 from crt.interrupt import Stopped
@@ -34,6 +35,15 @@ def test_training_is_a_function_of_params_and_seed(digits, tmp_path):
     assert first.read_bytes() != other.read_bytes()
     checksums = {ClassifierFeatures(path, "cpu").checksum for path in (first, second, other)}
     assert len(checksums) == 2
+
+
+def test_images_are_shifted_as_far_as_the_params_say_and_otherwise_in_each_step(digits, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(classifier, "random_shift", lambda *args: drawn.append(args) or random_shift(*args))
+    digits.train_classifier(tmp_path / "classifier.safetensors", steps=2, channels=4, max_shift=0.3)
+    (images, reach, first), (_, _, second) = drawn
+    assert reach == 0.3
+    assert not np.array_equal(random_shift(images, reach, first), random_shift(images, reach, second))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
