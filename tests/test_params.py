@@ -130,6 +130,10 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, ke
         validate_params(changed, "params.yaml")
 
 
+def test_all_codes_may_be_drawn_from(values):
+    validate_params(override(copy.deepcopy(values), {"sample.top_k": 64}), "params.yaml")
+
+
 def test_every_wrong_key_gets_its_own_line(values):
     changed = override(copy.deepcopy(values), {"train_ar.steps": -1, "sample.top_p": 2.0})
     del changed["seed"]

@@ -28,6 +28,7 @@ from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
 from crt.progress import Progress
+from crt.schedules import learning_rate_factor
 from crt.stages import train_tokenizer
 from crt.tokenizer import validation
 from crt.tokenizer.state import TrainingState
@@ -119,6 +120,9 @@ def test_result_describes_itself_and_its_figures_are_those_of_the_published_weig
     steps = curve(out)
     assert steps["step"].tolist() == list(range(1, 9))
     assert steps["lambda"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    o = params.optimizer
+    factors = [learning_rate_factor(step, 8, o.schedule, o.warmup_steps, o.final_fraction) for step in range(8)]
+    np.testing.assert_allclose(steps["learning_rate"], o.learning_rate * np.array(factors), rtol=1e-6)
     expected = steps["pixel"] + steps["codebook"] + 0.25 * steps["commitment"] + steps["lambda"] * steps["regularizer"]
     np.testing.assert_allclose(steps["loss"], expected, rtol=1e-5)
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith("complete-")) == sorted(
