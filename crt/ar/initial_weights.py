@@ -23,6 +23,30 @@ _KEYS = {
 }
 
 
+def check_initial_config(params: TrainAR, wanted: ARConfig) -> tuple[Path, ARConfig] | None:
+    """The folder of the transformer that the params name to begin with, and its sizes; its weights are not looked at.
+
+    Args:
+        params: section train_ar.
+        wanted: the model to train; its grid and classes are not looked at.
+
+    Raises:
+        UserError: the folder holds no transformer, or another one than the params describe, or one for codes of another
+            codebook.
+    """
+    if params.init_from is None:
+        return None
+    folder = Path(os.path.expanduser(params.init_from))
+    found = ARConfig.load(folder)
+    check_same_config(_KEY, folder, found, wanted, _KEYS)
+    if found.codebook_size != wanted.codebook_size:
+        raise UserError(
+            f"{_KEY}: {folder} draws codes of {found.codebook_size}, the tokenizer has {wanted.codebook_size}: use the "
+            f"tokenizer that it was trained with, or set {_KEY} to null"
+        )
+    return folder, found
+
+
 def initial_weights(params: TrainAR, config: ARConfig) -> dict[str, Tensor]:
     """The float32 weights in the folder that the params name; empty where they name none.
 
@@ -34,21 +58,14 @@ def initial_weights(params: TrainAR, config: ARConfig) -> dict[str, Tensor]:
         config: the model to train.
 
     Raises:
-        UserError: the folder holds no transformer, or another one than the params describe, or one for codes of another
-            codebook.
+        UserError: as `check_initial_config`, or the weights are damaged, or without a step classes differ.
     """
-    if params.init_from is None:
+    known = check_initial_config(params, config)
+    if known is None:
         return {}
-    folder = Path(os.path.expanduser(params.init_from))
-    other = ARConfig.load(folder)
-    check_same_config(_KEY, folder, other, config, _KEYS)
-    if other.codebook_size != config.codebook_size:
-        raise UserError(
-            f"{_KEY}: {folder} draws codes of {other.codebook_size}, the tokenizer has {config.codebook_size}: use the "
-            f"tokenizer that it was trained with, or set {_KEY} to null"
-        )
-    known = (other.tokenizer_content, config.tokenizer_content)
-    if None not in known and known[0] != known[1]:
+    folder, other = known
+    tokenizers = (other.tokenizer_content, config.tokenizer_content)
+    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         logger.warning(
             "%s: %s was trained on the codes of another tokenizer, which mean something else: it has to unlearn them",
             *(_KEY, folder),

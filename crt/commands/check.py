@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from crt.params import load_params
+from crt.params import Params, load_params
 from crt.pipeline import PARAMS_FILE
 
 
@@ -15,11 +15,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the file, all of it.
+    """Check the file, all of it, and that the weights fit which it names to begin training with.
 
     Raises:
         UserError: one line for each wrong key.
     """
-    load_params(args.params)
+    params = load_params(args.params)
+    if params.train_tokenizer.init_from is not None or params.train_ar.init_from is not None:
+        _check_initial_weights(params)
     print(f"{args.params}: valid")
     return 0
+
+
+def _check_initial_weights(params: Params) -> None:
+    # Here, since both bring torch.
+    from crt.ar.initial_weights import check_initial_config as check_transformer
+    from crt.plan.work import ar_config
+    from crt.tokenizer.initial_weights import check_initial_config as check_tokenizer
+
+    check_tokenizer(params.train_tokenizer)
+    check_transformer(params.train_ar, ar_config(params, classes=1))

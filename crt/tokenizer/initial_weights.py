@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from crt.model_files import check_same_config
+from crt.model_files import TOKENIZER, check_same_config, read_config
 from crt.params import TrainTokenizer
-from crt.tokenizer.model import Tokenizer
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
 
 # Params keys of what must agree. Images may have another size, and dropout has no weights.
 _KEYS = {
@@ -22,15 +22,26 @@ _KEYS = {
 }
 
 
+def check_initial_config(params: TrainTokenizer) -> Path | None:
+    """The folder of the tokenizer that the params name to begin with; its weights are not looked at.
+
+    Raises:
+        UserError: it holds no tokenizer, or another one than the params describe.
+    """
+    if params.init_from is None:
+        return None
+    folder = Path(os.path.expanduser(params.init_from))
+    found, wanted = read_config(folder, TOKENIZER, TokenizerConfig), TokenizerConfig.from_params(params)
+    check_same_config("train_tokenizer.init_from", folder, found, wanted, _KEYS)
+    return folder
+
+
 def load_initial_weights(model: Tokenizer, params: TrainTokenizer) -> None:
     """Give a tokenizer the weights in the folder that the params name, if they do.
 
     Raises:
-        UserError: the folder holds no tokenizer, or another one than the params describe.
+        UserError: as `check_initial_config`, or the weights are damaged.
     """
-    if params.init_from is None:
-        return
-    folder = Path(os.path.expanduser(params.init_from))
-    other = Tokenizer.load(folder)
-    check_same_config("train_tokenizer.init_from", folder, other.config, model.config, _KEYS)
-    model.load_state_dict(other.state_dict())
+    folder = check_initial_config(params)
+    if folder is not None:
+        model.load_state_dict(Tokenizer.load(folder).state_dict())

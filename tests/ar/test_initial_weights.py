@@ -126,3 +126,17 @@ def test_its_own_output_is_refused(small_run: Make, capfd: pytest.CaptureFixture
     assert main(small_run(train_ar__steps=1)) == 0
     assert main(small_run(tmp_path, train_ar__init_from=str(tmp_path / "ar"))) == 2
     assert "is where train_ar puts its result, which would replace it: copy it" in capfd.readouterr().err
+
+
+def test_check_says_beforehand_whether_they_fit(small_run: Make, given: Any, capfd: pytest.CaptureFixture) -> None:
+    def check(**changes: Any) -> tuple[int, str]:
+        params = small_run(**changes)[2]
+        capfd.readouterr()
+        return main(["check", "--params", params]), capfd.readouterr().err
+
+    folder = given()
+    assert check(train_ar__init_from=str(folder)) == (0, "")
+    status, told = check(train_ar__init_from=str(folder), train_ar__model__heads=4)
+    assert status == 2 and "has another model.heads (2, in the params 4)" in told
+    status, told = check(train_tokenizer__init_from=str(folder))
+    assert status == 2 and f"{folder}: holds a transformer of stage 2, for crt.Generator.load" in told
