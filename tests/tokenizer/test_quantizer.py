@@ -234,6 +234,18 @@ def test_dead_codes_become_latents_of_the_batch_as_seed_and_step_say():
     assert not torch.equal(train(seed=5)[0], codebook)
 
 
+def test_a_revived_code_stays_where_it_was_put_under_moving_averages():
+    """Nothing chooses it at the next step, so its average is the latent that it became."""
+    quantizer = make(codebook_size=4, dim=4).float()
+    upkeep = CodebookUpkeep(quantizer, ema_decay=0.5, revive_after_steps=2, seed=0)
+    latents, codes = quantizer.project(torch.randn(1, 4, 2, 2)), torch.zeros(1, 2, 2, dtype=torch.int64)
+    counts = torch.tensor([4, 0, 0, 0])
+    assert [upkeep.update(step, latents, codes, counts).tolist() for step in range(2)] == [[], [1, 2, 3]]
+    put = quantizer.vectors().detach().clone()
+    assert len(upkeep.update(2, latents, codes, counts)) == 0
+    torch.testing.assert_close(quantizer.vectors()[1:].detach(), put[1:], rtol=1e-3, atol=1e-4)
+
+
 def test_upkeep_continues_from_its_state():
     def steps(upkeep, quantizer, first, end):
         for step in range(first, end):
