@@ -78,6 +78,44 @@ def test_the_others_wait_for_the_first_one_longer_than_in_a_collective(how, toge
     assert [("together" in out) for out, _ in said] == [together] * 2, said
 
 
+COLLECTIVES = """
+import torch
+import crt.distributed as d
+from crt import interrupt
+d._BUCKET_BYTES = 20  # two numbers fill no bucket, four do
+with d.join_world() as world:
+    mine = torch.tensor([1.0, 10.0]) * (1 + 2 * world.rank)  # 1 and 3
+    assert d.sum_over_ranks(mine).tolist() == [4, 40]
+    assert mine.tolist() == [1 + 2 * world.rank, 10 + 20 * world.rank]
+
+    variable = mine.clone().requires_grad_()
+    mean = d.mean_over_ranks(variable)
+    assert mean.tolist() == [2, 20]
+    # The loss of rank r is (1 + r) times the mean's sum: their mean is 1.5 times it, of which each number has a half.
+    ((1 + world.rank) * mean.sum()).backward()
+    assert (variable.grad / 2).tolist() == [0.75, 0.75]
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 4, 1, 3, 5, 2)]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = None if number == 2 else torch.full_like(parameter, number + 2.0 * world.rank)
+    d.average_gradients(parameters)
+    averages = [p.grad if p.grad is None else p.grad.unique().tolist() for p in parameters]
+    assert averages == [[1], [2], None, [4], [5], [6]]
+
+    assert d.all_reduce(5 + world.rank, world) == 11
+    assert d.said_by_main(7 + world.rank, world) == 7
+    if world.rank == 1:
+        interrupt._received.append(15)
+    assert d.stop_signal(world) == 15
+print("agreed")
+"""
+
+
+def test_collectives_give_all_processes_the_same():
+    said = _run_two(COLLECTIVES, "")
+    assert ["agreed" in out for out, _ in said] == [True] * 2, said
+
+
 def _run_two(script: str, argument: str) -> list[tuple[str, str]]:
     """What two processes of a script write to stdout and stderr."""
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
