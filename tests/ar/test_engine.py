@@ -1,0 +1,37 @@
+"""What the params ask of DeepSpeed, by what one step does to the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, gradient_norm, set_learning_rate
+from crt.distributed import join_world
+from crt.params import load_params
+from tests.ar.conftest import small_config
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradients_are_clipped(zero_stage: int, precision: str) -> None:
+    """Adam divides by the gradient's size, so only one that is clipped far below its epsilon hardly moves a weight."""
+    params = load_params(ROOT / "params.yaml").train_ar
+    config = small_config()
+    codes, labels = torch.zeros(4, config.num_tokens, dtype=torch.int64), torch.arange(4)
+
+    def largest_change(clip_norm: float) -> float:
+        optimizer = params.optimizer.model_copy(update={"clip_norm": clip_norm, "weight_decay": 0.0})
+        changes = {"precision": precision, "zero_stage": zero_stage, "batch_size": 4, "micro_batch_size": None}
+        asked = params.model_copy(update=changes | {"optimizer": optimizer})
+        with join_world() as world, deepspeed_session(world), deepspeed_engine(asked, config, 0, world) as engine:
+            before = gather_weights(engine, world)
+            set_learning_rate(engine, 1e-2)
+            engine.backward(engine(codes, labels).mean())
+            engine.step()
+            after = gather_weights(engine, world)
+            assert gradient_norm(engine) > 0.1  # before clipping
+        return max((after[name] - before[name]).abs().max().item() for name in before)
+
+    assert largest_change(1e9) > 5e-3
+    assert largest_change(1e-12) < 1e-4
