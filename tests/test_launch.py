@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from crt import slurm
+from crt import launch, slurm
 from crt.errors import UserError
-from crt.launch import launch_command, limit_threads, srun_command
+from crt.launch import launch_command, limit_threads, local_command, srun_command
 from tests.conftest import ROOT
 
 SLURM_JOB = """JobId=7 JobName=x UserId=a(1) BatchFlag=1 Requeue=1 Restarts=2 JobState=RUNNING \
@@ -47,6 +47,14 @@ def test_threads_are_only_ever_lowered(monkeypatch):
 def test_a_process_among_others_starts_none(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert launch_command("train_ar", ["train_ar"]) is None
+
+
+def test_processes_of_one_machine_share_its_threads(monkeypatch):
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 4)
+    monkeypatch.setenv("MKL_NUM_THREADS", "8")
+    assert launch_command("train_ar", ["train_ar"]) == local_command(4, ["train_ar"])
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("16", "8")
+    assert launch_command("prepare_data", ["prepare_data"]) is None
 
 
 def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):

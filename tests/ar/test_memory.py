@@ -81,6 +81,22 @@ def test_recomputation_keeps_one_input_per_block() -> None:
     assert recomputed < kept / 5
 
 
+def test_gradients_that_accumulate_stand_beside_the_activations() -> None:
+    one, several = (
+        stage2_memory(small_config(), Split(4, "float32", 2, "none", False, accumulating))
+        for accumulating in (False, True)
+    )
+    assert several.backward_start - one.backward_start == several.gradients > 0
+
+
+@pytest.mark.parametrize(("offload", "each"), [("none", 0), ("optimizer", 16), ("optimizer_and_parameters", 18)])
+def test_the_host_holds_what_a_process_offloads(offload: str, each: int) -> None:
+    """Float32 master weights, two moments and the gradient; the bfloat16 weights if they are offloaded."""
+    config = small_config(width=WIDTH)
+    host = stage2_memory(config, Split(4, "bf16", 3, offload, False, False)).host
+    assert host == each * count_parameters(config) // 4
+
+
 @pytest.mark.parametrize(
     ("size", "images", "checkpointing", "measured"),
     [
