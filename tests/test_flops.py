@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crt.ar.model import ARConfig, ARTransformer
 from crt.flops import ar_flops_per_image, count_flops, matmul_rate, tokenizer_flops_per_image, tokenizer_training_flops
 from crt.params import TrainTokenizer, load_params
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
+from crt.tokenizer.objective import Objective
+from crt.tokenizer.regularizer import build_regularizer
 from tests.conftest import ROOT
 
 
@@ -43,6 +47,21 @@ def changed(**sections) -> TrainTokenizer:
     params = load_params(ROOT / "params.yaml").train_tokenizer
     sections = {name: getattr(params, name).model_copy(update=keys) for name, keys in sections.items()}
     return params.model_copy(update=sections | {"steps": 10})
+
+
+def test_a_batch_costs_what_the_counter_finds_for_all_its_images():
+    params = changed().model_copy(update={"steps": 1, "batch_size": 5})
+    with FakeTensorMode():
+        model = Tokenizer(TokenizerConfig.from_params(params))
+        regularizer = build_regularizer(params.regularizer, 8, model.num_tokens, 64)
+        objective = Objective(params, model, regularizer, None, perceptual=None, device_type="cpu")
+        images, uniforms = torch.zeros(5, 3, 16, 16), torch.zeros(5, model.num_tokens)
+
+        def step() -> None:
+            objective.tokenizer_loss(images, uniforms, 1.0, False).total.backward()
+
+        counted = count_flops(step)
+    assert tokenizer_training_flops(params, True) == counted
 
 
 def test_the_discriminator_counts_from_its_start():

@@ -72,6 +72,16 @@ def test_every_damaged_block_is_named(copy, original, capsys):
     ]
 
 
+def test_a_code_that_the_codebook_does_not_have_is_told(tmp_path, capsys):
+    """Only a faulty writer makes one: its checksums are right."""
+    header = make_header(rows=100, split="train")
+    codes, *others = random_codes(header)
+    codes[7] = header.codebook_size
+    write_cache(tmp_path, header, codes, *others)
+    (line,) = refused(["verify", tmp_path], capsys)
+    assert f"block 0 (rows 0 to 99) holds code {header.codebook_size} of a codebook of {header.codebook_size}" in line
+
+
 def test_damage_in_both_splits_is_reported(copy, original, capsys):
     """A block of train, and an index of val that cannot be read: neither hides the other."""
     flip_byte(copy / "train-00000-of-00002.h5", original[0].records[0].codes_offset)
