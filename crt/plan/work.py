@@ -65,12 +65,12 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
         raise UserError(
             f"prepare_data.source {data.source!r} does not say how large it is: give --images and --classes"
         )
-    if data.max_images_per_class is not None:
-        most = data.max_images_per_class * known_classes
-        train, val = min(train, most), None if val is None else min(val, most)
     if val is None:
         val = round(train * data.val_fraction)
         train -= val
+    if data.max_images_per_class is not None:  # of each split
+        most = data.max_images_per_class * known_classes
+        train, val = min(train, most), min(val, most)
     return DataSize(train, val, known_classes)
 
 

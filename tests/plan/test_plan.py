@@ -98,6 +98,21 @@ def test_stages_follow_the_params() -> None:
     assert work["tokenize"].flops == (20 * data.train + data.val) * tokenizer_flops(params)[0]
 
 
+@pytest.mark.parametrize(
+    ("file", "limit", "sizes"),
+    [
+        ("params.yaml", 12, (120, 120)),  # as prepare_data packs the digits: set aside, then limited
+        ("params.yaml", 100, (1_000, 359)),
+        ("presets/imagenet256.yaml", 60, (60_000, 50_000)),
+    ],
+)
+def test_each_split_keeps_the_images_of_a_class_up_to_the_limit(file: str, limit: int, sizes: tuple) -> None:
+    params = load_params(ROOT / file)
+    limited = params.prepare_data.model_copy(update={"max_images_per_class": limit})
+    data = data_size(params.model_copy(update={"prepare_data": limited}), None, None)
+    assert (data.train, data.val) == sizes
+
+
 def test_sampling_and_evaluation_cost_what_their_stages_do() -> None:
     """Oracle: the stages. Each scale is drawn, and its features are taken; those of real images are taken once."""
     params = load_params(ROOT / "params.yaml")
