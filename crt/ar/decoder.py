@@ -2,7 +2,7 @@
 
 What bounds it is memory traffic: each code reads every weight once, and the keys and values of all codes before it.
 So no cache grows or is copied along the sequence, and attention reads the filled part only, rounded up to a bucket of
-`BUCKET` positions. This is the CPU's way, `crt.ar.graphs` the GPU's (without Triton, a GPU takes this one):
+`BUCKET` positions. This is the CPU's way, `crt.ar.gpu_decoder` the GPU's (without Triton, a GPU takes this one):
 
 - weights are in oneDNN's blocked layout, made once: plain ones are reordered at each call, which doubles the traffic;
 - attention is batched products over buckets that each lie in one piece: the fused kernel takes several times as long

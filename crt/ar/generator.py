@@ -37,7 +37,7 @@ from crt.errors import UserError
 from crt.randomness import numpy_generator
 
 if TYPE_CHECKING:
-    from crt.ar.graphs import SteppedBatch
+    from crt.ar.gpu_decoder import GPUDecoder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Beyond these, logits overflow.
@@ -64,8 +64,8 @@ class Generator:
     def __init__(self, model: ARTransformer, compile: bool = False) -> None:
         self.model = model
         self.compile = compile
-        self._stepped: SteppedBatch | None = None
-        self._stepping = threading.Lock()  # all that use its buffers
+        self._gpu_decoder: GPUDecoder | None = None
+        self._decoding = threading.Lock()  # all that use its buffers
 
     def __reduce__(self) -> tuple[type[Generator], tuple[ARTransformer, bool]]:
         # Buffers, graphs and locks belong to one process.
@@ -177,8 +177,8 @@ class Generator:
         if guided:
             previous = torch.cat((previous, torch.full_like(previous, self.config.null_class)))
         if decoder is None:
-            with self._stepping:
-                return self._stepped_batch(num_images, guided, settings).run(previous, uniforms, scales).cpu()
+            with self._decoding:
+                return self._gpu_decoder_for(num_images, guided, settings).run(previous, uniforms, scales).cpu()
         codes = torch.empty((num_images, num_tokens), dtype=torch.int64, device=device)
         for position in range(num_tokens):
             logits = decoder.next_logits(previous, position)
@@ -191,10 +191,10 @@ class Generator:
         on_gpu = self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
         return on_gpu and not is_partitioned(self.model)
 
-    def _stepped_batch(self, num_images: int, guided: bool, settings: DrawSettings) -> SteppedBatch:
+    def _gpu_decoder_for(self, num_images: int, guided: bool, settings: DrawSettings) -> GPUDecoder:
         """Buffers and steps for a GPU; those of the last call where they serve again."""
         from crt.ar.decode_kernels import DRAW_LIMIT
-        from crt.ar.graphs import SteppedBatch
+        from crt.ar.gpu_decoder import GPUDecoder
 
         def draw_step(logits: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
             return draw_next(logits, uniform, scale if guided else None, settings)
@@ -202,10 +202,10 @@ class Generator:
         # A recorded graph reads where the weights lay: what they are may change, not where.
         places = tuple((weight.data_ptr(), weight.dtype) for weight in self.model.parameters())
         key = (num_images, guided, settings.temperature, settings.top_k, settings.top_p, places)
-        if self._stepped is None or self._stepped.key != key:
-            self._stepped = None  # its buffers go first
+        if self._gpu_decoder is None or self._gpu_decoder.key != key:
+            self._gpu_decoder = None  # its buffers go first
             among_all = not settings.top_k and settings.top_p == 1 and self.config.codebook_size <= DRAW_LIMIT
-            self._stepped = SteppedBatch(
+            self._gpu_decoder = GPUDecoder(
                 self.model,
                 num_images,
                 num_images * (2 if guided else 1),
@@ -214,8 +214,8 @@ class Generator:
                 key=key,
             )
             if self.compile:
-                self._stepped.record()
-        return self._stepped
+                self._gpu_decoder.record()
+        return self._gpu_decoder
 
     def _check_labels(self, labels: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         try:

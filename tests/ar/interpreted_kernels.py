@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from crt.ar import decode_kernels as kernels
 from crt.ar.decoder import Decoder, normalize
 from crt.ar.generator import DrawSettings, Generator, draw_next, guidance_scales, image_uniforms
-from crt.ar.graphs import SteppedBatch
+from crt.ar.gpu_decoder import GPUDecoder
 from crt.ar.model import rotate
 from tests.ar.conftest import CODEBOOK, small_model
 
@@ -181,10 +181,10 @@ def test_draws_are_those_of_torch(codebook: int, guided: bool) -> None:
     assert draws.tolist() == [[5], [8]]
 
 
-def stepped_batch(model, labels: Tensor, guided: bool, **settings) -> tuple[SteppedBatch, Tensor]:
+def gpu_decoder(model, labels: Tensor, guided: bool, **settings) -> tuple[GPUDecoder, Tensor]:
     """A batch, and what its first step reads."""
     previous = torch.cat((labels, torch.full_like(labels, 5))) if guided else labels
-    return SteppedBatch(model, len(labels), len(previous), **settings), previous
+    return GPUDecoder(model, len(labels), len(previous), **settings), previous
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_steps_predict_and_draw_as_the_cpu_does(images: int, changes: dict) -> N
     model, labels = small_model(scale=2.0, grid=GRID, **changes), torch.tensor(LABELS[:images])
     settings = DrawSettings(2.0, 1.0, 0, 1.0, "linear")
     uniforms, scales = image_uniforms(4, range(images), 4), guidance_scales(settings, 4)
-    batch, previous = stepped_batch(model, labels, guided=True)
+    batch, previous = gpu_decoder(model, labels, guided=True)
     found: list[Tensor] = []
     logits = batch.logits
 
@@ -221,7 +221,7 @@ def test_a_batch_serves_again_and_with_any_draw(images: int, guided: bool) -> No
     def draw(logits: Tensor, uniforms: Tensor, scale: Tensor) -> Tensor:
         return draw_next(logits, uniforms, scale if guided else None, settings)
 
-    batch, previous = stepped_batch(model, labels, guided, draw=draw)
+    batch, previous = gpu_decoder(model, labels, guided, draw=draw)
     for _ in range(2):
         codes = batch.run(previous, image_uniforms(4, range(images), 4), guidance_scales(settings, 4))
         assert torch.equal(codes, expected)
@@ -243,16 +243,16 @@ def test_a_generator_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for call in calls:
         assert torch.equal(call(generator), call(plain))
-        made.append(generator._stepped)
+        made.append(generator._gpu_decoder)
     assert made[0] is made[1]
     assert len(set(map(id, made))) == 4
     model.load_state_dict(small_model(seed=1, scale=2.0, grid=GRID, layers=1).state_dict(), assign=True)
     assert torch.equal(calls[-1](generator), calls[-1](plain))
-    assert generator._stepped is not made[-1]  # a graph would still read the weights that were
+    assert generator._gpu_decoder is not made[-1]  # a graph would still read the weights that were
 
 
 def test_bf16_steps_predict_nearly_as_the_cpu_does() -> None:
     model, labels = small_model(scale=1.0).to(torch.bfloat16), torch.tensor([1, 2])
-    batch, previous = stepped_batch(model, labels, guided=True)
+    batch, previous = gpu_decoder(model, labels, guided=True)
     batch.previous.copy_(previous)
     torch.testing.assert_close(batch.logits(first=True), Decoder(model).next_logits(previous, 0), atol=0.05, rtol=0)

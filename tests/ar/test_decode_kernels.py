@@ -37,7 +37,7 @@ def test_the_compiler_takes_every_kernel_of_a_step(
 ) -> None:
     """For an H100, in bfloat16, at the shapes of a real model; no kernel runs out of registers."""
     from crt.ar import decode_kernels as kernels
-    from crt.ar.graphs import SteppedBatch
+    from crt.ar.gpu_decoder import GPUDecoder
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launches: dict[str, tuple[Any, tuple, dict[str, Any]]] = {}
@@ -59,7 +59,7 @@ def test_the_compiler_takes_every_kernel_of_a_step(
     with monkeypatch.context() as patched:
         for name in KERNELS:
             patched.setattr(kernels, name, Recorder(name))
-        SteppedBatch(model, sequences // 2, sequences).step()
+        GPUDecoder(model, sequences // 2, sequences).step()
     used = {function.__name__ for function, _, _ in launches.values()}
     assert used == {"_linear", "_attend", "_draw"} if sequences <= kernels.FEW else set(KERNELS) - {"_linear"}
     for function, args, options in launches.values():

@@ -9,7 +9,7 @@ import torch
 
 from crt.__main__ import main
 from crt.ar.decoder import Decoder
-from crt.ar.graphs import SteppedBatch
+from crt.ar.gpu_decoder import GPUDecoder
 from crt.ar.model import ARTransformer, count_parameters
 from crt.params import load_params
 from crt.plan.sampling import SamplingMemory, sampling_memory
@@ -35,9 +35,9 @@ def test_caches_are_those_of_both_samplers(scale, sequences, precision, dtype) -
     images = 3
     decoder = Decoder(model)
     decoder.resize(images * sequences)
-    stepped = SteppedBatch(model, images, images * sequences)
+    on_gpu = GPUDecoder(model, images, images * sequences)
     derived = memory_of(guidance_scale=scale, guidance_sweep=[], precision=precision).cache_per_image
-    for sampler in (decoder, stepped):
+    for sampler in (decoder, on_gpu):
         assert images * derived == sampler._keys.nbytes + sampler._values.nbytes
 
 

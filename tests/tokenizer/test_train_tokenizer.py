@@ -119,8 +119,6 @@ def test_result_describes_itself_and_its_figures_are_those_of_the_published_weig
         assert picture.size[0] > picture.size[1] > 64
     steps = curve(out)
     assert steps["step"].tolist() == list(range(1, 9))
-    rates = steps["learning_rate"] / 2e-3
-    np.testing.assert_allclose(rates, [learning_rate_factor(s, 8, "cosine", 2, 0.1) for s in range(8)], rtol=1e-6)
     assert steps["lambda"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
     o = params.optimizer
     factors = [learning_rate_factor(step, 8, o.schedule, o.warmup_steps, o.final_fraction) for step in range(8)]

@@ -25,8 +25,8 @@ _WARMUP_CALLS = 2
 Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class SteppedBatch:
-    """The buffers of one batch, and the step on them.
+class GPUDecoder:
+    """Decodes batches of one size: the buffers of a batch, and the step on them.
 
     Args:
         model: in evaluation mode, on a GPU (or anywhere in Triton's interpreter, which is how it is tested).
