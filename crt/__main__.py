@@ -10,9 +10,9 @@ import errno
 import importlib
 import os
 import re
-import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -220,13 +220,22 @@ def _disk_message(error: BaseException, out: Path | None) -> str | None:
         # h5py, safetensors and torch put the number only into their text.
         match = re.search(r"(?:errno = |os error |Errno )(\d+)", str(error))
         code = int(match.group(1)) if match else None
-    if code is None and "PytorchStreamWriter" in str(error) and out is not None:
-        full = shutil.disk_usage(out.parent).free < 2**20
-        code = errno.ENOSPC if full else None
+    if code is None and re.search("PytorchStreamWriter|inline_container", str(error)) and out is not None:
+        code = _write_error(out.parent)
     if code not in _DISK_ERRORS:
         return None
     where = getattr(error, "filename", None) or out or "output"
     return f"{where}: {os.strerror(code)}: {_DISK_ERRORS[code]} and run the same command again; finished work is kept"
+
+
+def _write_error(folder: Path) -> int | None:
+    """The number of the error that writing a file in `folder` ends with at the moment; None if it succeeds."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _append(path: Path, text: str) -> bool:
@@ -245,7 +254,20 @@ def _report(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def _open_closed_streams() -> None:
+    """Give what is printed and read a place to go where the caller closed it, as `>&-` and some schedulers do.
+
+    Python has no stream there, and the next file that is opened would take its number: what libraries print would go
+    into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
+
+
 if __name__ == "__main__":
+    _open_closed_streams()
     try:
         try:
             status = main()

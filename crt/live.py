@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Live:
         self.dvclive = DVCLive(
             str(folder / "dvclive"), resume=first_step > 0, report=None, save_dvc_exp=False, dvcyaml=False
         )
+        threading.excepthook = _say_unless_said
         self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def training(self, step: int, figures: Mapping[str, float]) -> None:
@@ -81,6 +83,12 @@ class Live:
         """Flush the files."""
         self.tensorboard.close()
         self.dvclive.end()
+
+
+def _say_unless_said(failure: threading.ExceptHookArgs) -> None:
+    """A disk's errors in TensorBoard's thread are raised anew in the one that trains, at its next call."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _drop_later_rows(path: Path, last_step: int) -> None:

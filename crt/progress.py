@@ -22,6 +22,8 @@ def start_logging(log_file: str | Path | None, rank: int = 0) -> None:
 
     Ranks other than 0 only report warnings, prefixed with their rank.
     """
+    # A log file on a full disk, or a terminal that is gone, must not bring logging's own traceback for each line.
+    logging.raiseExceptions = False
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -100,6 +100,47 @@ def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_
     assert "data: No space left on device: free some space and run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("code", "name"), [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota")])
+def test_a_disk_that_torch_writes_by_itself_is_asked_what_is_wrong(
+    params_file, tmp_path, monkeypatch, capsys, code, name
+):
+    """Given a path, as by DeepSpeed, its writer in C++ tells no number at all. Oracle: what a write ends with."""
+
+    def full(run):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+
+    def refused(dir):
+        raise OSError(code, os.strerror(code))
+
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    monkeypatch.setattr("crt.stages.prepare_data.run", full)
+    assert main(command) == 1
+    monkeypatch.setattr("crt.__main__.tempfile.TemporaryFile", refused)
+    assert main(command) == 2
+    assert f"error: {tmp_path / 'data'}: {name}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [("check --params params.yaml", 0), ("check --params nowhere", 2), ("--help", 0)]
+)
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(arguments, status, closed):
+    command = f"{sys.executable} -m crt {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    if closed == "2>&-":
+        assert not done.stderr
+        assert bool(done.stdout) == (status == 0)
+
+
+def test_a_stage_without_streams_writes_none_of_what_it_says_into_its_files(params_file, tmp_path):
+    command = f"{sys.executable} -m crt prepare_data --params {params_file()} --out {tmp_path}/data <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, check=False).returncode == 0
+    check_content(tmp_path / "data")
+    assert "done in" in (tmp_path / "data.log").read_text()
+
+
 def test_what_a_command_does_not_know_is_told_with_its_own_usage(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["check", "params.yaml"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import pytest
 
@@ -13,16 +14,24 @@ from crt.progress import Progress, duration, human_bytes, logger, restore_log, s
 def no_handlers():
     yield
     for handler in logger.handlers:
-        handler.close()
+        with suppress(OSError):
+            handler.close()
     logger.handlers.clear()
 
 
 def test_names_that_are_no_utf8_are_escaped_in_the_log(tmp_path, capfd, no_handlers, monkeypatch):
-    monkeypatch.setattr(logging, "raiseExceptions", True)
     start_logging(tmp_path / "data.log")
+    monkeypatch.setattr(logging, "raiseExceptions", True)
     logger.warning("left out: %s", b"caf\xe9.png".decode("utf-8", "surrogateescape"))
     assert capfd.readouterr().err.count("\n") == 1  # no traceback of the logging module
     assert (tmp_path / "data.log").read_text(encoding="utf-8").endswith(" left out: caf\\udce9.png\n")
+
+
+def test_a_log_on_a_full_disk_costs_its_lines_and_no_traceback(capfd, no_handlers, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    start_logging("/dev/full")
+    logger.warning("left out: a.png")
+    assert capfd.readouterr().err == "left out: a.png\n"
 
 
 def test_what_is_not_known_beforehand_is_counted(tmp_path, no_handlers, monkeypatch):
