@@ -51,20 +51,25 @@ COMMANDS = {
     "verify": "check every block of a token cache",
     "import_codes": "turn a LlamaGen code folder into a token cache",
 }
-_DISK_ERRORS = {
+_SYSTEM_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
     errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "make it writable, or choose another folder",
-    errno.EPERM: "make it writable, or choose another folder",
+    errno.EACCES: "change its permissions, or choose another folder",
+    errno.EPERM: "change its permissions, or choose another folder",
     errno.EBUSY: "end what uses it, or choose another folder",
     errno.EIO: "check its disk or network",
     errno.ESTALE: "check its network file system",
     errno.ENOLCK: "choose a folder on a file system with locks",
+    errno.EMFILE: "raise the limit (`ulimit -n`)",
+    errno.ENFILE: "end what has so many files open",
+    errno.EFBIG: "raise the limit (`ulimit -f`), or choose a file system that takes larger files",
     errno.ENOTDIR: "move the file away that stands in place of a folder",
     errno.EISDIR: "move the folder away that stands in place of a file",
     # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.
 }
+# Errors whose frames hold HDF5's objects: it crashes where those of a file that it could not write are destroyed.
+_kept: list[Exception] = []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,9 +105,10 @@ def _run_command(arguments: list[str]) -> int:
             slurm.continue_later(stop.signum, _report)
         return stop.exit_status
     except Exception as error:
-        message = _disk_message(error, getattr(args, "out", None))
+        message = _system_message(error, getattr(args, "out", None))
         if message:
             _report(f"error: {message}")
+            _kept.append(error)
             return 2
         if log_file is None or not _append(log_file, traceback.format_exc()):
             raise
@@ -212,8 +218,16 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ar
     return parser, dict(commands.choices)
 
 
-def _disk_message(error: BaseException, out: Path | None) -> str | None:
-    """One line for a disk that is full or cannot be written, whichever library met it; None for other errors."""
+def _system_message(error: BaseException, out: Path | None) -> str | None:
+    """One line for a disk that is full or cannot be written, or memory that is full, whichever library met it.
+
+    None for other errors.
+    """
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return (
+            "out of memory: free some, or raise its limit (`ulimit -v`, the job's) and run the same command again; "
+            "finished work is kept"
+        )
     # torch raises anew, without a number, while it closes the file that could not be written.
     code = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
     if code is None:
@@ -222,10 +236,10 @@ def _disk_message(error: BaseException, out: Path | None) -> str | None:
         code = int(match.group(1)) if match else None
     if code is None and re.search("PytorchStreamWriter|inline_container", str(error)) and out is not None:
         code = _write_error(out.parent)
-    if code not in _DISK_ERRORS:
+    if code not in _SYSTEM_ERRORS:
         return None
     where = getattr(error, "filename", None) or out or "output"
-    return f"{where}: {os.strerror(code)}: {_DISK_ERRORS[code]} and run the same command again; finished work is kept"
+    return f"{where}: {os.strerror(code)}: {_SYSTEM_ERRORS[code]} and run the same command again; finished work is kept"
 
 
 def _write_error(folder: Path) -> int | None:
@@ -274,8 +288,14 @@ if __name__ == "__main__":
         except SystemExit as ended:  # argparse's, or a process that leaves the message to the first one
             status = int(ended.code or 0)
         sys.stdout.flush()  # here, where a closed pipe can be met, and not while the interpreter ends
-    except BrokenPipeError:
-        # Whoever read has seen enough (`| head`): what is left goes nowhere, so that ending writes no error either.
+    except OSError as error:
+        # Whoever read has seen enough (`| head`), or what is printed goes to a file on a full disk.
+        message = None if isinstance(error, BrokenPipeError) else _system_message(error, None)
+        if not message and not isinstance(error, BrokenPipeError):
+            raise
+        # What is left goes nowhere, so that ending writes no error either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+        if message:
+            _report(f"error: {message}")
+        status = 2 if message else 128 + signal.SIGPIPE
     leave(status)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
+
+_UNREADABLE = {
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EIO: "check its disk or network",
+    errno.ESTALE: "check its network file system",
+}
 
 
 def make_folder(folder: Path) -> None:
@@ -46,12 +55,32 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp") if temporary is None else temporary
     try:
         yield temporary
+        _share(temporary)
         flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _share(path: Path) -> None:
+    """Let those read a file whom the user's mask lets: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    if stat.S_IMODE(path.stat().st_mode) == 0o600 != 0o666 & ~mask:
+        path.chmod(0o666 & ~mask)
+
+
+def refuse_unreadable(path: str | Path, error: BaseException) -> None:
+    """Call before a file that cannot be read is called missing or damaged, and deleted for it: it may be sound.
+
+    Raises:
+        UserError: the system did not let it be read.
+    """
+    number = getattr(error, "errno", None)
+    if number in _UNREADABLE:
+        raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {_UNREADABLE[number]}") from None
 
 
 def flush(path: Path) -> None:

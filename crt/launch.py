@@ -114,12 +114,13 @@ def keep_freed_memory() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; where it is one of several, before C++ destroys what is left.
+    """End this process; where it is one of several, or has failed, before C and C++ destroy what is left.
 
     DeepSpeed keeps references to process groups that were destroyed, and gloo's threads live as long: under load a
-    process whose work was complete then aborted now and then ("terminate called without an active exception").
+    process whose work was complete then aborted now and then ("terminate called without an active exception"). And
+    HDF5 crashes where a file that it could not write, on a full disk, is closed once more.
     """
-    if environment_rank()[1] > 1:
+    if environment_rank()[1] > 1 or status:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

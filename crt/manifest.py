@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
-from crt.files import sha256_file
+from crt.files import refuse_unreadable, sha256_file
 from crt.pipeline import canonical_json, load_stages, path_variables, stage_version, stamp_name, without_neutral
 from crt.progress import Progress
 from crt.yaml_files import in_yaml
@@ -89,7 +89,8 @@ def _read_unstamped(folder: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema = values.pop("schema")
         manifest = Manifest(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        refuse_unreadable(path, error)
         raise UserError(f"{path}: missing or damaged: delete {folder} and run {_renew_command(folder)}") from None
     if schema != SCHEMA:
         raise UserError(f"{path}: has schema {schema}, this version reads {SCHEMA}: delete {folder} and make it again")

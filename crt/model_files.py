@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crt.errors import UserError
-from crt.files import replacing, write_json
+from crt.files import refuse_unreadable, replacing, write_json
 from crt.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def read_config(folder: str | Path, kind: Kind, config_class: type[Config]) -> C
     except NotADirectoryError:
         raise UserError(f"{folder}: is a file: {remedy}") from None
     except (OSError, ValueError) as error:
+        refuse_unreadable(path, error)
         raise UserError(f"{path}: damaged ({error}): copy or make the {kind.noun} again") from None
     for other in (TOKENIZER, TRANSFORMER):
         if other is not kind and values.get(other.key) == other.name:
@@ -125,6 +126,7 @@ def read_weights(
     path = Path(folder) / WEIGHTS_FILE
     again = f"copy or make the {kind.noun} again"
     try:
+        open(path, "rb").close()  # safetensors calls a file not found that it may not read
         with safe_open(path, framework="pt") as file:
             check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, expected)  # noqa: SIM118
             weights = {}
@@ -137,6 +139,7 @@ def read_weights(
     except FileNotFoundError:
         raise UserError(f"{path}: not found: {again}") from None
     except (OSError, SafetensorError) as error:
+        refuse_unreadable(path, error)
         raise UserError(f"{path}: truncated or damaged ({error}): {again}") from None
 
 

@@ -68,6 +68,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stag
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [
+        (errno.EMFILE, "Too many open files: raise the limit (`ulimit -n`)"),
         (errno.EBUSY, "Device or resource busy: end what uses it, or choose another folder"),
         (errno.EIO, "Input/output error: check its disk or network"),
         (errno.ESTALE, "Stale file handle: check its network file system"),
@@ -98,6 +99,29 @@ def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_
     monkeypatch.setattr("crt.stages.prepare_data.run", full)
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
     assert "data: No space left on device: free some space and run" in capsys.readouterr().err
+
+
+def test_a_file_that_hdf5_could_not_write_does_not_crash_the_process(params_file, tmp_path):
+    """With datasets in hand when the file is closed. A limit of sizes is as a full disk, with another number."""
+    code = """if True:
+        import resource, sys, h5py, numpy
+        from crt.__main__ import main
+        from crt.launch import leave
+        import crt.stages.prepare_data
+
+        def run(run):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
+            with h5py.File(run.staging / "a.h5", "w", libver=("v110", "v110")) as file:
+                images = file.create_dataset("images", (60, 16, 16, 3), numpy.uint8)
+                codes = file.create_dataset("codes", (60, 16), numpy.uint16)
+                images[:], codes[:] = 1, 1
+
+        crt.stages.prepare_data.run = run
+        leave(main(sys.argv[1:]))"""
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/data: File too large: raise the limit")
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(("code", "name"), [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota")])
@@ -132,6 +156,23 @@ def test_closed_streams_change_nothing(arguments, status, closed):
     if closed == "2>&-":
         assert not done.stderr
         assert bool(done.stdout) == (status == 0)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_is_printed_to_a_full_disk_is_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "crt", "check"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: output: No space left on device: free some space")
 
 
 def test_a_stage_without_streams_writes_none_of_what_it_says_into_its_files(params_file, tmp_path):
@@ -220,6 +261,21 @@ def test_metrics_that_cannot_be_written_are_refused_before_the_work(counted, tmp
         assert main(command) == 2
         assert capsys.readouterr().err == f"error: {message}\n"
     assert not runs
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to")]
+)
+def test_too_little_memory_is_one_line(params_file, tmp_path, monkeypatch, capsys, error):
+    def refused(run):
+        raise error
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", refused)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: out of memory: free some, or raise its limit (`ulimit -v`, the job's) and run the same command again; "
+        "finished work is kept"
+    )
 
 
 def test_an_error_of_the_program_is_logged_with_its_traceback(params_file, tmp_path, monkeypatch, capsys):

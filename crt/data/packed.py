@@ -26,6 +26,7 @@ import numpy as np
 from crt.data.decode import Undecodable, decode
 from crt.data.listing import printable
 from crt.errors import LocalError, UserError
+from crt.files import refuse_unreadable
 
 INDEX = "index.json"
 SCHEMA = 1
@@ -168,7 +169,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         schema = index["schema"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_unreadable(path, error)
         remedy = _made_again(path.parent) if path.exists() else "make the data set with stage prepare_data"
         raise UserError(f"{path}: missing or damaged: {remedy}") from None
     if schema != SCHEMA:
@@ -242,6 +244,7 @@ def _open_shard(path: Path) -> h5py.File:
         # Published shards never change, and not every shared file system can lock.
         return h5py.File(path, "r", locking=False)
     except OSError as error:
+        refuse_unreadable(path, error)
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise UserError(f"{path}: {reason}: {_made_again(path.parent)}") from None
 

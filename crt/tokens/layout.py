@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from crt.errors import UserError
-from crt.files import replacing, sha256_file
+from crt.files import refuse_unreadable, replacing, sha256_file
 from crt.manifest import MANIFEST, read_manifest
 from crt.pipeline import canonical_json
 
@@ -403,6 +403,8 @@ def _remedy(folder: Path) -> str:
 
 
 def _damaged(path: Path, reason: object) -> UserError:
+    if isinstance(reason, Exception):
+        refuse_unreadable(path, reason)
     text = " ".join(str(reason).split())
     return UserError(f"{path}: damaged ({text}): {_remedy(path.parent)}")
 
