@@ -19,7 +19,7 @@ from crt.data.pool import available_cpus
 from crt.data.transforms import center_crop
 from crt.errors import UserError
 from crt.evaluation.frechet import GivenMoments
-from crt.files import sha256_file
+from crt.files import refuse_unreadable, sha256_file
 
 
 class ImageSource(Protocol):
@@ -85,16 +85,23 @@ class SampleSource:
         folder: its output.
         content: digest of the folder's files, from its manifest.
         file_name: the one with the images of the guidance scale in question.
+
+    Raises:
+        UserError: the file is damaged.
     """
 
     def __init__(self, folder: str | Path, content: str, file_name: str = "samples.h5") -> None:
         self.path, self.checksum = Path(folder) / file_name, content
         self.name = self.path.stem
-        with h5py.File(self.path, "r", locking=False) as file:
-            self.labels = np.asarray(file["labels"], np.int64)
-            self.class_names: list[str] = json.loads(file.attrs["class_names"])
-            self.guidance_scale = float(file.attrs["guidance_scale"])
-            self._count, self.image_size = file["images"].shape[:2]
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                self.labels = np.asarray(file["labels"], np.int64)
+                self.class_names: list[str] = json.loads(file.attrs["class_names"])
+                self.guidance_scale = float(file.attrs["guidance_scale"])
+                self._count, self.image_size = file["images"].shape[:2]
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            refuse_unreadable(self.path, error)
+            raise UserError(f"{self.path}: damaged: delete {folder} and make it again with the sample stage") from None
 
     def __len__(self) -> int:
         return self._count
