@@ -64,6 +64,7 @@ _SYSTEM_ERRORS = {
     errno.EMFILE: "raise the limit (`ulimit -n`)",
     errno.ENFILE: "end what has so many files open",
     errno.EFBIG: "raise the limit (`ulimit -f`), or choose a file system that takes larger files",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "move the file away that stands in place of a folder",
     errno.EISDIR: "move the folder away that stands in place of a file",
     # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.

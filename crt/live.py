@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from crt.errors import UserError
 from crt.evaluation.grids import save_png
 from crt.stage import StageRun
 
@@ -31,12 +32,17 @@ class Live:
         folder: theirs alone.
         steps: of the whole run.
         first_step: points after it are dropped, since the run makes them again; 0 starts anew.
+
+    Raises:
+        UserError: the folder's name is not UTF-8.
     """
 
     def __init__(self, folder: Path, steps: int, first_step: int) -> None:
         from dvclive import Live as DVCLive
         from torch.utils.tensorboard import SummaryWriter
 
+        if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):  # bytes that are not UTF-8
+            raise UserError(f"{folder}: TensorBoard writes into no folder whose name is not UTF-8: choose another")
         if first_step == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self.folder, self.every, self.last_step = folder, -(-steps // _POINTS), first_step

@@ -220,6 +220,7 @@ def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
         ("/", "--out /: is replaced as a whole"),
         ("{tmp}/file/x", "{tmp}/file: is a file, so {tmp}/file/x cannot be made: choose another folder"),
         ("{tmp}/link/x", "{tmp}/link: is not a folder: move it away, or choose another place"),
+        ("{tmp}/" + 300 * "x", "{tmp}/" + 300 * "x" + ": File name too long: choose a shorter name"),
         ("/proc/foo", "/proc: no folder can be made in it: choose another place than /proc/"),
         ("/proc/foo/bar", "/proc: no folder can be made in it: choose another place than /proc/foo"),
         ("{tmp}/images", "{tmp}/images: would be replaced, but is or holds {tmp}/images (prepare_data.path): choose"),

@@ -100,7 +100,9 @@ def test_samples_read_any_stretch_and_any_rows(tmp_path):
     np.testing.assert_array_equal(source.read_rows(np.array([39, 2])), IMAGES[[39, 2]])
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(bytes(path.stat().st_size)), lambda path: cut(path)])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(bytes(path.stat().st_size)), lambda path: os.truncate(path, 2000)]
+)
 def test_damaged_samples_are_told_in_one_line(tmp_path, damage):
     """Of the same size, as a disk that lost blocks leaves a file."""
     path = tmp_path / "samples.h5"
@@ -110,7 +112,3 @@ def test_damaged_samples_are_told_in_one_line(tmp_path, damage):
     with pytest.raises(UserError) as caught:
         SampleSource(tmp_path, "0" * 64)
     assert str(caught.value) == f"{path}: damaged: delete {tmp_path} and make it again with the sample stage"
-
-
-def cut(path):
-    os.truncate(path, 2000)
