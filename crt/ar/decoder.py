@@ -1,12 +1,12 @@
 """Decoding with a key-value cache: predictions of one code after the other, at the cost of one position each.
 
 What bounds it is memory traffic: each code reads every weight once, and the keys and values of all codes before it.
-So no cache grows or is copied along the sequence, and attention reads the filled part only, rounded up to a bucket of
-`BUCKET` positions. This is the CPU's way, `crt.ar.gpu_decoder` the GPU's (without Triton, a GPU takes this one):
+So no cache grows or is copied along the sequence, and attention reads the filled part only. This is the CPU's way,
+`crt.ar.gpu_decoder` the GPU's (without Triton, a GPU takes this one):
 
 - weights are in oneDNN's blocked layout, made once: plain ones are reordered at each call, which doubles the traffic;
-- attention is batched products over buckets that each lie in one piece: the fused kernel takes several times as long
-  for a single query in bfloat16, and a product with a cut of a cache copies it.
+- attention, from the products of queries, keys and values on, is one kernel of ours on a CPU
+  (`crt.ar.attention_kernels`), and torch's own elsewhere.
 
 Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, K codes in
 the codebook.
@@ -18,15 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crt import cpu
+from crt.ar.attention_kernels import attention_kernel
 from crt.ar.model import ARTransformer, Block
 
-BUCKET = 64
 Linear = Callable[[Tensor], Tensor]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,7 @@ class Decoder:
             for block in cast("list[Block]", list(model.blocks))
         ]
         self._head = linear(model.head)
-        num_tokens = self.config.num_tokens
-        self._bucket = min(BUCKET, num_tokens)
-        self._buckets = -(-num_tokens // self._bucket)
-        # Rotation as one product of complex numbers, into which the queries' scale goes as well: T, 2 H, D/2.
-        turn = torch.view_as_complex(model.rotation(self.device))[:, None].expand(-1, self.config.heads, -1)
-        self._turn = torch.cat((turn * self.config.head_width**-0.5, turn), dim=1)
+        self._rotation = model.rotation(self.device)  # T, D/2, 2
         self.batch_size = 0
 
     def resize(self, batch_size: int) -> None:
@@ -82,7 +79,7 @@ class Decoder:
             return
         c, self.batch_size = self.config, batch_size
         self._keys = self._values = torch.empty(0)  # the old ones go before the new ones come
-        shape = (c.layers, self._buckets, batch_size * c.heads, self._bucket, c.head_width)
+        shape = (c.layers, batch_size, c.heads, c.num_tokens, c.head_width)
         self._keys, self._values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
 
     @torch.no_grad()
@@ -98,39 +95,50 @@ class Decoder:
         """
         self.resize(len(previous))
         table = self.model.class_embedding if position == 0 else self.model.code_embedding
-        bucket, place = divmod(position, self._bucket)
+        attend = self._attend_on_cpu if self.device.type == "cpu" else self._attend
+        return self._forward(table(previous), lambda layer, qkv: attend(layer, qkv, position))
 
-        def turn(qk: Tensor) -> Tensor:
-            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))  # B, 2 H, D/2
-            return torch.view_as_real(pairs * self._turn[position]).flatten(-2).to(self.dtype)
+    def _attend(self, layer: int, qkv: Tensor, position: int) -> Tensor:
+        """A position's queries, keys and values (B, 3 H, D) to (B, H, D), rotated, and with those in the cache."""
+        heads = self.config.heads
+        pairs = torch.view_as_complex(qkv[:, : 2 * heads].float().unflatten(-1, (-1, 2)))  # B, 2 H, D/2
+        turned = torch.view_as_real(pairs * torch.view_as_complex(self._rotation[position])).flatten(-2).to(self.dtype)
+        keys, values = self._keys[layer], self._values[layer]  # B, H, T, D
+        keys[:, :, position], values[:, :, position] = turned[:, heads:], qkv[:, 2 * heads :]
+        query, filled = turned[:, :heads, None], slice(position + 1)
+        return F.scaled_dot_product_attention(query, keys[:, :, filled], values[:, :, filled])[:, :, 0]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]  # buckets, B H, positions of a bucket, D
-            keys[bucket, :, place] = k.flatten(0, 1)
-            values[bucket, :, place] = v.flatten(0, 1)
-            query = q.flatten(0, 1)[:, None]
-            scores = [torch.bmm(query, piece.transpose(1, 2)) for piece in keys[: bucket + 1]]  # B H, 1, positions
-            joined = torch.cat(scores, dim=-1).float()
-            joined[..., position + 1 :] = -torch.inf
-            weights = joined.softmax(-1).to(self.dtype).split(self._bucket, dim=-1)
-            y = torch.bmm(weights[0], values[0])
-            for share, piece in zip(weights[1:], values[1:], strict=False):
-                y += torch.bmm(share, piece)
-            return y.view_as(q)
+    def _attend_on_cpu(self, layer: int, qkv: Tensor, position: int) -> Tensor:
+        """`_attend` by one kernel, whose rows the threads share."""
+        heads, width = self.config.heads, self.config.head_width
+        as_bits = self.dtype == torch.bfloat16
+        kernel = attention_kernel(width, as_bits)
+        out = torch.empty(len(qkv), heads, width, dtype=self.dtype)
+        arrays = [_flat(tensor, as_bits) for tensor in (qkv, self._keys[layer], self._values[layer])]
+        arrays += [_flat(self._rotation[position], False), _flat(out, as_bits)]
+        sizes = (np.uintp(position), np.uintp(heads), np.uintp(self.config.num_tokens))
 
-        return self._forward(table(previous), turn, attend)
+        def work(first: int, last: int) -> None:
+            scratch = np.empty(self.config.num_tokens + 2 * width, np.float32)
+            kernel(*arrays, scratch, np.uintp(first), np.uintp(last), *sizes)
 
-    def _forward(self, x: Tensor, turn: Linear, attend: Attend) -> Tensor:
-        """(B, C) to (B, K); `turn` rotates (B, 2 H, D), `attend` makes (B, H, D) of a layer's index, q, k and v."""
+        cpu.share_among_threads(work, len(qkv) * heads, heads)
+        return out
+
+    def _forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, C) to (B, K); `attend` makes (B, H, D) of a layer's index and (B, 3 H, D)."""
         heads, eps = self.config.heads, self.config.norm_eps
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(normalize(x, layer.attention_norm, eps)).unflatten(-1, (3 * heads, -1))
-            qk, v = qkv.split((2 * heads, heads), dim=1)
-            q, k = turn(qk).chunk(2, dim=1)
-            x = x + layer.out(attend(index, q, k, v).flatten(1))
+            x = x + layer.out(attend(index, qkv).flatten(1))
             gate, up = layer.gate_up(normalize(x, layer.ffn_norm, eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
         return self._head(normalize(x, self.model.norm.weight, eps))
+
+
+def _flat(tensor: Tensor, as_bits: bool) -> np.ndarray:
+    """The memory of a tensor; bfloat16, which numpy does not know, as uint16."""
+    return (tensor.view(torch.uint16) if as_bits else tensor).numpy().reshape(-1)
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
