@@ -33,6 +33,7 @@ from torch import Tensor
 
 from crt.ar.decoder import Decoder, is_partitioned
 from crt.ar.model import ARConfig, ARTransformer, load_model
+from crt.cpu import is_cpu
 from crt.errors import UserError
 from crt.randomness import numpy_generator
 
@@ -155,7 +156,7 @@ class Generator:
         # Tensors of inference mode could be neither written to nor trained with after it.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             # Made for this call: it copies weights, which may have changed since the last, and threads call at once.
-            decoder = None if self._takes_kernels() else Decoder(self.model)
+            decoder = None if self._takes_kernels() else self._decoder()
             drawn = torch.empty((len(wanted), self.config.num_tokens), dtype=torch.int64, device="cpu")
             for start in range(0, len(wanted), size):
                 batch = wanted[start : start + size]
@@ -191,10 +192,17 @@ class Generator:
         on_gpu = self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
         return on_gpu and not is_partitioned(self.model)
 
+    def _decoder(self) -> Decoder:
+        if not is_cpu(self.model.head.weight):
+            return Decoder(self.model)
+        from crt.ar.cpu_decoder import CPUDecoder  # Numba takes a second to import
+
+        return CPUDecoder(self.model)
+
     def _gpu_decoder_for(self, num_images: int, guided: bool, settings: DrawSettings) -> GPUDecoder:
         """Buffers and steps for a GPU; those of the last call where they serve again."""
-        from crt.ar.decode_kernels import DRAW_LIMIT
         from crt.ar.gpu_decoder import GPUDecoder
+        from crt.ar.gpu_decoder_kernels import DRAW_LIMIT
 
         def draw_step(logits: Tensor, uniform: Tensor, scale: Tensor) -> Tensor:
             return draw_next(logits, uniform, scale if guided else None, settings)

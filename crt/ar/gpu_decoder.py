@@ -1,7 +1,7 @@
 """Sampling steps on a GPU: our kernels on fixed buffers, recorded as a CUDA graph so that none waits for Python.
 
 A step reads and writes fixed buffers only: the codes drawn last, the position, the caches. All positions after the
-first share one graph, as the kernels (`crt.ar.decode_kernels`, which need Triton) read the position from memory.
+first share one graph, as the kernels (`crt.ar.gpu_decoder_kernels`, which need Triton) read the position from memory.
 
 Shapes: B images, M sequences (as many, or twice as many under guidance), T codes of an image, C width, K codes in the
 codebook.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crt.ar import decode_kernels as kernels
+from crt.ar import gpu_decoder_kernels as kernels
 from crt.ar.model import ARTransformer, Block
 
 # Kernels are loaded, and libraries choose theirs, in first calls, which a recording must not see.

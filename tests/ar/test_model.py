@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crt import Generator, Tokenizer
-from crt.ar import decoder as decoder_module
+from crt.ar.cpu_decoder import CPUDecoder
 from crt.ar.decoder import Decoder
 from crt.ar.model import (
     ARConfig,
@@ -125,15 +125,14 @@ def test_a_prediction_sees_only_the_class_and_the_codes_before() -> None:
     assert (model.logits(codes, (labels + 1) % 5) != before).any(-1).all()
 
 
-@pytest.mark.parametrize("bucket", [5, 64])
+@pytest.mark.parametrize("kind", [Decoder, CPUDecoder])
 @pytest.mark.parametrize("changes", [{}, {"grid": (2, 8)}, {"heads": 1, "width": 20}, {"layers": 1, "heads": 8}])
-def test_cached_predictions_equal_uncached(changes: dict, bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "BUCKET", bucket)
+def test_cached_predictions_equal_uncached(changes: dict, kind: type[Decoder]) -> None:
     model = small_model(scale=2.0, **changes)
     codes, labels = codes_and_labels()
     expected = model.logits(codes, labels)
     assert expected.std() > 0.5
-    decoder = Decoder(model)
+    decoder = kind(model)
     for _ in range(2):  # position 0 begins anew
         previous = labels
         for position in range(16):

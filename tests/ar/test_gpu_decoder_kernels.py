@@ -25,7 +25,7 @@ SIZES = YAML(typ="safe").load(ROOT / "crt" / "ar" / "sizes.yaml")
 
 def test_results_in_the_interpreter() -> None:
     """In a process of its own: Triton decides while it is imported whether it interprets."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/ar/interpreted_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/ar/interpreted_gpu_kernels.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -36,7 +36,7 @@ def test_the_compiler_takes_every_kernel_of_a_step(
     size: str, sequences: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """For an H100, in bfloat16, at the shapes of a real model; no kernel runs out of registers."""
-    from crt.ar import decode_kernels as kernels
+    from crt.ar import gpu_decoder_kernels as kernels
     from crt.ar.gpu_decoder import GPUDecoder
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The GPU's sampling kernels on this CPU, in Triton's interpreter: `test_decode_kernels.py` runs this file.
+"""The GPU's sampling kernels on this CPU, in Triton's interpreter: `test_gpu_decoder_kernels.py` runs this file.
 
 Oracles: torch, and the CPU's way of sampling.
 """
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from crt.ar import decode_kernels as kernels
-from crt.ar.decoder import Decoder, normalize
+from crt.ar import gpu_decoder_kernels as kernels
+from crt.ar.decoder import Decoder
 from crt.ar.generator import DrawSettings, Generator, draw_next, guidance_scales, image_uniforms
 from crt.ar.gpu_decoder import GPUDecoder
 from crt.ar.model import rotate
@@ -106,7 +106,7 @@ def test_products_of_few_rows(
     x, gain = 3 * normal(sequences, inputs, dtype=dtype), normal(inputs, dtype=dtype, seed=1)
     weight, two = (normal(rows, inputs, seed=2).div(inputs**0.5).to(dtype) for rows in (outputs, 2 * outputs))
     residual = normal(sequences, outputs, dtype=dtype, seed=3)
-    normalized = normalize(x, gain, EPS)
+    normalized = F.rms_norm(x, gain.shape, gain, EPS)
     assert_near(kernels.linear(x, weight), F.linear(x, weight))
     assert_near(kernels.linear(x, weight, gain=gain, eps=EPS), F.linear(normalized, weight))
     gate, up = F.linear(normalized, two).chunk(2, dim=-1)
@@ -145,10 +145,10 @@ def test_attention_of_one_code(position: int, width: int, dtype: torch.dtype) ->
 def test_norm_and_swiglu_of_many_rows(width: int, dtype: torch.dtype) -> None:
     x, more, gain = (normal(*shape, width, dtype=dtype, seed=i) for i, shape in enumerate([(6,), (6,), ()]))
     added = x + more
-    assert_near(kernels.norm(x, gain, EPS), normalize(x, gain, EPS))
+    assert_near(kernels.norm(x, gain, EPS), F.rms_norm(x, gain.shape, gain, EPS))
     gate, up = x.chunk(2, dim=-1)
     assert_near(kernels.swiglu(x), F.silu(gate) * up)
-    assert_near(kernels.norm(x, gain, EPS, more), normalize(added, gain, EPS))
+    assert_near(kernels.norm(x, gain, EPS, more), F.rms_norm(added, gain.shape, gain, EPS))
     assert torch.equal(x, added)
 
 

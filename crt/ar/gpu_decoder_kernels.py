@@ -59,7 +59,7 @@ def linear(
     Args:
         x: (M, inputs), M <= `FEW`.
         weight: (outputs, inputs), or (2 outputs, inputs) if `gated`.
-        gain: (inputs,): x is normalized first, as by `crt.ar.decoder.normalize`.
+        gain: (inputs,): x is normalized first, as by `F.rms_norm`.
         eps: of the norm.
         gated: the first half of the product is the gate: silu(gate) * up.
         residual: (M, outputs): the product is added to it in place.
@@ -110,7 +110,7 @@ def attend(qkv: Tensor, rotation: Tensor, keys: Tensor, values: Tensor, *, posit
 
 
 def norm(x: Tensor, gain: Tensor, eps: float, addend: Tensor | None = None) -> Tensor:
-    """`crt.ar.decoder.normalize` of (M, C); `addend` is added to x in place before."""
+    """`F.rms_norm` of (M, C); `addend` is added to x in place before."""
     y, width = torch.empty_like(x), x.shape[1]
     block = triton.next_power_of_2(width)
     _norm[(len(x),)](
