@@ -28,6 +28,7 @@ from turn import await_turn
 
 from crt.ar.generator import DTYPES, Generator
 from crt.ar.import_llamagen import import_llamagen_ar
+from crt.launch import keep_freed_memory
 
 NUM_TOKENS, CODEBOOK, CLASSES = 256, 16384, 1000
 CPU_IMAGES, GUIDANCE = 8, 2.0
@@ -56,7 +57,8 @@ def main() -> None:
 
 
 def measure_cpu(args: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of both sides, in turns."""
+    """Images per second of both sides, in turns; with freed memory kept, as our stages have it, which serves both."""
+    keep_freed_memory()
     ours, theirs = both_sides("B", args.precision, torch.device("cpu"), compiled=False)
     labels = torch.arange(CPU_IMAGES)
     ours_seconds, their_seconds = in_turns(
