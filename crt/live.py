@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from crt.errors import UserError
-from crt.evaluation.grids import save_png
+from crt.pictures import save_png
 from crt.stage import StageRun
 
 # Curves keep about so many points.

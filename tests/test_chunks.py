@@ -13,9 +13,9 @@ import torch
 from crt import chunks as module
 from crt.chunks import ChunkStore
 from crt.distributed import World
-from crt.evaluation.grids import spread
 from crt.evaluation.metrics import store_statistics
 from crt.interrupt import Stopped
+from crt.pictures import spread
 from crt.progress import logger, start_logging
 
 ALONE = World(0, 1, torch.device("cpu"))

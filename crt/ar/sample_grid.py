@@ -14,7 +14,7 @@ from crt.ar.model import ARTransformer
 from crt.data.transforms import to_uint8
 from crt.distributed import World, said_by_main
 from crt.errors import UserError
-from crt.evaluation.grids import image_grid
+from crt.pictures import image_grid
 from crt.pipeline import load_stages
 from crt.progress import logger
 from crt.stage import StageRun

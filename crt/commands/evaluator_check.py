@@ -19,13 +19,14 @@ from crt.commands.check import add_arguments as add_params_argument
 from crt.distributed import World
 from crt.errors import UserError
 from crt.evaluation.features import TENSORFLOW_RESIZE, FeatureNetwork, InceptionFeatures
-from crt.evaluation.grids import spread
 from crt.evaluation.metrics import distances, open_reference, stored_moments
 from crt.evaluation.precision_recall import inception_score, precision_recall
-from crt.evaluation.shared import exclusively, shared_path
+from crt.evaluation.shared import shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SplitSource
+from crt.locks import exclusively
 from crt.manifest import read_manifest
 from crt.params import load_params
+from crt.pictures import spread
 from crt.pipeline import load_stages, path_variables
 from crt.progress import start_logging
 

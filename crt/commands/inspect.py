@@ -17,8 +17,8 @@ import torch
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8
 from crt.errors import UserError
-from crt.evaluation.grids import image_grid, save_png
 from crt.manifest import MANIFEST, read_manifest
+from crt.pictures import image_grid, save_png
 from crt.progress import Progress, start_logging
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.cache import TokenCache, locate_splits

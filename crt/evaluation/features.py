@@ -23,9 +23,9 @@ from cleanfid.resize import build_resizer
 
 from crt.data.pool import available_cpus
 from crt.errors import UserError
-from crt.evaluation.shared import fetching
 from crt.evaluation.spatial import SPATIAL_DIMENSION, split_inception
 from crt.files import flush, sha256_file
+from crt.locks import fetching
 
 TENSORFLOW_RESIZE: Literal["legacy_tensorflow"] = "legacy_tensorflow"
 INCEPTION_FILE = "inception-2015-12-05.pt"

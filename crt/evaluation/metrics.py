@@ -21,11 +21,11 @@ from crt.evaluation.frechet import (
     kernel_distance,
     scarcity,
 )
-from crt.evaluation.grids import spread
 from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.params import Evaluate
+from crt.pictures import spread
 from crt.tokenizer.validation import collapse_warning
 from crt.tokens.statistics import CodebookUse
 

@@ -20,8 +20,9 @@ from crt.distributed import World, main_alone
 from crt.evaluation import reconstruction
 from crt.evaluation.classifier import ClassifierFeatures, weights_checksum
 from crt.evaluation.features import FeatureNetwork, deterministic_float32, interpolated
-from crt.evaluation.shared import exclusively, shared_path
+from crt.evaluation.shared import shared_path
 from crt.evaluation.sources import ImageSource, SampleSource, SplitSource
+from crt.locks import exclusively
 from crt.params import MS_SSIM_MIN_SIDE
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.model import Tokenizer

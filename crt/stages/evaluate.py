@@ -35,7 +35,6 @@ from crt.evaluation.classifier import CLASSIFIER_FILE, ClassifierFeatures, train
 from crt.evaluation.curves import plot_code_usage, plot_losses, plot_sweep
 from crt.evaluation.features import FeatureNetwork, InceptionFeatures
 from crt.evaluation.frechet import Moments
-from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png, spread
 from crt.evaluation.metrics import (
     Metrics,
     Reference,
@@ -50,12 +49,14 @@ from crt.evaluation.metrics import (
 )
 from crt.evaluation.passes import Networks, Passes, Sources, measure
 from crt.evaluation.report import REPORT_FILE, write_report
-from crt.evaluation.shared import exclusively, shared_path
+from crt.evaluation.shared import shared_path
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.evaluation.wording import has_classes, shown
 from crt.files import write_json
 from crt.history import write_rows
 from crt.interrupt import Stopped, raise_if_stopped
+from crt.locks import exclusively
+from crt.pictures import image_grid, lines_by_class, reconstruction_grid, save_png, spread
 from crt.progress import Progress, logger
 from crt.stage import StageRun, read_seconds
 from crt.stages.sample import SAMPLES_FILE

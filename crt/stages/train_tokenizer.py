@@ -44,13 +44,13 @@ from crt.distributed import (
     sum_over_ranks,
 )
 from crt.errors import LocalError, UserError
-from crt.evaluation.grids import save_png
 from crt.files import replacing
 from crt.flops import tokenizer_training_flops
 from crt.history import History, read_history
 from crt.interrupt import Stopped
 from crt.live import Live, live_folder
 from crt.params import TrainTokenizer
+from crt.pictures import save_png
 from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from crt.distributed import mean_over_ranks
 from crt.errors import UserError
-from crt.evaluation.shared import fetching
+from crt.locks import fetching
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
 _ADAPTIVE_EPSILON = 1e-4

@@ -10,9 +10,9 @@ from crt.data.loader import eval_batches
 from crt.data.packed import PackedImages
 from crt.data.transforms import center_crop, to_uint8, to_unit_range
 from crt.distributed import World, stop_signal, sum_over_ranks
-from crt.evaluation.grids import reconstruction_grid, spread
 from crt.evaluation.reconstruction import psnr
 from crt.interrupt import stop_requested
+from crt.pictures import reconstruction_grid, spread
 from crt.progress import logger
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.regularizer import Regularizer

@@ -13,7 +13,6 @@ from crt.chunks import ChunkStore
 from crt.distributed import World
 from crt.evaluation.comparable import ALL_CLASSES_ALIKE
 from crt.evaluation.frechet import GaussianStatistics, expected_distance, kernel_distance
-from crt.evaluation.grids import spread
 from crt.evaluation.metric_table import figure_names
 from crt.evaluation.metrics import (
     code_metrics,
@@ -25,6 +24,7 @@ from crt.evaluation.metrics import (
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.sources import SplitSource
 from crt.params import load_params
+from crt.pictures import spread
 from crt.stages.evaluate import _code_counts
 from tests.conftest import ROOT, write_params
 from tests.tokens.caches import make_header, random_codes, write_cache

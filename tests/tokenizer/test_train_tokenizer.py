@@ -22,11 +22,11 @@ from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8, to_unit_range
 from crt.distributed import World
 from crt.errors import LocalError
-from crt.evaluation.grids import reconstruction_grid
 from crt.flops import tokenizer_training_flops
 from crt.history import read_history
 from crt.manifest import read_manifest
 from crt.params import load_params
+from crt.pictures import reconstruction_grid
 from crt.progress import Progress
 from crt.schedules import learning_rate_factor
 from crt.stages import train_tokenizer

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from crt.evaluation.curves import _panels, plot_code_usage, plot_losses, plot_sweep
-from crt.evaluation.grids import image_grid, lines_by_class, reconstruction_grid, save_png
 from crt.history import History
+from crt.pictures import image_grid, lines_by_class, reconstruction_grid, save_png
 
 rng = np.random.default_rng(0)
 
