@@ -191,7 +191,7 @@ def _columns(parquet: ParquetFile, where: str) -> _Columns:
         found = f"several columns of images ({', '.join(images)})" if images else "no column of images"
         raise UserError(f"{where}: has {found}; one is needed, of bytes or of the Hub's type Image: write it with one")
     labels = [name for name in schema.names if described.get(name) == "ClassLabel"]
-    labels = labels or [name for name in LABEL_NAMES if name in schema.names][:1]
+    labels = labels or [name for name in LABEL_NAMES if name in schema.names]
     label = next((name for name in LABEL_NAMES if name in labels), labels[0] if labels else None)
     if label is not None and not _is_label(schema.field(label).type):
         raise UserError(
@@ -234,7 +234,7 @@ def _copied(source: Path, target: Path, columns: _Columns) -> _Copy:
     """The images of one file in `target`.images, and what is known of them in `target`.json."""
     images, record = target.with_suffix(".images"), target.with_suffix(".json")
     state = source.stat()
-    identity = [str(source), state.st_size, state.st_mtime_ns, columns.image, columns.label]
+    identity = [str(source), state.st_size, state.st_mtime_ns]
     known = _read_record(record)
     if known is None or known["of"] != identity or not images.exists():
         record.unlink(missing_ok=True)

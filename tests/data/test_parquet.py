@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from crt.data import parquet
 from crt.data.packed import PackedImages, read_index
+from crt.errors import UserError
 
 HUB_IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 NAMES = ["tench", "goldfish", "great white shark"]
@@ -75,6 +77,21 @@ def test_configurations_beside_each_other_are_noted(prepare, make, tmp_path, cap
     assert "lie in folders" not in capfd.readouterr().err
 
 
+def test_configurations_of_one_split_alone_are_noted(tmp_path):
+    for name in ("data/test", "cropped/train", "full/train", "a/b/train"):
+        write_file(tmp_path / f"{name}.parquet", {"image": [b"x"]})
+    told = "files of one split lie in folders a/b, cropped, full, and all are used"
+    assert any(told in note for note in parquet.open_parquet(tmp_path, tmp_path).notes)
+
+
+def test_images_whose_labels_are_all_hidden_are_one_class(prepare, make, tmp_path):
+    status, out = prepare(
+        path=hub_file(tmp_path / "test.parquet", make, dict.fromkeys(range(4), -1)), val_fraction=0.5, **FILES
+    )
+    assert status == 0
+    assert read_index(out)["classes"] == [{"id": "images", "name": "images"}]
+
+
 def test_one_file_without_metadata(prepare, make, tmp_path):
     images = [image(make, number) for number in range(8)]
     columns = {"label": ["dog", "cat"] * 4, "photo": images, "text": ["a caption"] * 8}
@@ -134,6 +151,96 @@ def test_several_label_columns(prepare, make, tmp_path, capfd):
     assert "labels are those of fine_label (there are fine_label, coarse_label)" in capfd.readouterr().err
 
 
+def test_of_several_label_columns_the_one_called_label_counts(prepare, make, tmp_path, capfd):
+    columns = {"image": [image(make, number) for number in range(6)], "class": ["a"] * 6, "label": ["b", "c"] * 3}
+    status, out = prepare(path=write_file(tmp_path / "0.parquet", columns), val_fraction=0.5, **FILES)
+    assert status == 0
+    assert [entry["id"] for entry in read_index(out)["classes"]] == ["b", "c"]
+    assert "labels are those of label (there are label, class)" in capfd.readouterr().err
+
+
+def test_images_are_the_column_that_the_metadata_calls_so_and_that_holds_files(prepare, make, tmp_path):
+    images = [image(make, number) for number in range(6)]
+    columns = {"mask": [b"mask"] * 6, "thumbnail": ["0.jpg"] * 6, "photo": images, "label": [0, 1] * 3}
+    features = {name: {"_type": "Image"} for name in ("thumbnail", "photo")}
+    status, out = prepare(path=write_file(tmp_path / "0.parquet", columns, features), val_fraction=0.5, **FILES)
+    assert status == 0
+    assert set(found_in(out, "train") | found_in(out, "val")) == set(images)
+
+
+def test_a_struct_without_bytes_holds_no_images(prepare, make, tmp_path):
+    images = [image(make, number) for number in range(6)]
+    columns = {"image": images, "extra": [{"thumbnail": b"x"}] * 6}
+    status, out = prepare(path=write_file(tmp_path / "0.parquet", columns), val_fraction=0.5, **FILES)
+    assert status == 0
+    assert set(found_in(out, "train") | found_in(out, "val")) == set(images)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"no JSON",
+        b"[]",
+        b'{"info": null}',
+        b'{"info": {"features": ["image"]}}',
+        b'{"info": {"features": {"image": "Image", "label": 3}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel", "num_classes": 2}}}}',
+    ],
+)
+def test_metadata_of_another_form_says_nothing(make, tmp_path, metadata):
+    table = pyarrow.table({"image": [b"x", b"y"], "label": ["dog ", " cat"]})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "0.parquet")
+    assert parquet.open_parquet(tmp_path / "0.parquet", tmp_path).class_ids == ["cat", "dog"]
+
+
+def test_labels_of_long_text_are_read(tmp_path):
+    columns = {"image": [b"x", b"y"], "label": pyarrow.array(["b", "a"], pyarrow.large_string())}
+    assert parquet.open_parquet(write_file(tmp_path / "0.parquet", columns), tmp_path).class_ids == ["a", "b"]
+
+
+def copied_images(folder: Path, work: Path) -> list[bytes]:
+    """What lies at the places of the images, of all splits."""
+    source = parquet.open_parquet(folder, work)
+    found = []
+    for listing in source.splits.values():
+        for place in listing.places:
+            content = Path(source.containers[place["container"]].path).read_bytes()
+            found.append(content[place["offset"] :][: place["size"]])
+    return found
+
+
+def test_copies_are_of_the_files_as_they_are_now(tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    first, second = (tmp_path / "f" / name for name in ("0.parquet", "1.parquet"))
+    for path, content in ((first, b"aaaa"), (second, b"bbbb")):
+        write_file(path, {"image": [content]})
+        os.utime(path, ns=(0, 0))
+    assert first.stat().st_size == second.stat().st_size
+    assert copied_images(tmp_path / "f", work) == [b"aaaa", b"bbbb"]
+    first.unlink()
+    assert copied_images(tmp_path / "f", work) == [b"bbbb"]
+    write_file(second, {"image": [b"cccc"]})
+    assert copied_images(tmp_path / "f", work) == [b"cccc"]
+    next(work.rglob("*.images")).unlink()
+    assert copied_images(tmp_path / "f", work) == [b"cccc"]
+    for record in ("{", "{}", "[]"):
+        next(work.rglob("*.json")).write_text(record)
+        assert copied_images(tmp_path / "f", work) == [b"cccc"]
+
+
+def test_a_copy_that_failed_in_the_place_of_another_leaves_no_record_of_that(tmp_path):
+    write_file(tmp_path / "f" / "1.parquet", {"image": [b"aaaa"]})
+    assert copied_images(tmp_path / "f", tmp_path) == [b"aaaa"]
+    damaged = write_file(tmp_path / "f" / "0.parquet", {"image": [bytes([row]) * 4000 for row in range(9)]})
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100] + bytes(400) + whole[500:])
+    with pytest.raises(UserError, match="damaged"):
+        copied_images(tmp_path / "f", tmp_path)
+    damaged.unlink()
+    assert copied_images(tmp_path / "f", tmp_path) == [b"aaaa"]
+
+
 def test_a_killed_run_continues_behind_the_last_whole_file(prepare, make, tmp_path, monkeypatch):
     folder = tmp_path / "f"
     for number in range(2):
@@ -182,6 +289,21 @@ BAD = {
     "a label beyond the names": (
         lambda folder, make: hub_file(folder / "0.parquet", make, {0: 0, 1: 3}),
         "label 3, but 3 classes have names",
+    ),
+    "a label below the Hub's -1": (
+        lambda folder, make: hub_file(folder / "0.parquet", make, {0: 0, 1: -2}),
+        "label -2, but 3 classes have names",
+    ),
+    "a label of spaces": (
+        lambda folder, make: write_file(folder / "0.parquet", {"image": [b"x", b"y"], "label": ["dog", " "]}),
+        "0.parquet/000001 has no label (column label)",
+    ),
+    "no images in one split": (
+        lambda folder, make: [
+            hub_file(folder / "train.parquet", make, {0: 0}),
+            hub_file(folder / "val.parquet", make, {}),
+        ],
+        "the files of val hold no images",
     ),
     "other names": (
         lambda folder, make: [
