@@ -78,9 +78,9 @@ def test_configurations_beside_each_other_are_noted(prepare, make, tmp_path, cap
 
 
 def test_configurations_of_one_split_alone_are_noted(tmp_path):
-    for name in ("data/test", "cropped/train", "full/train", "a/b/train"):
+    for name in ("a/test", "cropped/train", "full/train", "x/b/train"):
         write_file(tmp_path / f"{name}.parquet", {"image": [b"x"]})
-    told = "files of one split lie in folders a/b, cropped, full, and all are used"
+    told = "files of one split lie in folders cropped, full, x/b, and all are used"
     assert any(told in note for note in parquet.open_parquet(tmp_path, tmp_path).notes)
 
 
@@ -151,12 +151,12 @@ def test_several_label_columns(prepare, make, tmp_path, capfd):
     assert "labels are those of fine_label (there are fine_label, coarse_label)" in capfd.readouterr().err
 
 
-def test_of_several_label_columns_the_one_called_label_counts(prepare, make, tmp_path, capfd):
-    columns = {"image": [image(make, number) for number in range(6)], "class": ["a"] * 6, "label": ["b", "c"] * 3}
-    status, out = prepare(path=write_file(tmp_path / "0.parquet", columns), val_fraction=0.5, **FILES)
-    assert status == 0
-    assert [entry["id"] for entry in read_index(out)["classes"]] == ["b", "c"]
-    assert "labels are those of label (there are label, class)" in capfd.readouterr().err
+@pytest.mark.parametrize("features", [None, {name: {"_type": "ClassLabel"} for name in ("class", "label")}])
+def test_of_several_label_columns_the_one_called_label_counts(tmp_path, features):
+    path = write_file(tmp_path / "0.parquet", {"image": [b"x", b"y"], "class": [1, 1], "label": [5, 3]}, features)
+    source = parquet.open_parquet(path, tmp_path)
+    assert source.class_ids == ["3", "5"]
+    assert any("labels are those of label (there are " in note for note in source.notes)
 
 
 def test_images_are_the_column_that_the_metadata_calls_so_and_that_holds_files(prepare, make, tmp_path):
@@ -222,10 +222,10 @@ def test_copies_are_of_the_files_as_they_are_now(tmp_path):
     assert copied_images(tmp_path / "f", work) == [b"bbbb"]
     write_file(second, {"image": [b"cccc"]})
     assert copied_images(tmp_path / "f", work) == [b"cccc"]
-    next(work.rglob("*.images")).unlink()
+    (work / "parquet" / "00000.images").unlink()
     assert copied_images(tmp_path / "f", work) == [b"cccc"]
     for record in ("{", "{}", "[]"):
-        next(work.rglob("*.json")).write_text(record)
+        (work / "parquet" / "00000.json").write_text(record)
         assert copied_images(tmp_path / "f", work) == [b"cccc"]
 
 
