@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 import zipfile
@@ -12,9 +13,16 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from crt.data.arrays import open_arrays
 from crt.data.decode import decode
+from crt.data.lmdb import open_lmdb_files
 from crt.data.packed import PackedImages, read_index
+from crt.data.parquet import open_parquet
 from crt.data.synsets import imagenet_names
+from crt.data.webdataset import open_webdataset
+from tests.data.test_lmdb import write as write_lmdb
+from tests.data.test_parquet import write_file
+from tests.data.test_webdataset import write_shard
 
 # In the devkit's own order, which is not that of published models; the last is an inner node of the hierarchy.
 DEVKIT_WNIDS = ["n02119789", "n01440764", "n02100735", "n00001740"]
@@ -100,6 +108,26 @@ def check_imagenet(out: Path, make) -> None:
 
 
 IMAGENET = {"source": "imagenet", "storage": "encoded", "image_size": None}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "arrays", "lmdb"])
+def test_places_tell_when_their_file_was_changed(tmp_path, kind):
+    path = tmp_path / "file"
+    if kind == "parquet":
+        source = open_parquet(touched(write_file(path, {"image": [b"x", b"y"]})), tmp_path)
+    elif kind == "webdataset":
+        source = open_webdataset(touched(write_shard(path, {"0.jpg": b"x", "1.jpg": b"y"})))
+    elif kind == "arrays":
+        np.savez(path.with_suffix(".npz"), images=np.zeros((2, 8, 8, 3), np.uint8))
+        source = open_arrays(touched(path.with_suffix(".npz")), tmp_path)
+    else:
+        source = open_lmdb_files(touched(write_lmdb(path.with_suffix(".lmdb"), {b"0": b"x", b"1": b"y"})))
+    assert source.splits["all"].places["modified"].tolist() == [123_456_789] * 2
+
+
+def touched(path: Path) -> Path:
+    os.utime(path, ns=(0, 123_456_789))
+    return path
 
 
 def test_imagenet_as_downloaded(prepare, make, tmp_path):

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from crt.data.packed import PackedImages, read_index
+from crt.data.webdataset import open_webdataset
+from crt.errors import UserError
 
 SHARDS = {"source": "webdataset", "storage": "encoded", "image_size": None}
 
@@ -115,6 +117,9 @@ def test_wordnet_ids_are_named(prepare, make, tmp_path):
         (lambda make: sample(make, 1) | {"00001.cls": b" "}, "00001.cls is empty"),
         (lambda make: sample(make, 1) | {"00001.json": b"{"}, "00001.json is not JSON"),
         (lambda make: {"00001.txt": b"words"}, "the shards hold no images"),
+        (lambda make: sample(make, 1) | {"00001.json": b"[1]", **sample(make, 2, 0)}, "00001.jpg has no label"),
+        (lambda make: sample(make, 1, 0) | sample(make, 2, json_label=" "), "00002.jpg has no label"),
+        (lambda make: {"folder.d/.jpg": b"x"}, "the shards hold no images"),
         (lambda make: sample(make, 1) | {"00001.json": b"[" * 100_000}, "00001.json is not JSON"),
         (lambda make: {"a\nb.jpg": b"x", "a\nb.cls": b""}, "a\\nb.cls is empty"),
         (lambda make: {"a\nb.jpg": b"x", "a\nb.png": b"x"}, "sample a\\nb has two images"),
@@ -184,6 +189,37 @@ def test_the_split_named_last_in_a_path_counts(prepare, make, tmp_path, capfd):
     capfd.readouterr()
     assert prepare(path=folder, out=tmp_path / "other", val_fraction=0.5, **SHARDS)[0] == 0
     assert "shards of val only: validation images are set aside" in capfd.readouterr().err
+
+
+def test_samples_without_an_image_are_counted(tmp_path):
+    members = {"0.jpg": b"x", "0.cls": b"0", "1.cls": b"0", "2.txt": b"words", "README": b"words"}
+    source = open_webdataset(write_shard(tmp_path / "0.tar", members))
+    assert f"{tmp_path}: 2 samples have no image: left out" in source.notes
+
+
+def test_a_split_without_images_is_named(tmp_path):
+    for name, members in (("train", {"0.jpg": b"x"}), ("val", {"0.txt": b"words"})):
+        write_shard(tmp_path / f"{name}.tar", members)
+    with pytest.raises(UserError, match="the shards of val hold no images"):
+        open_webdataset(tmp_path)
+
+
+@pytest.mark.parametrize(("encoding", "label"), [("utf-8", "café"), ("utf-8-sig", "café"), ("latin-1", "caf\ufffd")])
+def test_labels_are_utf8_with_or_without_a_byte_order_mark(tmp_path, encoding, label):
+    shard = write_shard(tmp_path / "0.tar", {"0.jpg": b"x", "0.cls": "café\n".encode(encoding)})
+    assert open_webdataset(shard).class_ids == [label]
+
+
+def test_hard_links_are_to_paths_from_the_root_and_folders_are_no_members(tmp_path):
+    shard = write_shard(tmp_path / "0.tar", {"a/0.jpg": b"first", "a/0.cls": b"0"})
+    with tarfile.open(shard, "a") as tar:
+        for name, kind in (("b/1.jpg", tarfile.LNKTYPE), ("b/2.jpg", tarfile.DIRTYPE), ("b/1.cls", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, f"a/0{name[-4:]}"
+            tar.addfile(info)
+    found = open_webdataset(shard).splits["all"]
+    assert found.ids == ["0.tar/a/0.jpg", "0.tar/b/1.jpg"]
+    assert found.places["size"].tolist() == [5, 5]
 
 
 def test_links_in_shards_are_followed_and_sparse_files_refused(prepare, refused, make, tmp_path):
