@@ -39,6 +39,8 @@ def open_label_file(path: Path) -> Source:
         UserError: it cannot be read, does not say which column is what, or names an image that is not there or twice.
     """
     labels = _read(path)
+    if not labels:
+        raise UserError(f"{path}: names no images: fix it or get it again")
     tree, notes = folder_tree(path.parent), list[str]()
     places = _rows_by_name(tree)
     found: dict[int, str | None] = {}
@@ -54,18 +56,17 @@ def open_label_file(path: Path) -> Source:
             missing.append(name)
         elif found.setdefault(rows[0], label) != label:
             raise UserError(f"{path}: gives {printable(name)} two labels, {found[rows[0]]} and {label}: leave one")
-    if missing or not found:
+    if missing:
         raise UserError(
             f"{path}: names {len(missing)} images that do not lie in {path.parent} or below: {first_three(missing)}: "
             "put the file beside the folder of its images, or remove these lines"
         )
     if left := sum(map(is_image, tree.files)) - len(found):
         notes.append(f"{path}: {left} images that it does not name are left out")
-    rows = sorted(found)
-    samples = [(tree.files[row], found[row]) for row in rows]
+    samples = [(tree.files[row], label) for row, label in found.items()]
     classes = classes_of_labels(path, {"all": samples}, f"column {' or '.join(LABEL_NAMES)}", notes)
     index = {name: number for number, name in enumerate(classes)}
-    listing = listing_of(tree, rows, [index[label] if label is not None else 0 for _, label in samples])
+    listing = listing_of(tree, list(found), [index[label] if label is not None else 0 for _, label in samples])
     return Source(classes, class_names(classes), [tree.container], {"all": listing}, notes)
 
 

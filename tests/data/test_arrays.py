@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 
+from crt.data.arrays import open_arrays
 from crt.data.packed import PackedImages
 
 ARRAYS = {"source": "arrays", "image_size": 8}
@@ -75,6 +76,27 @@ def test_adms_files(prepare, tmp_path, labelled):
     assert len(PackedImages(out, "train")) + len(PackedImages(out, "val")) == 20
 
 
+@pytest.mark.parametrize("images", ["X", "Images", "DATA"])
+def test_names_count_in_upper_case_too_but_not_inside_words(tmp_path, images):
+    labels = "y" if images == "X" else "labels"
+    np.savez(tmp_path / "faces.npz", **{images: RGB, labels: np.array(list("baaba")), "index": np.arange(5)})
+    (tmp_path / "faces.npz").rename(tmp_path / "Faces.NPZ")
+    (tmp_path / "work").mkdir()
+    for path in (tmp_path, tmp_path / "Faces.NPZ"):
+        source = open_arrays(path, tmp_path / "work")
+        assert source.class_ids == ["a", "b"]
+        assert source.splits["all"].labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_files_of_the_splits_are_one_data_set_in_upper_case_too(tmp_path):
+    for name in ("Train.npz", "val.npz"):
+        np.savez(tmp_path / name, images=RGB)
+    assert {split: len(found) for split, found in open_arrays(tmp_path, tmp_path).splits.items()} == {
+        "train": 5,
+        "val": 5,
+    }
+
+
 RGB = np.zeros((5, 8, 8, 3), np.uint8)
 
 
@@ -83,9 +105,12 @@ RGB = np.zeros((5, 8, 8, 3), np.uint8)
     [
         ({"images": np.zeros((5, 3, 8, 8), np.uint8)}, "a.npz/images: is uint8 (5, 3, 8, 8): images are uint8 of (n, "),
         ({"data": np.zeros((5, 192), np.uint8)}, "a.npz/data: is uint8 (5, 192): images are"),
+        ({"images": np.zeros((5, 8, 8, 4), np.uint8)}, "is uint8 (5, 8, 8, 4)"),
         ({"images": np.zeros((5, 8, 8, 3))}, "is float64 (5, 8, 8, 3)"),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "is uint8 (0, 8, 8, 3)"),
         ({"images": RGB, "labels": np.zeros((5, 14), np.int64)}, "5 images, their labels are int64 (5, 14): they must"),
+        ({"images": RGB, "labels": np.zeros((1, 5), np.int64)}, "5 images, their labels are int64 (1, 5)"),
+        ({"images": RGB, "labels": np.zeros(5)}, "5 images, their labels are float64 (5)"),
         ({"images": RGB, "labels": np.zeros(4, np.int64)}, "5 images, their labels are int64 (4)"),
         (
             {"faces": RGB},
@@ -105,6 +130,9 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
     assert "cut/a.npz: damaged" in refused(path=tmp_path / "cut", **ARRAYS)
     np.savez(tmp_path / "b.npz", images=RGB)
     assert "a.npz and b.npz look like two data sets" in refused(path=tmp_path, **ARRAYS)
+    for folder in ("d/one", "d/two"):
+        make.write(tmp_path / folder / "a.npz", (tmp_path / "a.npz").read_bytes())
+    assert "one/a.npz and two/a.npz look like two data sets" in refused(path=tmp_path / "d", **ARRAYS)
     raw = tmp_path / "raw"
     path = make.write(raw / "train-images-idx3-ubyte", idx(pixels(1, 5, 8, 8)))
     assert "train-labels-idx1-ubyte: not found: put it beside the images" in refused(path=raw, **ARRAYS)
@@ -114,3 +142,17 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
         assert "train-images-idx3-ubyte: damaged" in refused(path=raw, **ARRAYS)
     assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone", **ARRAYS)
     assert "holds no .npz files" in refused(path=make.write(tmp_path / "c" / "x.txt", b"").parent, **ARRAYS)
+
+
+PACKED = gzip.compress(idx(pixels(1, 50, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [PACKED[:-20], b"text" + PACKED[4:], PACKED[:10] + b"\xff" + PACKED[11:]],
+    ids=["cut", "text", "bytes"],
+)
+def test_damaged_gzip_files_are_refused(refused, make, tmp_path, damaged):
+    make.write(tmp_path / "train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(50, np.uint8))))
+    make.write(tmp_path / "train-images-idx3-ubyte.gz", damaged)
+    assert "train-images-idx3-ubyte.gz: damaged" in refused(path=tmp_path, **ARRAYS)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import lmdb
 import pytest
 
+from crt.data.lmdb import open_lmdb_files
 from crt.data.packed import PackedImages, read_index
 
 FILES = {"source": "lmdb", "storage": "encoded", "image_size": None}
@@ -70,6 +72,33 @@ def test_one_category_below_its_folder_is_named_after_it(prepare, make, tmp_path
     assert found_in(out, "val") == expected(make, bedroom=range(4, 7))
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("pets/cat.lmdb", "cat"),
+        ("church-outdoor.lmdb", "church_outdoor"),
+        ("living_train_room.lmdb", "living_room"),
+        ("Cat_DATA.lmdb", "Cat"),
+        ("strain.lmdb", "strain"),
+        ("database.lmdb", "database"),
+    ],
+)
+def test_classes_are_what_the_path_says_most_closely_besides_the_split(tmp_path, name, label):
+    write(tmp_path / name, {b"0": b"x"})
+    assert open_lmdb_files(tmp_path).class_ids == [label]
+
+
+def test_files_are_known_by_their_endings_in_any_case_and_alone_by_none(tmp_path):
+    write(tmp_path / "some.lmdb", {b"0": b"x", b"1": b"four"})
+    for number, name in enumerate(("cat.MDB", "cat.LMDB", "cat.db")):
+        path = tmp_path / str(number) / name
+        path.parent.mkdir()
+        shutil.copy(tmp_path / "some.lmdb", path)
+        source = open_lmdb_files(path if name == "cat.db" else path.parent)
+        assert source.class_ids == ["cat"]
+        assert source.splits["all"].places["size"].tolist() == [1, 4]
+
+
 def test_keys_may_look_like_paths(prepare, make, tmp_path):
     write(tmp_path / "faces.lmdb", {f"a/{number}/x".encode(): image(make, number) for number in range(6)})
     status, out = prepare(path=tmp_path / "faces.lmdb", val_fraction=0.4, **FILES)
@@ -98,6 +127,8 @@ def test_damaged_and_strange_files_are_refused(refused, make, tmp_path):
     assert "empty.lmdb: holds no images" in refused(path=tmp_path / "empty.lmdb", **FILES)
     make.write(tmp_path / "zips" / "bedroom_train_lmdb.zip", b"zip")
     assert "unpack the archives in it first" in refused(path=tmp_path / "zips", **FILES)
+    make.write(tmp_path / "hub" / "train.parquet", b"PAR1")
+    assert "or set prepare_data.source to parquet" in refused(path=tmp_path / "hub", **FILES)
     make.class_folders(tmp_path / "folders", {"a": 2})
     assert "holds no LMDB files" in refused(path=tmp_path / "folders", **FILES)
     assert "not found" in refused(path=tmp_path / "nowhere", **FILES)

@@ -12,6 +12,7 @@ import pytest
 
 from crt.errors import UserError
 from crt.tokens.cache import locate_splits
+from crt.tokens.layout import content_of
 from crt.tokens.mapping import announce, map_end_to_end
 from tests.tokens.caches import make_header, random_codes, write_cache
 
@@ -116,6 +117,44 @@ def test_shards_cover_the_rows_and_can_be_mapped_end_to_end(rows, tokens):
     assert all(len(part) * header.row_bytes % 65536 == 0 for part in ranges[:-1])
     assert header.num_shards <= 512
     assert [block.start for block in header.blocks(0)] == list(range(0, len(ranges[0]), 256))
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid", "expected"),
+    [
+        (100_000, (16, 16), 4096),  # 512 bytes a row: 2 MiB
+        (100_000, (16, 15), 8192),
+        (100_000, (8, 8), 16384),
+        (100_000, (1, 257), 32768),  # 514 bytes a row: the fewest rows that end at a multiple of 64 KiB
+        (512 * 4096, (16, 16), 4096),
+        (512 * 4096 + 1, (16, 16), 8192),
+    ],
+)
+def test_shards_have_4096_rows_and_2_mib_at_least_and_are_512_at_most(rows, grid, expected):
+    assert make_header(rows=rows, grid=grid).rows_per_shard == expected
+
+
+@pytest.mark.parametrize(("num_classes", "kind"), [(65536, "<u2"), (65537, "<u4")])
+def test_label_type_follows_the_classes(num_classes, kind):
+    assert make_header(num_classes=num_classes).label_type == np.dtype(kind)
+
+
+def test_codes_of_another_shape_are_not_written(tmp_path):
+    header = make_header(rows=10)
+    codes, labels = random_codes(header)
+    with pytest.raises(ValueError, match="needs codes of 10 rows, got shape"):
+        write_cache(tmp_path / "tokens", header, codes.transpose(0, 2, 1), labels)
+
+
+def test_content_of_a_folder_without_a_manifest_is_that_of_names_and_files(tmp_path):
+    def content(name: str, data: bytes) -> str:
+        for path in tmp_path.rglob("*"):
+            path.unlink()
+        (tmp_path / name).write_bytes(data)
+        return content_of(tmp_path)
+
+    assert len({content("a", b"x"), content("b", b"x"), content("a", b"y")}) == 3
+    assert content("a", b"x") == content("a", b"x")
 
 
 def test_rows_and_views_out_of_range_are_refused(written):
