@@ -226,15 +226,17 @@ def test_only_the_newest_checkpoints_are_kept(small_run: Make, tmp_path: Path, a
     assert sorted(path.name for path in work.iterdir()) == [f"step_0000000{step}" for step in (6, 7, 8)]
 
 
+@pytest.mark.parametrize("change", [('"width": 32', '"width": 64'), ('"zero_stage": 1', '"zero_stage": 2')])
 def test_a_checkpoint_of_another_model_is_refused(
-    small_run: Make, tmp_path: Path, at: Any, capsys: pytest.CaptureFixture
+    small_run: Make, tmp_path: Path, at: Any, capsys: pytest.CaptureFixture, change: tuple[str, str]
 ) -> None:
     command = small_run()
     at(6, fail)
     assert main(command) == 1
     (work,) = (tmp_path / ".work").glob("ar-*/checkpoints")
     mark = work / "step_00000004" / "complete.json"
-    mark.write_text(mark.read_text().replace('"width": 32', '"width": 64'))
+    assert change[0] in mark.read_text()
+    mark.write_text(mark.read_text().replace(*change))
     capsys.readouterr()
     assert main(command) == 2
     assert "checkpoint of another model" in last_line(capsys)

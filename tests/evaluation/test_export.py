@@ -52,3 +52,16 @@ def test_png_folders_hold_each_image_under_its_class(samples):
             np.testing.assert_array_equal(np.asarray(image), IMAGES[row])
     assert json.loads((folder / "class_names.json").read_text()) == ["ä", "b", "c", "d"]
     assert not samples.with_suffix(".npz").exists()
+
+
+def test_files_that_are_there_stay_and_others_are_made(samples):
+    export_samples(samples, ["npz", "png"])
+    images = [samples.with_name("samples_png") / f"{LABELS[row]:05d}" / f"{row:08d}.png" for row in range(23)]
+    missing = images[12].read_bytes()
+    images[12].unlink()
+    kept = [samples.with_suffix(".npz"), *images[:12], *images[13:]]
+    for path in kept:
+        path.write_bytes(b"kept")
+    export_samples(samples, ["npz", "png"])
+    assert {path.read_bytes() for path in kept} == {b"kept"}
+    assert images[12].read_bytes() == missing

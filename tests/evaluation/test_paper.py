@@ -25,10 +25,12 @@ METRICS = {
 }
 
 
-def compare(changes: dict[str, Any], source: str = "imagenet", side: int = 256, layers: int = 24) -> dict[str, Any]:
+def compare(
+    changes: dict[str, Any], source: str = "imagenet", side: int = 256, *, layers: int = 24, width: int = 1024
+) -> dict[str, Any]:
     manifests = {
         "prepare_data": SimpleNamespace(params={"prepare_data": {"source": source}}),
-        "train_ar": SimpleNamespace(params={"train_ar": {"model": {"layers": layers, "width": 1024}}}),
+        "train_ar": SimpleNamespace(params={"train_ar": {"model": {"layers": layers, "width": width}}}),
     }
     metrics = {name: value for name, value in (METRICS | changes).items() if value is not None}
     return beside_paper(metrics, side, manifests)
@@ -75,6 +77,8 @@ def test_the_table_names_the_sizes_by_their_parameters(size: str, name: str) -> 
         ({"bits_per_image": 256 * 10}, {}, [], "this run has 256 of 1,024"),
         ({"reconstruction_reference_images": 100}, {}, ["gFID, 340M"], "rFID is for all 50,000"),
         ({}, {"layers": 6}, ["rFID"], "transformers of 111M, 340M and 775M"),
+        ({}, {"width": 768}, ["rFID"], "transformers of 111M, 340M and 775M"),
+        ({}, {"side": 512}, [], "this run is on imagenet at 512 px"),
         ({}, {"source": "digits", "side": 16}, [], "this run is on digits at 16 px"),
         ({"rfid": None}, {}, [], "measured with a classifier of its own"),
         ({"features_resize": "clean"}, {}, [], "under resize legacy_tensorflow, this run under clean"),

@@ -11,7 +11,7 @@ import pytest
 from crt.__main__ import main
 from crt.errors import UserError
 from crt.tokens.cache import TokenCache
-from crt.tokens.layout import read_index
+from crt.tokens.layout import read_index, read_shard
 from tests.tokens.caches import make_header, random_codes, write_cache
 
 
@@ -154,6 +154,28 @@ def test_truncated_file(copy, capsys, name, keep):
     lines = refused(["verify", copy], capsys)
     assert len(lines) == 1
     assert str(path) in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("codes", np.zeros((600, 1, 256), "<u4")),
+        ("labels", np.zeros(599, "<u2")),
+        ("source_index", np.zeros(601, "<u4")),
+    ],
+)
+def test_sizes_that_disagree_with_the_header_are_damage(copy, original, name, values):
+    with h5py.File(copy / "train-00001-of-00002.h5", "r+") as file:
+        del file[name]
+        file[name] = values
+    with pytest.raises(UserError, match="its sizes or checksums disagree with its header"):
+        read_shard(copy, original[0].header, 1)
+
+
+def test_rows_of_a_missing_shard_hold_no_code_for_hdf5s_readers(copy):
+    (copy / "train-00001-of-00002.h5").unlink()
+    with h5py.File(copy / "train.h5") as file:
+        assert set(file["labels"][4096:]) == {2**16 - 1}
 
 
 def test_missing_shard(copy, capsys):
