@@ -9,7 +9,7 @@ from PIL import Image
 
 from crt.evaluation.curves import _panels, plot_code_usage, plot_losses, plot_sweep
 from crt.history import History
-from crt.pictures import image_grid, lines_by_class, reconstruction_grid, save_png
+from crt.pictures import image_grid, lines_by_class, reconstruction_grid, save_png, spread
 
 rng = np.random.default_rng(0)
 
@@ -47,7 +47,7 @@ def test_labels_stand_left_of_their_rows_and_long_ones_are_cut():
     ink = (pixels < 128).all(axis=-1)
     assert not ink[:70].any()
     assert ink[70:].any()
-    assert pixels.shape[1] < 250
+    assert pixels.shape[1] <= 4 + 160 + 4 + 64 + 4
 
 
 def test_line_breaks_in_labels_are_drawn_as_spaces():
@@ -65,6 +65,17 @@ def test_reconstructions_stand_below_their_originals():
         np.testing.assert_array_equal(grid[1][index], copies[index])
     np.testing.assert_array_equal(grid[2][0], originals[4])
     np.testing.assert_array_equal(grid[3][0], copies[4])
+
+
+def test_originals_and_reconstructions_are_called_so():
+    originals, copies = rng.integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    named = image_grid([originals, copies], ["original", "reconstruction"])
+    assert np.array_equal(np.asarray(reconstruction_grid(originals, copies, columns=3)), np.asarray(named))
+
+
+@pytest.mark.parametrize(("count", "wanted", "rows"), [(10, 4, [0, 3, 6, 9]), (3, 8, [0, 1, 2]), (5, 1, [0])])
+def test_rows_are_spread_from_the_first_to_the_last(count, wanted, rows):
+    assert spread(count, wanted).tolist() == rows
 
 
 @pytest.mark.parametrize(
@@ -130,15 +141,51 @@ def test_a_sweep_shows_the_chosen_scale_and_what_perfect_images_score(tmp_path):
     assert drawn(without("inception_score_std"), 2.0) == whole
 
 
-def test_shares_have_an_axis_of_0_to_1(tmp_path, monkeypatch):
-    axes = {}
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of all pictures saved since, by title."""
+    found = {}
     save = Figure.savefig
 
     def keep(figure, *args, **options):
-        axes.update({axis.get_title(): axis for axis in figure.axes})
+        found.update({axis.get_title(): axis for axis in figure.axes})
         save(figure, *args, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+def test_codes_are_drawn_by_their_shares_the_most_frequent_first(tmp_path, axes):
+    plot_code_usage(np.array([1, 0, 5, 2]), tmp_path / "usage.png")
+    shares, alike = axes["3 of 4 codes in use"].lines
+    assert shares.get_xydata().tolist() == [[1, 5 / 8], [2, 2 / 8], [3, 1 / 8]]
+    assert set(alike.get_ydata()) == {1 / 4}
+
+
+def test_a_sweep_draws_the_figures_and_those_of_perfect_images(tmp_path, axes):
+    rows = [{"guidance_scale": x, "gfid": 3.0 + x, "gfid_of_perfect_images": 1.0} for x in (1.0, 2.0)]
+    plot_sweep(rows, 1.0, tmp_path / "sweep.png")
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes["gFID (lower is better)"].lines}
+    assert lines["perfect images"] == [1.0, 1.0] and [4.0, 5.0] in lines.values()
+
+
+@pytest.mark.parametrize(
+    ("last", "scale", "ticks"), [(9.0, "linear", None), (100.0, "log", [5, 10, 20]), (1e4, "log", [10, 100])]
+)
+def test_losses_over_decades_get_a_logarithmic_axis(tmp_path, axes, last, scale, ticks):
+    history = History(tmp_path / "train.csv", ["loss", "discriminator_grad_norm"])
+    for step, loss in enumerate((last, 1.0), 1):
+        history.append(step, {"loss": loss, "discriminator_grad_norm": 1.0})
+    plot_losses("tokenizer", tmp_path, tmp_path / "losses.png")
+    assert list(axes) == ["tokenizer: loss"]
+    axis = axes["tokenizer: loss"]
+    assert axis.get_yscale() == scale
+    if ticks:
+        first = axis.get_yticks().tolist().index(ticks[0])
+        assert axis.get_yticks().tolist()[first:][: len(ticks)] == ticks
+
+
+def test_shares_have_an_axis_of_0_to_1(tmp_path, axes):
     rows = [{"guidance_scale": scale, "gfid": 3.0 * scale, "recall": recall} for scale, recall in ((1, 1.0), (2, 0.0))]
     plot_sweep(rows, 1.0, tmp_path / "sweep.png")
     assert axes["recall (higher is better)"].get_ylim() == (0, 1)
