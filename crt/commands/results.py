@@ -103,9 +103,10 @@ def _print_results(paths: list[Path]) -> int:
 def _read(path: Path) -> dict[str, Any]:
     file = path / "metrics.json" if path.is_dir() else path
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        if "features" in metrics:
-            return metrics
-    except (OSError, ValueError, TypeError):
-        pass
-    raise UserError(f"{file}: missing, or no metrics of an evaluation: give its output folder or metrics.json")
+        metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        table(metrics)  # all that a table takes is there
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        raise UserError(
+            f"{file}: missing, or no metrics of an evaluation by this version: give its output folder or metrics.json"
+        ) from None
+    return metrics
