@@ -34,6 +34,8 @@ CIFAR10 = {
     "evaluate.classifier.steps": 200,
 }
 IMAGENET = {
+    # The preset's, in so few steps of so small a net, leaves a handful of codes and a grey picture (dev/LOG.md).
+    "lambda": 0.3,
     "prepare_data.source": "imagefolder",
     "prepare_data.val_fraction": 0.2,
     "prepare_data.max_rejected_fraction": 0.0,
