@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -188,6 +189,12 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of (..., C), each C its own, cut alike into some rows of (rows, C)."""
     flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
     return zip(*(x.split(_rows(flat[0])) for x in flat), strict=True)
+
+
+def flat(x: Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor on the CPU, (n,), as Numba takes it; that of bfloat16 as bits, uint16."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy().reshape(-1)
 
 
 def share_among_threads(work: Callable[[int, int], None], size: int, unit: int) -> None:

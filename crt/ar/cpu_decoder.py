@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from crt.ar.cpu_decoder_kernels import attention_kernel, norm_kernel, swiglu_kernel
 from crt.ar.decoder import Decoder, Linear, is_partitioned
 from crt.ar.model import ARTransformer
-from crt.cpu import share_among_threads
+from crt.cpu import flat, share_among_threads
 
 # A thread costs as much as some ten thousand elements of an activation.
 _ELEMENTS_OF_A_THREAD = 2**16
@@ -24,7 +24,7 @@ class CPUDecoder(Decoder):
     def __init__(self, model: ARTransformer) -> None:
         super().__init__(model)
         self._as_bits = self.dtype == torch.bfloat16
-        self._turns = [_flat(turn) for turn in self._rotation]
+        self._turns = [flat(turn) for turn in self._rotation]
         self._scratch_size = self.config.num_tokens + 2 * self.config.head_width
 
     def _linear(self, module: nn.Linear) -> Linear:
@@ -34,14 +34,14 @@ class CPUDecoder(Decoder):
         out = torch.empty_like(x)
         added = x.new_empty(0) if addend is None else addend
         kernel = norm_kernel(x.shape[-1], self._as_bits)
-        kernel(*(_flat(t) for t in (x, added, gain, out)), np.uintp(len(x)), self.config.norm_eps)
+        kernel(*(flat(t) for t in (x, added, gain, out)), np.uintp(len(x)), self.config.norm_eps)
         return out
 
     def _attend(self, layer: int, qkv: Tensor, position: int) -> Tensor:
         heads, width = self.config.heads, self.config.head_width
         kernel = attention_kernel(width, self._as_bits)
         out = torch.empty(len(qkv), heads * width, dtype=self.dtype)
-        given, keys, values, target = (_flat(t) for t in (qkv, self._keys[layer], self._values[layer], out))
+        given, keys, values, target = (flat(t) for t in (qkv, self._keys[layer], self._values[layer], out))
         sizes = np.uintp(position), np.uintp(heads), np.uintp(self.config.num_tokens)
 
         def work(first: int, last: int) -> None:
@@ -55,19 +55,13 @@ class CPUDecoder(Decoder):
         width = gate_up.shape[-1] // 2
         kernel = swiglu_kernel(width, self._as_bits)
         out = torch.empty(len(gate_up), width, dtype=self.dtype)
-        source, target = _flat(gate_up), _flat(out)
+        source, target = flat(gate_up), flat(out)
         share_among_threads(
             lambda first, last: kernel(source, target, np.uintp(first), np.uintp(last)),
             len(gate_up),
             -(-_ELEMENTS_OF_A_THREAD // width),
         )
         return out
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor; of bfloat16, which numpy does not know, as bits."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().reshape(-1)
 
 
 def _packed(module: nn.Linear) -> Linear:

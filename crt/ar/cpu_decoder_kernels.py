@@ -16,16 +16,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-_compile = numba.njit(
-    nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz", "reassoc", "arcp"}
-)
-_HALF_BITS, _LAST, _ROUNDING = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+from crt.cpu_kernels import compile_kernel, from_bits, to_bits
+
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
 _LOG2_E, _LOWEST, _HALF, _UNIT = np.float32(math.log2(math.e)), np.float32(-126), np.float32(0.5), np.float32(1)
 # Of 2^f, for f from -1/2 to 1/2: a relative error of 1e-7, that of float32.
@@ -34,7 +31,7 @@ _ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uintp(number) for number in range(5))
 _CACHE_LINE = 64  # bytes
 
 
-@_compile
+@compile_kernel
 def _exp(x: Any) -> Any:
     """The exponential of a float32 that is not positive; one that vectors can take, unlike the library's."""
     z = max(x * _LOG2_E, _LOWEST)
@@ -44,19 +41,7 @@ def _exp(x: Any) -> Any:
     return power * np.int32((np.int32(whole) + _BIAS) << _MANTISSA).view(np.float32)
 
 
-@_compile
-def _from_bits(bits: Any) -> Any:
-    return np.uint32(np.uint32(bits) << _HALF_BITS).view(np.float32)
-
-
-@_compile
-def _to_bits(value: Any) -> Any:
-    """The nearest bfloat16, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16((bits + _ROUNDING + ((bits >> _HALF_BITS) & _LAST)) >> _HALF_BITS)
-
-
-@_compile
+@compile_kernel
 def _same(value: Any) -> Any:
     return np.float32(value)
 
@@ -82,7 +67,7 @@ _prefetch: Any = intrinsic(_prefetch_type)
 
 def _conversions(as_bits: bool) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     """Of an array's element to float32, and back."""
-    return (_from_bits, _to_bits) if as_bits else (_same, _same)
+    return (from_bits, to_bits) if as_bits else (_same, _same)
 
 
 @functools.cache
@@ -100,7 +85,7 @@ def attention_kernel(head_width: int, as_bits: bool) -> Callable[..., None]:
     scale = np.float32(head_width**-0.5)
     load, store = _conversions(as_bits)
 
-    @_compile
+    @compile_kernel
     def scores_of(keys: Any, values: Any, at: Any, scratch: Any, count: Any) -> Any:
         """Products of the query with the row's keys, into the scratch from 2 D on; the largest.
 
@@ -118,7 +103,7 @@ def attention_kernel(head_width: int, as_bits: bool) -> Callable[..., None]:
             highest = max(highest, total)
         return highest
 
-    @_compile
+    @compile_kernel
     def weigh(scratch: Any, count: Any, highest: Any) -> Any:
         """Scores to exponentials; their sum."""
         total = np.float32(0)
@@ -128,7 +113,7 @@ def attention_kernel(head_width: int, as_bits: bool) -> Callable[..., None]:
             total += weight
         return total
 
-    @_compile
+    @compile_kernel
     def sum_values(keys: Any, values: Any, at: Any, following: Any, scratch: Any, count: Any) -> None:
         """The row's values by their weights, into the scratch from D on; four at a time: fewer stores of the sum.
 
@@ -153,7 +138,7 @@ def attention_kernel(head_width: int, as_bits: bool) -> Callable[..., None]:
             for k in range(d):
                 scratch[d + k] += w0 * load(values[v0 + k])
 
-    @_compile
+    @compile_kernel
     def attend(
         qkv: Any, keys: Any, values: Any, turn: Any, out: Any, scratch: Any,
         first: Any, last: Any, position: Any, heads: Any, length: Any,
@@ -192,7 +177,7 @@ def norm_kernel(width: int, as_bits: bool) -> Callable[..., None]:
     c = np.uintp(width)
     load, store = _conversions(as_bits)
 
-    @_compile
+    @compile_kernel
     def add_and_normalize(x: Any, addend: Any, gain: Any, out: Any, rows: Any, eps: Any) -> None:
         for row in range(np.uintp(rows)):
             start = row * c
@@ -220,7 +205,7 @@ def swiglu_kernel(width: int, as_bits: bool) -> Callable[..., None]:
     f = np.uintp(width)
     load, store = _conversions(as_bits)
 
-    @_compile
+    @compile_kernel
     def swiglu(gate_up: Any, out: Any, first: Any, last: Any) -> None:
         for row in range(np.uintp(first), np.uintp(last)):
             gates, target = row * _TWO * f, row * f

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crt.cpu import share_among_threads
+from crt.cpu import flat, share_among_threads
 
 # Elements updated at once on a CPU: gradient, weight and both moments in float32 take 16 bytes each.
 _PIECE = 2**20
@@ -118,7 +118,7 @@ def _norm_of_halves(gradients: Sequence[Tensor]) -> Tensor:
 
     sums = []
     for gradient in gradients:
-        bits = _bits(gradient)
+        bits = flat(gradient)
         part = np.zeros(-(-len(bits) // _SUM), np.float64)
 
         def work(first: int, last: int, bits: NDArray[Any] = bits, part: NDArray[Any] = part) -> None:
@@ -139,17 +139,13 @@ def _update_from_halves(t: _Tensors, scale: Tensor, step: Tensor, settings: dict
         scale.item(), 1 - rate * settings["weight_decay"], beta1, beta2,
         rate / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), settings["eps"],
     )  # fmt: skip
-    arrays = t.master.numpy(), _bits(t.gradient), t.mean.numpy(), t.square.numpy(), _bits(t.weights)
+    arrays = tuple(map(flat, (t.master, t.gradient, t.mean, t.square, t.weights)))
     singles = tuple(map(np.float32, numbers))
 
     def work(first: int, last: int) -> None:
         adamw(*(array[first:last] for array in arrays), *singles)
 
     share_among_threads(work, len(t.gradient), _PIECE)
-
-
-def _bits(halves: Tensor) -> NDArray[Any]:
-    return halves.view(torch.uint16).numpy()
 
 
 def _adamw_state(optimizer: Any, master: Tensor) -> dict[str, Tensor]:

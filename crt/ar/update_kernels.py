@@ -8,31 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
-_ONE, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
-_compile = numba.njit(
-    nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz", "reassoc", "arcp"}
-)
+from crt.cpu_kernels import compile_kernel, from_bits, to_bits
 
 
-@_compile
-def _widened(bits: Any) -> Any:
-    return np.uint32(np.uint32(bits) << _HALF_BITS).view(np.float32)
-
-
-@_compile
+@compile_kernel
 def sum_of_squares(gradient: Any) -> Any:
     """Of a few thousand elements, in float32."""
     total = np.float32(0)
     for k in range(gradient.size):
-        value = _widened(gradient[k])
+        value = from_bits(gradient[k])
         total += value * value
     return total
 
 
-@_compile
+@compile_kernel
 def adamw(
     master: Any, gradient: Any, mean: Any, square: Any, weights: Any,
     scale: Any, decay: Any, beta1: Any, beta2: Any, rate: Any, correction: Any, eps: Any,
@@ -46,11 +37,10 @@ def adamw(
         correction: 1 over the root of the second moment's.
     """
     for k in range(master.size):
-        value = _widened(gradient[k]) * scale
+        value = from_bits(gradient[k]) * scale
         first = beta1 * mean[k] + (np.float32(1) - beta1) * value
         second = beta2 * square[k] + (np.float32(1) - beta2) * value * value
         mean[k], square[k] = first, second
         updated = master[k] * decay - rate * first / (np.sqrt(second) * correction + eps)
         master[k] = updated
-        bits = np.float32(updated).view(np.uint32)
-        weights[k] = np.uint16((bits + _ROUNDING + ((bits >> _HALF_BITS) & _ONE)) >> _HALF_BITS)
+        weights[k] = to_bits(updated)

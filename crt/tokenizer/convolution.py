@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from crt.cpu import share_among_threads
+from crt.cpu import flat, share_among_threads
 
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)
@@ -120,8 +120,8 @@ def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     outputs = factors.shape[2]
     y = torch.empty((batch, outputs, height, width), memory_format=torch.channels_last)
-    source, target = (_flat(t.detach().permute(0, 2, 3, 1)) for t in (x, y))
-    biases = _flat(bias.detach().repeat(4))
+    source, target = (flat(t.permute(0, 2, 3, 1)) for t in (x, y))
+    biases = flat(bias.repeat(4))
     tiles = batch * (height // 4) * (width // 4)
     size = np.uintp(height), np.uintp(width)
     scatter, gather = input_kernel(channels), output_kernel(outputs)
@@ -133,13 +133,9 @@ def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
         for start in range(first, last, TILES_AT_ONCE):
             count = min(TILES_AT_ONCE, last - start)
             place = np.uintp(start), np.uintp(count), *size
-            scatter(source, _flat(inputs), scratch, *place)
+            scatter(source, flat(inputs), scratch, *place)
             torch.bmm(inputs[:, :count], factors, out=products[:, :count])
-            gather(_flat(products), biases, target, scratch, *place)
+            gather(flat(products), biases, target, scratch, *place)
 
     share_among_threads(work, tiles, TILES_AT_ONCE)
     return y
-
-
-def _flat(t: Tensor) -> NDArray[np.float32]:
-    return t.numpy().reshape(-1)  # a view: all are contiguous

@@ -12,23 +12,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from crt.cpu_kernels import compile_kernel
 
 TILE, PATCH = 4, 6
 """Outputs and inputs of a tile along each side."""
 TILES_AT_ONCE = 128
 """Tiles in one array of factors: with its products it stays in a core's second-level cache, or nearly."""
 
-_compile = numba.njit(
-    nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz", "reassoc", "arcp"}
-)
 _ZERO, _ONE, _TILE, _PATCH = np.uintp(0), np.uintp(1), np.uintp(TILE), np.uintp(PATCH)
 _LOW, _HIGH = np.float32(math.sqrt(0.5)), np.float32(math.sqrt(2))
 _HALF, _TWO, _FIVE_HALVES = np.float32(0.5), np.float32(2), np.float32(2.5)
 
 
-@_compile
+@compile_kernel
 def _factors(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
     """The six factors of six inputs in a line."""
     even, odd = a4 - _TWO * a2, _LOW * a3 - _HIGH * a1
@@ -37,14 +35,14 @@ def _factors(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
     return first, even + odd, even - odd, even2 + odd2, even2 - odd2, last
 
 
-@_compile
+@compile_kernel
 def _outputs(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
     """The four outputs of six products in a line."""
     even, odd, even2, odd2 = a1 + a2, _LOW * (a1 - a2), a3 + a4, _HIGH * (a3 - a4)
     return a0 + even + even2, odd + odd2, _HALF * even + _TWO * even2, _HALF * odd + _TWO * odd2 + a5
 
 
-@_compile
+@compile_kernel
 def _place(tile: Any, rows: Any, columns: Any) -> Any:
     """Image, row and column of a tile."""
     row = tile // columns
@@ -61,7 +59,7 @@ def input_kernel(channels: int) -> Callable[..., None]:
     row, row2, row3, row4, row5, half = (np.uintp(PATCH * channels * n) for n in (1, 2, 3, 4, 5, 6))  # of a patch
     f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
 
-    @_compile
+    @compile_kernel
     def along_columns(source: Any, at: Any, stride: Any, scratch: Any) -> None:
         """Of a patch of the source into the second half of the scratch."""
         three = stride + stride + stride
@@ -74,7 +72,7 @@ def input_kernel(channels: int) -> Callable[..., None]:
             scratch[o], scratch[o + row], scratch[o + row2] = t0, t1, t2
             scratch[o + row3], scratch[o + row4], scratch[o + row5] = t3, t4, t5
 
-    @_compile
+    @compile_kernel
     def along_rows(scratch: Any, factors: Any, at: Any) -> None:
         for line in range(_PATCH):
             start, end = half + line * row, at + line * f6
@@ -86,7 +84,7 @@ def input_kernel(channels: int) -> Callable[..., None]:
                 factors[o], factors[o + f], factors[o + f2] = t0, t1, t2
                 factors[o + f3], factors[o + f4], factors[o + f5] = t3, t4, t5
 
-    @_compile
+    @compile_kernel
     def scatter(images: Any, factors: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any) -> None:
         rows, columns, stride = height // _TILE, width // _TILE, width * c
         for tile in range(count):
@@ -122,7 +120,7 @@ def output_kernel(channels: int) -> Callable[..., None]:
     row, row2, row3, row4, row5 = (np.uintp(TILE * channels * n) for n in (1, 2, 3, 4, 5))
     f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
 
-    @_compile
+    @compile_kernel
     def along_rows(products: Any, at: Any, scratch: Any) -> None:
         for line in range(_PATCH):
             start, end = at + line * f6, line * row
@@ -133,7 +131,7 @@ def output_kernel(channels: int) -> Callable[..., None]:
                     products[i + f5],
                 )  # fmt: skip
 
-    @_compile
+    @compile_kernel
     def along_columns(scratch: Any, biases: Any, images: Any, at: Any, stride: Any) -> None:
         for k in range(row):
             bias, o = biases[k], at + k
@@ -145,7 +143,7 @@ def output_kernel(channels: int) -> Callable[..., None]:
             o += stride + stride
             images[o], images[o + stride] = t2 + bias, t3 + bias
 
-    @_compile
+    @compile_kernel
     def gather(
         products: Any, biases: Any, images: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any
     ) -> None:

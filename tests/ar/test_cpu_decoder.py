@@ -16,15 +16,12 @@ from crt.ar.cpu_decoder_kernels import attention_kernel, norm_kernel, swiglu_ker
 from crt.ar.decoder import Decoder
 from crt.ar.generator import Generator
 from crt.ar.model import ARTransformer
+from crt.cpu import flat
 from tests.ar.conftest import CODEBOOK, small_model
 
 PRECISIONS = [torch.float32, torch.bfloat16]
 # To half a unit in the last place of what was computed in float32 from the same inputs.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-
-
-def flat(tensor: Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().reshape(-1)
 
 
 def close(found: Tensor, expected: Tensor, precision: torch.dtype) -> None:
