@@ -33,7 +33,8 @@ from crt.errors import UserError
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
 _TRAIN_FOLDERS = ("train", "training")

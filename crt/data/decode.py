@@ -8,9 +8,12 @@ import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 
-# Pillow's PPM covers PGM and PBM.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
+# Many processes decode at once, so each with one thread; only the picture itself is of use.
+register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+# Pillow's PPM covers PGM and PBM; HEIF is what phones write as .heic.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM")
 MIN_SIDE = 2
 
 # First bytes of the formats that store pixels without loss. A TIFF file may hold JPEG: rare, and it only costs space.

@@ -10,7 +10,7 @@ _CONVERT = (
     "write the images as files into a folder for each class, or get the data set as Parquet files, as the Hugging Face "
     "Hub has most, and set prepare_data.source to parquet: files of this kind are not read"
 )
-UNREAD_PICTURES = (".heic", ".heif", ".jp2", ".j2k", ".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
+UNREAD_PICTURES = (".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
 """Endings of pictures in formats that are not read."""
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # By patterns of files' names in lower case; the first that any name has counts.

@@ -38,7 +38,7 @@ def test_lossless_files_give_the_pixels_that_were_saved(make, kind, options):
     assert is_lossless(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF", "HEIF", "JPEG2000"])
 def test_lossy_files_give_what_pillow_decodes(make, kind):
     data = make.encode(make.noise(1), kind, quality=80)
     assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -51,7 +51,7 @@ def test_lossless_webp_with_metadata_is_lossless(make):
     assert is_lossless(make.encode(make.noise(1), "WEBP", lossless=True, exif=exif))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "JPEG2000", "PPM"])
 def test_grayscale_is_repeated(make, kind):
     gray = make.noise(2)[..., 0]
     data = save(Image.fromarray(gray), kind, **({"quality": 100} if kind == "JPEG" else {}))
@@ -138,7 +138,7 @@ def test_a_transparent_colour():
 def test_exif_orientation_as_pillow_transposes_it(make, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for kind in ("PNG", "JPEG", "TIFF", "AVIF"):
+    for kind in ("PNG", "JPEG", "TIFF", "AVIF", "HEIF"):
         data = make.encode(make.noise(4), kind, exif=exif)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         assert np.array_equal(decode(data), np.asarray(upright))

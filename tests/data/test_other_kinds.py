@@ -15,7 +15,7 @@ KINDS = [
         "train/data-00000-of-00001.arrow",
         "write the data set with Dataset.to_parquet and set prepare_data.source to parquet",
     ),
-    ("a/photo.heic", "convert them to PNG or JPEG"),
+    ("a/photo.jxl", "convert them to PNG or JPEG"),
 ]
 
 
@@ -39,6 +39,6 @@ def test_cifar100_and_archives_in_folders(refused, make, tmp_path):
 
 def test_pictures_that_are_not_read_among_others_are_noted(prepare, make, tmp_path, capfd):
     root = make.class_folders(tmp_path / "images", {"a": 4, "b": 4})
-    make.write(root / "a" / "x.HEIC", b"heic")
+    make.write(root / "a" / "x.JXL", b"jxl")
     assert prepare(path=root)[0] == 0
-    assert "are ignored: 1 .heic; convert .heic to PNG or JPEG to have them read" in capfd.readouterr().err
+    assert "are ignored: 1 .jxl; convert .jxl to PNG or JPEG to have them read" in capfd.readouterr().err

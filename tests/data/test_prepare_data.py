@@ -376,9 +376,9 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     make.write(cifar / "1.png", make.encode(make.noise(50)))
     assert "1.png lies outside the class folders" in refused(path=cifar, source="cifar10")
     make.write(tmp_path / "text" / "notes.txt", b"text")
-    make.write(tmp_path / "text" / "photo.HEIC", b"heic")
+    make.write(tmp_path / "text" / "photo.JXL", b"jxl")
     assert "text: holds no images (.jpg, " in (message := refused(path=tmp_path / "text"))
-    assert ".pnm), but 1 .heic, 1 .txt: add some, or set prepare_data.path" in message
+    assert ".pnm), but 1 .jxl, 1 .txt: add some, or set prepare_data.path" in message
     make.write(tmp_path / "text" / "0.tar", b"shard")
     assert "set prepare_data.source to webdataset" in refused(path=tmp_path / "text")
     make.write(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", b"table")
