@@ -1,9 +1,10 @@
-"""Arrays of images: NumPy's .npz files, as MedMNIST, Keras and ADM have them, and MNIST's idx files, also gzipped.
+"""Arrays of images: .npz, .npy and HDF5 files, as MedMNIST, Keras, ADM and PCam have them, and MNIST's idx files.
 
-In an .npz file images are an array called images, x, data or arr_0, and labels the one called labels, y or
-arr_1 beside it, with a split's name before or behind (`train_images`, `x_train`) or in the file's name; idx files are
-`train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same of t10k. Nothing is unpickled. Pixels are first
-copied to the stage's working folder, an array at a time, since those in archives cannot be read singly.
+Images are an array called images, x, data or arr_0, and labels the one called labels, y or arr_1 beside it, with a
+split's name before or behind (`train_images`, `x_train`) or in the file's name. "Called" is a .npy file's own name, and
+an array's name inside the others; HDF5 files may hold the labels of one in another (`train_x.h5`, `train_y.h5`). idx
+files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same of t10k, also gzipped. Nothing is unpickled.
+Pixels are first copied to the stage's working folder, since those in archives cannot be read singly.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 from zipfile import BadZipFile
 
+import h5py
 import numpy as np
 
 from crt import interrupt
@@ -26,15 +32,32 @@ from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
 from crt.errors import UserError
+from crt.progress import Progress
 
-_FILES = re.compile(r".*(\.npz|images-idx3-ubyte(\.gz)?)")
+_HDF5 = (".h5", ".hdf5")
+_ALONE = (".npz", ".npy", *_HDF5)
+_FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images-idx3-ubyte(\.gz)?)")
 _WORDS = {"images": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
 _IDX_HEADER_BYTES = {b"\0\0\x08\x03": 16, b"\0\0\x08\x01": 8}  # of uint8 with three axes, or with one
-_SPLITS_AND_NUMBERS = re.compile("train(ing)?|val(id(ation)?)?|test|t10k|[^a-z]")
+_SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k")
+_PART_BYTES = 2**26  # copied at once
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array that has not been read yet."""
+
+    file: str
+    name: str
+    """Of the file and, if it holds several, of the array in it: tells the split."""
+    key: str
+    """What the array itself is called."""
+    read: Callable[[], Any]
+    """Gives it as an ndarray or h5py.Dataset."""
 
 
 def open_arrays(path: Path, work: Path) -> Source:
-    """The arrays of a folder, or of one .npz file.
+    """The arrays of a folder, or of one file.
 
     Raises:
         UserError: there are none, one is damaged or of another shape or type, or they are of several data sets.
@@ -44,12 +67,16 @@ def open_arrays(path: Path, work: Path) -> Source:
     copies = work / "arrays"
     copies.mkdir(exist_ok=True)
     containers, places, labels = [], dict[str, np.ndarray](), dict[str, list[str | None]]()
-    for number, (file, name, images, of_images) in enumerate(_arrays(folder, files)):
-        container, places[name] = raw_container(copies / f"{number:05d}.rgb", _pixels(images, f"{folder}/{name}"))
-        places[name]["container"], places[name]["modified"] = number, (folder / file).stat().st_mtime_ns
-        containers.append(container)
-        labels[name] = _texts(of_images, len(images), f"{folder}/{name}")
-        interrupt.raise_if_stopped()
+    with ExitStack() as opened:
+        for number, (images, of_images) in enumerate(_image_arrays(path, folder, files, opened)):
+            name, where = images.name, printable(f"{folder}/{images.name}")
+            with _reading(where):
+                pixels, texts = images.read(), None if of_images is None else of_images.read()
+            channels_first = _channels_first(pixels, where)
+            labels[name] = _texts(texts, len(pixels), where)
+            container, places[name] = raw_container(copies / f"{number:05d}.rgb", _parts(pixels, channels_first, where))
+            places[name]["container"], places[name]["modified"] = number, (folder / images.file).stat().st_mtime_ns
+            containers.append(container)
     split_of = splits_of_shards(folder, list(places), notes)
     samples = {
         split: [
@@ -71,65 +98,113 @@ def open_arrays(path: Path, work: Path) -> Source:
 
 
 def _files(path: Path) -> tuple[Path, list[str]]:
-    """The folder of the arrays, and the files in it that hold images."""
-    if os.path.isfile(path) and path.suffix.lower() == ".npz":
+    """The folder of the arrays, and the files in it that may hold some."""
+    if os.path.isfile(path) and path.suffix.lower() in _ALONE:
         return path.parent, [path.name]
     if not os.path.isdir(path):
-        state = "is neither a folder nor an .npz file" if os.path.exists(path) else "not found"
-        raise UserError(
-            f"{path}: {state}: set prepare_data.path to an .npz file, or to the folder of MNIST's idx files"
-        )
+        state = f"is neither a folder nor a file {', '.join(_ALONE)}" if os.path.exists(path) else "not found"
+        raise UserError(f"{path}: {state}: set prepare_data.path to such a file, or to the folder of MNIST's idx files")
     found = [name for name in folder_tree(path).files if _FILES.fullmatch(name.lower())]
     files = [name for name in found if name.removesuffix(".gz") == name or name.removesuffix(".gz") not in found]
     if not files:
-        raise UserError(f"{path}: holds no .npz files and no *-images-idx3-ubyte: give the folder that does")
-    kinds = {(Path(name).parent, _SPLITS_AND_NUMBERS.sub("", name.rpartition("/")[2].lower())): name for name in files}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{path}: {' and '.join(map(printable, list(kinds.values())[:2]))} look like two data sets: set "
-            "prepare_data.path to one .npz file, or to a folder with the files of one data set"
-        )
+        raise UserError(f"{path}: holds no files {', '.join(_ALONE)} or *-images-idx3-ubyte: give the folder that does")
     return path, files
 
 
-def _arrays(folder: Path, files: list[str]) -> Iterator[tuple[str, str, np.ndarray, np.ndarray | None]]:
-    """(file, name, images, labels) of each array of images; the name tells the split.
+def _image_arrays(
+    path: Path, folder: Path, files: list[str], opened: ExitStack
+) -> Iterator[tuple[_Array, _Array | None]]:
+    """The arrays of images, each with that of its labels if there is one.
+
+    Args:
+        path: as the user gave it, for messages.
+        folder: of the files.
+        files: that may hold arrays.
+        opened: keeps files open that are read in pieces.
 
     Raises:
-        UserError: a file cannot be read, or holds no such array.
+        UserError: a file cannot be read, holds neither images nor labels of some, or is of another data set.
     """
+    arrays: dict[str, _Array] = {}
+    pairs: list[tuple[_Array, _Array | None]] = []
     for file in files:
-        where = printable(str(folder / file))
-        try:
-            if not file.lower().endswith(".npz"):
-                labels_file = folder / re.sub("images-idx3", "labels-idx1", file, flags=re.IGNORECASE)
-                if not labels_file.exists():
-                    raise UserError(f"{labels_file}: not found: put it beside the images that it labels")
-                yield file, file.replace("t10k", "test"), _idx(folder / file), _idx(labels_file)
-                continue
-            with np.load(folder / file, allow_pickle=False) as stored:
-                pairs = list(_pairs(stored.files))
-                if not pairs:
-                    raise UserError(
-                        f"{where}: holds the arrays {', '.join(map(printable, stored.files))}: call that of images "
-                        f"{', '.join(_WORDS)}, that of labels {', '.join(dict.fromkeys(_WORDS.values()))}"
-                    )
-                for images, labels in pairs:
-                    yield file, f"{file}/{images}", stored[images], stored[labels] if labels else None
-        except (ValueError, EOFError, BadZipFile, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{where}: damaged, or holds Python objects, which are not read: get it again") from None
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
+        if file.lower().endswith(_ALONE):
+            with _reading(printable(f"{folder}/{file}")):
+                arrays |= {array.name: array for array in _arrays(folder, file, opened)}
+        else:
+            pairs.append(_idx_pair(folder, file))
+    pairs += [(array, _labels_of(array, word, arrays)) for array in arrays.values() if (word := _image_word(array.key))]
+    used = {array.file for pair in pairs for array in pair if array is not None}
+    for file in files:
+        if file not in used:
+            keys = ", ".join(printable(array.key) for array in arrays.values() if array.file == file)
+            raise UserError(
+                f"{printable(f'{folder}/{file}')}: holds the arrays {keys}: call that of images {', '.join(_WORDS)}, "
+                f"that of labels {', '.join(dict.fromkeys(_WORDS.values()))}, or move the file away"
+            )
+    kinds = {_data_set(images.file): images.file for images, _ in pairs}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{path}: {' and '.join(map(printable, list(kinds.values())[:2]))} look like two data sets: set "
+            "prepare_data.path to one file, or to a folder with the files of one data set"
+        )
+    yield from sorted(pairs, key=lambda pair: files.index(pair[0].file))
 
 
-def _pairs(keys: list[str]) -> Iterator[tuple[str, str | None]]:
-    """The names of arrays of images, each with that of its labels if there is one."""
-    for key in keys:
-        for images, labels in _WORDS.items():
-            word = re.compile(f"(?<![a-z]){images}(?![a-z])", re.IGNORECASE)
-            if word.search(key):
-                called = word.sub(labels, key)
-                yield key, called if called in keys else None
+def _data_set(file: str) -> tuple[str, ...]:
+    """What files of one data set have in common: their path without the splits' names, and without their numbers."""
+    *folders, name = PurePosixPath(file.lower()).parts
+    return (*(part for part in folders if not _SPLIT.fullmatch(part)), re.sub("[^a-z]", "", _SPLIT.sub("", name)))
+
+
+def _arrays(folder: Path, file: str, opened: ExitStack) -> Iterator[_Array]:
+    """All arrays of one file that is no idx file."""
+    path = folder / file
+    if file.lower().endswith(".npy"):
+        yield _Array(file, file, path.stem, partial(np.load, path, mmap_mode="r", allow_pickle=False))
+    elif file.lower().endswith(".npz"):
+        archive = opened.enter_context(np.load(path, allow_pickle=False))
+        for key in archive.files:
+            yield _Array(file, f"{file}/{key}", key, partial(archive.__getitem__, key))
+    else:
+        data = opened.enter_context(h5py.File(path, "r"))
+        found: list[str] = []
+        data.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
+        for key in found:
+            yield _Array(file, f"{file}/{key}", key, partial(data.__getitem__, key))
+
+
+def _idx_pair(folder: Path, file: str) -> tuple[_Array, _Array]:
+    """MNIST's images, and the labels that must lie beside them."""
+    labels_file = re.sub("images-idx3", "labels-idx1", file, flags=re.IGNORECASE)
+    if not (folder / labels_file).exists():
+        raise UserError(f"{folder / labels_file}: not found: put it beside the images that it labels")
+    images, labels = (
+        _Array(name, name.replace("t10k", "test"), name, partial(_idx, folder / name)) for name in (file, labels_file)
+    )
+    return images, labels
+
+
+def _image_word(key: str) -> str | None:
+    """The word by which an array's name tells that it holds images."""
+    if any(_word(labels).search(key) for labels in _WORDS.values()):
+        return None
+    return next((images for images in _WORDS if _word(images).search(key)), None)
+
+
+def _labels_of(images: _Array, word: str, arrays: dict[str, _Array]) -> _Array | None:
+    """The array whose name has the word for labels instead, in upper case or lower: the nearest one first."""
+    path, swapped = PurePosixPath(images.file), partial(_word(word).sub, _WORDS[word])
+    if images.name == images.file:
+        names = [str(path.with_name(swapped(path.name))), swapped(images.file)]
+    else:
+        names = [f"{file}/{swapped(images.key)}" for file in (images.file, swapped(images.file))]
+    found = {name.lower(): array for name, array in arrays.items()}
+    return next((found[name.lower()] for name in names if name.lower() in found), None)
+
+
+def _word(word: str) -> re.Pattern[str]:
+    return re.compile(f"(?<![a-z]){word}(?![a-z])", re.IGNORECASE)
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -146,26 +221,71 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(np.frombuffer(data[4:start], ">u4"))
 
 
-def _pixels(images: np.ndarray, where: str) -> np.ndarray:
-    """(n, height, width, 3) uint8."""
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-        shape = ", ".join(map(str, images.shape))
-        raise UserError(
-            f"{where}: is {images.dtype} ({shape}): images are uint8 of (n, height, width) or (n, height, width, 3): "
-            "write them so"
-        )
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Turn what reading a file raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
+        raise _damaged(where) from None  # gzip's, and HDF5's of what it does not know
+    except (ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error):
+        raise _damaged(where) from None
 
 
-def _texts(labels: np.ndarray | None, num_images: int, where: str) -> list[str | None]:
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}: damaged, or holds Python objects, which are not read: get it again")
+
+
+def _channels_first(images: Any, where: str) -> bool:
+    """Whether the colours come before height and width.
+
+    Raises:
+        UserError: the array cannot be one of images.
+    """
+    sized = images.dtype == np.uint8 and 0 not in images.shape
+    if sized and (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))):
+        return False
+    if sized and images.ndim == 4 and images.shape[1] in (1, 3):
+        return True
+    raise UserError(
+        f"{where}: is {_shape(images)}: images are uint8 of (n, height, width), (n, height, width, 3) or "
+        "(n, 3, height, width): write them so"
+    )
+
+
+def _shape(array: Any) -> str:
+    return f"{array.dtype} ({', '.join(map(str, array.shape))})"
+
+
+def _parts(images: Any, channels_first: bool, where: str) -> Iterator[np.ndarray]:
+    """The images in turn, some at once: (n, height, width, 3) uint8."""
+    progress = Progress(f"copy {where}", len(images), "images")
+    rows = max(1, _PART_BYTES // (images[:1].size))
+    for start in range(0, len(images), rows):
+        interrupt.raise_if_stopped()
+        with _reading(where):
+            part = images[start : start + rows]
+        if part.ndim == 3:
+            part = part[..., None]
+        elif channels_first:
+            part = part.transpose(0, 2, 3, 1)
+        yield np.repeat(part, 3, axis=-1) if part.shape[-1] == 1 else part
+        progress.update(start + len(part))
+
+
+def _texts(labels: Any, num_images: int, where: str) -> list[str | None]:
     """The label of each image, as text."""
     if labels is None:
         return [None] * num_images
-    if labels.dtype.kind not in "iuU" or labels.size != num_images or len(labels) != num_images:
-        shape = ", ".join(map(str, labels.shape))
+    if isinstance(labels, h5py.Dataset):
+        with _reading(where):
+            labels = labels.asstr()[()] if h5py.check_string_dtype(labels.dtype) else labels[()]
+    kind = "U" if labels.dtype == object else labels.dtype.kind
+    if kind not in "iuU" or labels.size != num_images or len(labels) != num_images:
         raise UserError(
-            f"{where}: {num_images} images, their labels are {labels.dtype} ({shape}): they must be one integer or "
+            f"{where}: {num_images} images, their labels are {_shape(labels)}: they must be one integer or "
             "text per image: write them so"
         )
     return [str(label) for label in labels.reshape(-1).tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,15 +29,23 @@ class Source:
     """What a person should know of how the source was read, one line each."""
 
 
-def raw_container(path: Path, pixels: np.ndarray) -> tuple[Container, np.ndarray]:
-    """Write (n, H, W, 3) uint8 pixels to a file that other processes can read single images from.
+def raw_container(path: Path, parts: Iterable[np.ndarray]) -> tuple[Container, np.ndarray]:
+    """Write pixels to a file that other processes can read single images from.
+
+    Args:
+        path: of the file.
+        parts: one array at least, (n, H, W, 3) uint8, each of its own n.
 
     Returns:
-        The container, and the images' (n,) places in it, as container 0.
+        The container, and the images' places in it, one after another, as container 0.
     """
+    shapes = []
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(np.ascontiguousarray(pixels).data)
-    places = np.zeros(len(pixels), PLACE)
-    places["size"], places["crc"] = pixels[0].size, -1
-    places["offset"] = np.arange(len(pixels), dtype=np.int64) * pixels[0].size
-    return Container(str(path), "raw", (pixels.shape[1], pixels.shape[2])), places
+        for pixels in parts:
+            file.write(np.ascontiguousarray(pixels).data)
+            shapes.append(pixels.shape)
+    (_, height, width, channels), count = shapes[0], sum(shape[0] for shape in shapes)
+    places = np.zeros(count, PLACE)
+    places["size"], places["crc"] = height * width * channels, -1
+    places["offset"] = np.arange(count, dtype=np.int64) * places["size"]
+    return Container(str(path), "raw", (height, width)), places

@@ -59,7 +59,7 @@ def _open_digits(work: Path) -> Source:
 
     digits = load_digits()
     gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    container, places = raw_container(work / "digits.rgb", np.repeat(gray[..., None], 3, axis=-1))
+    container, places = raw_container(work / "digits.rgb", [np.repeat(gray[..., None], 3, axis=-1)])
     ids = [f"{label}/{row:04d}" for row, label in enumerate(digits.target)]
     names = [str(digit) for digit in range(10)]
     return Source(names, names, [container], {"all": sorted_listing(ids, digits.target.astype(np.int64), places)})
@@ -118,7 +118,7 @@ def _fetch_cifar10(work: Path) -> Source:
 
 def _cifar10_of(batches: dict[str, tuple[np.ndarray, np.ndarray]], work: Path) -> Source:
     """A source from (labels, pixels) by batch; the test batch is validation, the others are training."""
-    container, places = raw_container(work / "cifar10.rgb", np.concatenate([pixels for _, pixels in batches.values()]))
+    container, places = raw_container(work / "cifar10.rgb", [pixels for _, pixels in batches.values()])
     labels = np.concatenate([labels for labels, _ in batches.values()])
     ids = [f"{name}/{row:05d}" for name, (batch_labels, _) in batches.items() for row in range(len(batch_labels))]
     in_val = np.array([name.startswith(_CIFAR_VAL_FILE) for name in ids])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import struct
 
+import h5py
 import numpy as np
 import pytest
 
@@ -97,13 +99,96 @@ def test_files_of_the_splits_are_one_data_set_in_upper_case_too(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("{}_images.npy", "{}_labels.npy"),
+        ("x_{}.npy", "y_{}.npy"),
+        ("{}/X.npy", "{}/Y.npy"),
+        ("images/{}_images.npy", "labels/{}_labels.npy"),
+        ("level_2_{}_x.h5 x", "level_2_{}_y.h5 y"),
+        ("{}.h5 images", "{}.h5 labels"),
+        ("all.hdf5 {}/images", "all.hdf5 {}/labels"),
+        ("all.hdf5 images/{}", "all.hdf5 labels/{}"),
+        ("data_{}.npz data", "data_{}.npz labels"),
+    ],
+)
+def test_splits_and_labels_in_files_of_their_own(prepare, tmp_path, names):
+    root, made = tmp_path / "arrays", {}
+    for seed, (split, count) in enumerate({"train": 30, "test": 10}.items()):
+        made[split] = pixels(seed, count, 8, 8, 3), np.arange(count) % 5
+        for name, array in zip(names, made[split], strict=True):
+            path, _, key = name.format(split).partition(" ")
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            if path.endswith(".npy"):
+                np.save(root / path, array)
+            elif path.endswith(".npz"):
+                stored = dict(np.load(root / path)) if (root / path).exists() else {}
+                np.savez(root / path, **stored, **{key: array})
+            else:
+                with h5py.File(root / path, "a") as file:
+                    file[key] = array
+    status, out = prepare(path=root, **ARRAYS)
+    assert status == 0
+    check(out, "train", *made["train"])
+    check(out, "val", *made["test"])
+
+
+@pytest.mark.parametrize("name", ["faces.npy", "faces.h5"])
+@pytest.mark.parametrize("shape", [(40, 8, 8), (40, 8, 8, 1), (40, 3, 8, 8), (40, 1, 8, 8)])
+def test_large_arrays_are_copied_in_parts(monkeypatch, tmp_path, name, shape):
+    monkeypatch.setattr("crt.data.arrays._PART_BYTES", 1000)
+    images = pixels(1, *shape)
+    if name.endswith(".npy"):
+        name = "images.npy"
+        np.save(tmp_path / name, images)
+    else:
+        with h5py.File(tmp_path / name, "w") as file:
+            file["images"] = images
+    container = open_arrays(tmp_path / name, tmp_path).containers[0]
+    with open(container.path, "rb") as file:
+        copied = np.frombuffer(file.read(), np.uint8).reshape(40, 8, 8, 3)
+    expected = images if images.ndim == 4 else images[..., None]
+    expected = np.moveaxis(expected, 1, -1) if shape[1] != 8 else expected
+    assert np.array_equal(copied, np.broadcast_to(expected, copied.shape))
+
+
+@pytest.mark.parametrize(
+    "labels", [[b"b", b"a", b"a", b"b", b"a"], ["b", "a", "a", "b", "a"], [[[1]], [[0]], [[0]], [[1]], [[0]]]]
+)
+def test_labels_in_hdf5(tmp_path, labels):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"], file["labels"], file["names/other"] = RGB, labels, [1, 2]
+    source = open_arrays(tmp_path, tmp_path)
+    assert source.class_ids == (["0", "1"] if isinstance(labels[0], list) else ["a", "b"])
+    assert source.splits["all"].labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_hdf5_files_that_are_not_right_are_refused(refused, make, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_dataset("images", data=pixels(1, 40, 8, 8, 3), chunks=(4, 8, 8, 3), fletcher32=True)
+    clean = (tmp_path / "a.h5").read_bytes()
+    place = clean.index(pixels(1, 40, 8, 8, 3)[20:24].tobytes())
+    for damaged in (b"", b"text", clean[:500], clean[:-2000], clean[:place] + b"\0\1\2" + clean[place + 3 :]):
+        make.write(tmp_path / "a.h5", damaged)
+        assert "a.h5" in (message := refused(path=tmp_path, **ARRAYS)) and ": damaged" in message
+    (tmp_path / "a.h5").unlink()
+    np.save(tmp_path / "x.npy", pixels(1, 20, 8, 8))
+    np.save(tmp_path / "names.npy", np.arange(20))
+    assert "names.npy: holds the arrays names: call that" in refused(path=tmp_path, **ARRAYS)
+    np.save(tmp_path / "names.npy", np.array([{}], object))
+    assert "names.npy: holds the arrays names: call that" in refused(path=tmp_path, **ARRAYS)
+    (tmp_path / "names.npy").rename(tmp_path / "y.npy")
+    assert "x.npy: damaged, or holds Python objects" in refused(path=tmp_path, **ARRAYS)
+
+
 RGB = np.zeros((5, 8, 8, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
     ("arrays", "told"),
     [
-        ({"images": np.zeros((5, 3, 8, 8), np.uint8)}, "a.npz/images: is uint8 (5, 3, 8, 8): images are uint8 of (n, "),
+        ({"images": np.zeros((5, 8, 8, 8), np.uint8)}, "a.npz/images: is uint8 (5, 8, 8, 8): images are uint8 of (n, "),
         ({"data": np.zeros((5, 192), np.uint8)}, "a.npz/data: is uint8 (5, 192): images are"),
         ({"images": np.zeros((5, 8, 8, 4), np.uint8)}, "is uint8 (5, 8, 8, 4)"),
         ({"images": np.zeros((5, 8, 8, 3))}, "is float64 (5, 8, 8, 3)"),
@@ -114,7 +199,7 @@ RGB = np.zeros((5, 8, 8, 3), np.uint8)
         ({"images": RGB, "labels": np.zeros(4, np.int64)}, "5 images, their labels are int64 (4)"),
         (
             {"faces": RGB},
-            "holds the arrays faces: call that of images images, x, data, arr_0, that of labels labels, y",
+            "holds the arrays faces: call that of images images, x, data, arr_0, that of labels labels, y, arr_1, or",
         ),
         ({"images": np.array([{}], object)}, "damaged, or holds Python objects, which are not read: get it again"),
     ],
@@ -129,6 +214,7 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
     make.write(tmp_path / "cut" / "a.npz", (tmp_path / "a.npz").read_bytes()[:500])
     assert "cut/a.npz: damaged" in refused(path=tmp_path / "cut", **ARRAYS)
     np.savez(tmp_path / "b.npz", images=RGB)
+    shutil.rmtree(tmp_path / "cut")
     assert "a.npz and b.npz look like two data sets" in refused(path=tmp_path, **ARRAYS)
     for folder in ("d/one", "d/two"):
         make.write(tmp_path / folder / "a.npz", (tmp_path / "a.npz").read_bytes())
@@ -136,12 +222,14 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
     raw = tmp_path / "raw"
     path = make.write(raw / "train-images-idx3-ubyte", idx(pixels(1, 5, 8, 8)))
     assert "train-labels-idx1-ubyte: not found: put it beside the images" in refused(path=raw, **ARRAYS)
-    assert "is neither a folder nor an .npz file" in refused(path=path, **ARRAYS)
+    assert "is neither a folder nor a file .npz, .npy, .h5, .hdf5" in refused(path=path, **ARRAYS)
     for damaged in (idx(np.arange(5, dtype=np.uint8))[:-1], b"\x1f\x8b", b""):
         make.write(raw / "train-labels-idx1-ubyte", damaged)
         assert "train-images-idx3-ubyte: damaged" in refused(path=raw, **ARRAYS)
     assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone", **ARRAYS)
-    assert "holds no .npz files" in refused(path=make.write(tmp_path / "c" / "x.txt", b"").parent, **ARRAYS)
+    assert "holds no files .npz, .npy, .h5, .hdf5 or *-images-idx3-ubyte" in refused(
+        path=make.write(tmp_path / "c" / "x.txt", b"").parent, **ARRAYS
+    )
 
 
 PACKED = gzip.compress(idx(pixels(1, 50, 8, 8)))
