@@ -5,8 +5,10 @@
 # Studies (studies/*.yaml) are the same stages unrolled over a grid, see crt/study.py: `snakemake study_NAME`.
 import os
 import sys
+from pathlib import Path
 
 from crt.errors import UserError
+from crt.files import refuse_file_as_folder
 from crt.launch import has_gpu
 from crt.manifest import damaged_results
 from crt.params import load_params
@@ -26,6 +28,13 @@ from crt.study import (
     write_params_files,
 )
 
+
+def end_with(error):
+    """Bad input: a line for each fault instead of a traceback."""
+    print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+    sys.exit(2)
+
+
 try:
     refuse_config(config)
     VALUES = load_params(PARAMS_FILE).model_dump(by_alias=True)
@@ -42,7 +51,6 @@ try:
     STUDIES = requested_studies(sys.argv)
     for _, _, runs in STUDIES.values():
         for run in runs:
-            write_params_files(run)
             stamps = {stage.output: run.stamp(name) for name, stage in run.stages.items()}
             for name, stage in run.stages.items():
                 job = f"{RUN_RULE}_{name}_{run.fingerprints[name][:16]}"
@@ -51,13 +59,10 @@ try:
                     stamps[stage.output],
                     [stamps[path] for path in stage.inputs],
                 )
+    for stage, _, _ in JOBS.values():
+        refuse_file_as_folder(Path(stage.output))
 except UserError as error:
-    print(
-        *(f"error: {line}" for line in str(error).splitlines()),
-        sep="\n",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    end_with(error)
 
 
 def shown(stage):
@@ -87,6 +92,12 @@ if workflow.is_main_process:
 onstart:
     if workflow.dag_settings.forceall or workflow.dag_settings.forcetargets or workflow.dag_settings.forcerun:
         os.environ[MAKE_ANEW] = "1"
+    # Here, since a dry run is to write nothing.
+    try:
+        for run in (run for _, _, runs in STUDIES.values() for run in runs):
+            write_params_files(run)
+    except UserError as error:
+        end_with(error)
 
 
 # Used only with `--software-deployment-method apptainer`; made from workflow/apptainer.def.

@@ -38,6 +38,17 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{above}: no folder can be made in it: choose another place than {folder}") from None
 
 
+def refuse_file_as_folder(folder: Path) -> None:
+    """Tell of something else in the place of a folder that is to be made.
+
+    Raises:
+        UserError: a file has its name, or that of one above it.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: is not a folder: move it away, or choose another place")
+
+
 @contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Write a file under a temporary name, force it onto the disk, and rename: a reader sees all of it or none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -104,3 +105,18 @@ def test_values_of_snakemakes_config_are_refused_not_passed_over():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "error: --config lambda: values stand in params.yaml alone" in done.stderr
+
+
+def test_a_dry_run_of_a_study_writes_nothing_and_a_file_in_the_place_of_results_is_one_line(tmp_path):
+    for name in ("Snakefile", "crt", "dvc.yaml", "params.yaml", "studies"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "study_crt_vs_baseline"]
+    run = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    assert "This was a dry-run" in subprocess.run(command, check=True, **run).stdout
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").touch()
+    done = subprocess.run(command, check=False, **run)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == ("error: out/runs: is not a folder: move it away, or choose another place")
+    assert "Traceback" not in done.stderr
