@@ -8,13 +8,17 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from crt.__main__ import main
+from crt.commands import results
 from crt.data.packed import PackedImages, read_index
 from crt.errors import UserError
+from crt.evaluation.sources import AdmBatch
 from crt.files import replacing, write_json
 from crt.manifest import read_manifest
 from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights, write_model
@@ -62,6 +66,8 @@ READS = {
     "val.h5": lambda folder: TokenCache(folder, "val"),
     "index.json": read_index,
     "train-00000.h5": lambda folder: PackedImages(folder, "train"),
+    "metrics.json": lambda folder: results.run(SimpleNamespace(results=[folder])),
+    "adm.npz": lambda folder: AdmBatch(folder / "adm.npz"),
 }
 
 
@@ -69,6 +75,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged_nor_missing(params_fi
     """Its remedy must not be to delete it. Root may read all, so a process without its powers reads."""
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 0
     write_model(tmp_path / "data", {}, {})
+    (tmp_path / "data" / "metrics.json").write_text("{}")
+    np.savez(tmp_path / "data" / "adm.npz", np.zeros((2, 8, 8, 3), np.uint8))
     header = make_header(split="val")
     write_cache(tmp_path / "data", header, *random_codes(header))
     powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []

@@ -17,6 +17,7 @@ from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.evaluation.metric_table import RESULTS
 from crt.evaluation.wording import has_classes, meaning, protocol_text, shown
+from crt.files import refuse_unreadable
 from crt.manifest import read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
@@ -105,7 +106,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table(metrics)  # all that a table takes is there
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        refuse_unreadable(file, error)
         raise UserError(
             f"{file}: missing, or no metrics of an evaluation by this version: give its output folder or metrics.json"
         ) from None

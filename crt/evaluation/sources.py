@@ -143,7 +143,8 @@ class AdmBatch:
             raise UserError(
                 f"{path}: not found: fetch the ADM reference batch, or set evaluate.generation_reference to val"
             ) from None
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            refuse_unreadable(self.path, error)
             raise UserError(
                 f"{path}: no ADM batch file: expected an .npz with the array arr_0: fetch it again"
             ) from None
@@ -176,7 +177,8 @@ class AdmBatch:
                 if not set(names) <= set(file.files):
                     return None
                 mean, covariance = (np.asarray(file[name], np.float64) for name in names)
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            refuse_unreadable(self.path, error)
             raise UserError(f"{self.path}: {names[0]} or {names[1]} is damaged: fetch the file again") from None
         if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):
             raise UserError(
@@ -198,7 +200,8 @@ class AdmBatch:
         shape = rows, self.image_size, self.image_size, 3
         try:
             data = bytearray(self._stream.read(math.prod(shape)))  # torch wants arrays that may be written
-        except (OSError, zipfile.BadZipFile, zlib.error):
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            refuse_unreadable(self.path, error)
             data = bytearray()
         if len(data) != math.prod(shape):
             raise UserError(f"{self.path}: arr_0 is damaged or ends early: fetch the file again")
