@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,6 +107,18 @@ def write_json(path: str | Path, value: Any) -> None:
     with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def is_undamaged_archive(path: str | Path) -> bool:
+    """Whether a zip archive, as torch.save writes, holds what was put into it, by the checksums in it.
+
+    torch itself does not look at them: a few wrong bytes on a disk would silently become wrong weights.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError):
+        return False
 
 
 def sha256_file(path: str | Path, report: Callable[[int], None] = lambda count: None) -> str:

@@ -27,7 +27,7 @@ from torch import nn
 from crt.data.sampler import batch_rows
 from crt.evaluation.comparable import CLASSES, QUARTER_TURNS
 from crt.evaluation.features import deterministic_float32
-from crt.files import replacing
+from crt.files import is_undamaged_archive, replacing
 from crt.interrupt import raise_if_stopped
 from crt.params import Classifier as ClassifierParams
 from crt.progress import Progress
@@ -251,8 +251,8 @@ def _one_thread(device: torch.device | str) -> Iterator[None]:
 
 
 def _resume(path: Path, parts: dict[str, Any]) -> int:
-    """Load a checkpoint if one is there; returns the step at which to go on."""
-    if not path.exists():
+    """Load a checkpoint if one is there, undamaged; returns the step at which to go on."""
+    if not path.exists() or not is_undamaged_archive(path):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in parts.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crt.distributed import average_gradients
 from crt.errors import UserError
-from crt.files import replacing
+from crt.files import is_undamaged_archive, replacing
 from crt.params import TrainTokenizer
 from crt.randomness import seed_torch
 from crt.tokenizer.discriminator import build_discriminator
@@ -149,6 +149,8 @@ class TrainingState:
         if not path.exists():
             return 0
         try:
+            if not is_undamaged_archive(path):
+                raise ValueError("its checksums are wrong")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             for name, network in self._networks().items():
                 network.load_state_dict(state["networks"][name])

@@ -197,7 +197,7 @@ def test_a_signal_saves_and_the_run_continues(small_run: Make, tmp_path: Path, a
     assert contents(out_of(stopped)) == contents(out_of(whole))
 
 
-@pytest.mark.parametrize("damage", ["unfinished", "truncated", "file_missing"])
+@pytest.mark.parametrize("damage", ["unfinished", "truncated", "file_missing", "a_byte", "first_bytes"])
 def test_a_torn_checkpoint_is_ignored(small_run: Make, tmp_path: Path, at: Any, damage: str) -> None:
     whole, torn = small_run(tmp_path / "whole"), small_run(tmp_path / "torn")
     assert main(whole) == 0
@@ -211,7 +211,10 @@ def test_a_torn_checkpoint_is_ignored(small_run: Make, tmp_path: Path, at: Any, 
         newest.rename(newest.with_suffix(".partial"))
     else:
         victim = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
-        victim.write_bytes(victim.read_bytes()[:-1]) if damage == "truncated" else victim.unlink()
+        data = bytearray(victim.read_bytes())
+        data[0 if damage == "first_bytes" else len(data) // 2] ^= 1
+        changed = {"truncated": data[:-1], "a_byte": data, "first_bytes": data}
+        victim.write_bytes(changed[damage]) if damage in changed else victim.unlink()
     seen = []
     at(5, lambda: seen.append("step 5 anew"))
     assert main(torn) == 0

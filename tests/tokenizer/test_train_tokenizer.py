@@ -374,9 +374,12 @@ def test_too_little_gpu_memory_is_said_in_one_line(runs, monkeypatch, capsys):
 def test_a_damaged_checkpoint_is_named(runs, monkeypatch, capsys):
     end_in_the_middle(monkeypatch, runs, "run", 5)
     (checkpoint,) = runs.folder.glob("run/.work/*/checkpoint.pt")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    runs.train("run", status=2)
-    assert f"{checkpoint}: damaged" in capsys.readouterr().err
+    clean = checkpoint.read_bytes()
+    place = len(clean) // 2
+    for damaged in (clean[:1000], clean[:place] + bytes([clean[place] ^ 1]) + clean[place + 1 :]):
+        checkpoint.write_bytes(damaged)
+        runs.train("run", status=2)
+        assert f"{checkpoint}: damaged (its checksums are wrong)" in capsys.readouterr().err
 
 
 def test_unusable_lpips_weights_stop_before_training(runs, tmp_path, capsys):
