@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from crt.distributed import average_gradients
 from crt.errors import UserError
 from crt.files import is_undamaged_archive, replacing
 from crt.params import TrainTokenizer
+from crt.progress import logger
 from crt.randomness import seed_torch
 from crt.tokenizer.discriminator import build_discriminator
 from crt.tokenizer.initial_weights import load_initial_weights
@@ -126,7 +128,7 @@ class TrainingState:
             self.averaged.quantizer.codebook[replaced_codes] = codebook[replaced_codes]
 
     def save(self, path: Path, step: int) -> None:
-        """Write the state after `step` steps; the file is complete, or the old one stays."""
+        """Write the state after `step` steps; the one that was there before stays beside it."""
         state = {
             "step": step,
             "networks": {name: network.state_dict() for name, network in self._networks().items()},
@@ -134,23 +136,32 @@ class TrainingState:
             "upkeep": self.upkeep.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+            if path.exists():
+                os.replace(path, _previous(path))
 
     def load(self, path: Path) -> int:
-        """Continue from a file that `save` wrote.
+        """Continue from the last file that `save` wrote, or the one before it if that is damaged.
 
         Returns:
             The number of steps done; 0 if there is no file.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: all that there is is damaged.
         """
-        if not path.exists():
-            return 0
+        places = [place for place in (path, _previous(path)) if place.exists()]
+        for place in places:
+            if is_undamaged_archive(place):
+                return self._restore(place)
+            logger.warning("%s: damaged, its checksums are wrong: is ignored", place)
+        if places:
+            raise UserError(f"{path}: damaged, and none before it is whole: delete it to train from the start")
+        return 0
+
+    def _restore(self, path: Path) -> int:
         try:
-            if not is_undamaged_archive(path):
-                raise ValueError("its checksums are wrong")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             for name, network in self._networks().items():
                 network.load_state_dict(state["networks"][name])
@@ -164,11 +175,18 @@ class TrainingState:
             pickle.UnpicklingError,
         ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged ({reason}): delete it to train from the start") from None
+            raise UserError(
+                f"{path}: not this training's state ({reason}): delete it to train from the start"
+            ) from None
 
     def _networks(self) -> dict[str, nn.Module]:
         networks = {"tokenizer": self.model, "regularizer": self.regularizer, "discriminator": self.discriminator}
         return {name: network for name, network in networks.items() if network is not None}
+
+
+def _previous(path: Path) -> Path:
+    """Where the state stays that `path` held before."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def _adamw(network: nn.Module, params: Any, learning_rate: float) -> torch.optim.AdamW:

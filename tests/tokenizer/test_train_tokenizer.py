@@ -371,15 +371,23 @@ def test_too_little_gpu_memory_is_said_in_one_line(runs, monkeypatch, capsys):
     assert "train_tokenizer: out of GPU memory: lower train_tokenizer.batch_size" in errors[0]
 
 
-def test_a_damaged_checkpoint_is_named(runs, monkeypatch, capsys):
-    end_in_the_middle(monkeypatch, runs, "run", 5)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, monkeypatch, capfd):
+    end_in_the_middle(monkeypatch, runs, "run", 5, checkpoint_every=2)
     (checkpoint,) = runs.folder.glob("run/.work/*/checkpoint.pt")
-    clean = checkpoint.read_bytes()
+    clean, previous = checkpoint.read_bytes(), checkpoint.with_name("checkpoint.previous.pt")
     place = len(clean) // 2
     for damaged in (clean[:1000], clean[:place] + bytes([clean[place] ^ 1]) + clean[place + 1 :]):
         checkpoint.write_bytes(damaged)
-        runs.train("run", status=2)
-        assert f"{checkpoint}: damaged (its checksums are wrong)" in capsys.readouterr().err
+        kept = previous.read_bytes()
+        previous.write_bytes(damaged)
+        capfd.readouterr()
+        runs.train("run", status=2, checkpoint_every=2)
+        assert f"error: {checkpoint}: damaged, and none before it is whole: delete it" in capfd.readouterr().err
+        previous.write_bytes(kept)
+    assert torch.load(previous, weights_only=True)["step"] == 2
+    continued = runs.train("run", checkpoint_every=2)
+    assert "continues at 2 of 8 steps" in capfd.readouterr().err
+    assert same_files(runs.train("whole"), continued)
 
 
 def test_unusable_lpips_weights_stop_before_training(runs, tmp_path, capsys):
