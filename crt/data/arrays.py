@@ -10,6 +10,7 @@ Pixels are first copied to the stage's working folder, since those in archives c
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import zlib
@@ -40,6 +41,8 @@ _FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images-idx3-ubyte(\.gz)?)")
 _WORDS = {"images": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
 _IDX_HEADER_BYTES = {b"\0\0\x08\x03": 16, b"\0\0\x08\x01": 8}  # of uint8 with three axes, or with one
 _SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k")
+# How HDF5 says that it looked for a plugin.
+_NO_FILTER = re.compile(r"can't open directory|required filter|filter '")
 _PART_BYTES = 2**26  # copied at once
 
 
@@ -229,6 +232,11 @@ def _reading(where: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:
             raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
+        if _NO_FILTER.search(str(error)):
+            raise UserError(
+                f"{where}: packed by a filter that is no part of HDF5: write it anew, "
+                "h5repack -f GZIP=1 FILE NEW_FILE, where it can be read"
+            ) from None
         raise _damaged(where) from None  # gzip's, and HDF5's of what it does not know
     except (ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error):
         raise _damaged(where) from None
@@ -262,7 +270,7 @@ def _shape(array: Any) -> str:
 def _parts(images: Any, channels_first: bool, where: str) -> Iterator[np.ndarray]:
     """The images in turn, some at once: (n, height, width, 3) uint8."""
     progress = Progress(f"copy {where}", len(images), "images")
-    rows = max(1, _PART_BYTES // (images[:1].size))
+    rows = max(1, _PART_BYTES // math.prod(images.shape[1:]))
     for start in range(0, len(images), rows):
         interrupt.raise_if_stopped()
         with _reading(where):

@@ -172,6 +172,11 @@ def test_hdf5_files_that_are_not_right_are_refused(refused, make, tmp_path):
     for damaged in (b"", b"text", clean[:500], clean[:-2000], clean[:place] + b"\0\1\2" + clean[place + 3 :]):
         make.write(tmp_path / "a.h5", damaged)
         assert "a.h5" in (message := refused(path=tmp_path, **ARRAYS)) and ": damaged" in message
+    lzf, unknown = (struct.pack("<H", number) for number in (h5py.h5z.FILTER_LZF, 32004))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("images", data=pixels(1, 40, 8, 8, 3) // 64, chunks=(4, 8, 8, 3), compression="lzf")
+    make.write(tmp_path / "a.h5", (tmp_path / "a.h5").read_bytes().replace(lzf, unknown, 1))
+    assert "a.h5/images: packed by a filter that is no part of HDF5" in refused(path=tmp_path, **ARRAYS)
     (tmp_path / "a.h5").unlink()
     np.save(tmp_path / "x.npy", pixels(1, 20, 8, 8))
     np.save(tmp_path / "names.npy", np.arange(20))
