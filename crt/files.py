@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from typing import Any
 
 from crt.errors import UserError
 
+NUMPY_ERRORS = (ValueError, EOFError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises where a .npy or .npz file is damaged, beside the system's errors."""
 _UNREADABLE = {
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",

@@ -9,18 +9,17 @@ Pixels are first copied to the stage's working folder, since those in archives c
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
-from zipfile import BadZipFile
 
 import h5py
 import numpy as np
@@ -33,6 +32,7 @@ from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
 from crt.errors import UserError
+from crt.files import NUMPY_ERRORS
 from crt.progress import Progress
 
 _HDF5 = (".h5", ".hdf5")
@@ -171,10 +171,11 @@ def _arrays(folder: Path, file: str, opened: ExitStack) -> Iterator[_Array]:
             yield _Array(file, f"{file}/{key}", key, partial(archive.__getitem__, key))
     else:
         data = opened.enter_context(h5py.File(path, "r"))
-        found: list[str] = []
+        found: list[str | bytes] = []
         data.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
         for key in found:
-            yield _Array(file, f"{file}/{key}", key, partial(data.__getitem__, key))
+            text = os.fsdecode(key)  # bytes where it is no UTF-8
+            yield _Array(file, f"{file}/{text}", text, partial(data.__getitem__, key))
 
 
 def _idx_pair(folder: Path, file: str) -> tuple[_Array, _Array]:
@@ -230,7 +231,7 @@ def _reading(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):  # that is what seeking to a wrong place ends with
             raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
         if _NO_FILTER.search(str(error)):
             raise UserError(
@@ -238,7 +239,7 @@ def _reading(where: str) -> Iterator[None]:
                 "h5repack -f GZIP=1 FILE NEW_FILE, where it can be read"
             ) from None
         raise _damaged(where) from None  # gzip's, and HDF5's of what it does not know
-    except (ValueError, EOFError, KeyError, RuntimeError, BadZipFile, zlib.error):
+    except (KeyError, RuntimeError, *NUMPY_ERRORS):
         raise _damaged(where) from None
 
 

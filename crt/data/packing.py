@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from crt.data.listing import Container, Listing
 from crt.data.packed import SPLITS, create_shard
 from crt.data.pool import available_cpus, ordered_map
 from crt.data.store import Checked, Chunk, Form, check_images, write_images
-from crt.files import flush, replacing, sha256_file, write_json
+from crt.files import NUMPY_ERRORS, flush, replacing, sha256_file, write_json
 from crt.progress import Progress
 
 CHUNK_IMAGES = 256
@@ -192,5 +191,5 @@ def _read_checked(path: Path) -> Checked | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return Checked(stored["digests"], stored["payload_bytes"], stored["checksums"], {})
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, KeyError, *NUMPY_ERRORS):
         return None

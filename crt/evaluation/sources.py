@@ -19,7 +19,7 @@ from crt.data.pool import available_cpus
 from crt.data.transforms import center_crop
 from crt.errors import UserError
 from crt.evaluation.frechet import GivenMoments
-from crt.files import refuse_unreadable, sha256_file
+from crt.files import NUMPY_ERRORS, refuse_unreadable, sha256_file
 
 
 class ImageSource(Protocol):
@@ -143,7 +143,7 @@ class AdmBatch:
             raise UserError(
                 f"{path}: not found: fetch the ADM reference batch, or set evaluate.generation_reference to val"
             ) from None
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, *NUMPY_ERRORS) as error:
             refuse_unreadable(self.path, error)
             raise UserError(
                 f"{path}: no ADM batch file: expected an .npz with the array arr_0: fetch it again"
@@ -177,7 +177,7 @@ class AdmBatch:
                 if not set(names) <= set(file.files):
                     return None
                 mean, covariance = (np.asarray(file[name], np.float64) for name in names)
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, *NUMPY_ERRORS) as error:
             refuse_unreadable(self.path, error)
             raise UserError(f"{self.path}: {names[0]} or {names[1]} is damaged: fetch the file again") from None
         if mean.shape != (dimension,) or covariance.shape != (dimension, dimension):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from crt.errors import UserError
+from crt.files import NUMPY_ERRORS
 
 
 class CodeFolder:
@@ -103,7 +104,7 @@ def _load(path: Path) -> np.ndarray:
     """An integer array from a .npy file; nothing is unpickled."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, *NUMPY_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read ({reason}): extract the codes again") from None
     if array.dtype.kind not in "iu" or array.size == 0:

@@ -158,7 +158,7 @@ def test_large_arrays_are_copied_in_parts(monkeypatch, tmp_path, name, shape):
 )
 def test_labels_in_hdf5(tmp_path, labels):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["images"], file["labels"], file["names/other"] = RGB, labels, [1, 2]
+        file["images"], file["labels"], file["names/other"], file[b"na\xefve"] = RGB, labels, [1, 2], [3]
     source = open_arrays(tmp_path, tmp_path)
     assert source.class_ids == (["0", "1"] if isinstance(labels[0], list) else ["a", "b"])
     assert source.splits["all"].labels.tolist() == [0, 0, 0, 1, 1]
@@ -179,6 +179,11 @@ def test_hdf5_files_that_are_not_right_are_refused(refused, make, tmp_path):
     assert "a.h5/images: packed by a filter that is no part of HDF5" in refused(path=tmp_path, **ARRAYS)
     (tmp_path / "a.h5").unlink()
     np.save(tmp_path / "x.npy", pixels(1, 20, 8, 8))
+    clean = (tmp_path / "x.npy").read_bytes()
+    for damaged in (clean.replace(b"}", b" ", 1), clean[:-1], clean[:20], b""):
+        make.write(tmp_path / "x.npy", damaged)
+        assert "x.npy: damaged" in refused(path=tmp_path, **ARRAYS)
+    make.write(tmp_path / "x.npy", clean)
     np.save(tmp_path / "names.npy", np.arange(20))
     assert "names.npy: holds the arrays names: call that" in refused(path=tmp_path, **ARRAYS)
     np.save(tmp_path / "names.npy", np.array([{}], object))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tracemalloc
+import zipfile
 
 import h5py
 import numpy as np
@@ -38,15 +40,25 @@ def test_adm_batch_never_holds_the_whole_array(tmp_path):
     assert peak < large.nbytes / 4
 
 
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 def test_adm_batch_says_what_is_wrong_in_one_line(tmp_path):
     (tmp_path / "text.npz").write_text("not an archive")
     np.savez(tmp_path / "unnamed.npz", images=IMAGES)
     np.savez(tmp_path / "floats.npz", IMAGES.astype(np.float32))
     np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
+    # A header that does not end.
+    with zipfile.ZipFile(tmp_path / "open.npz", "w") as file:
+        file.writestr("arr_0.npy", npy(IMAGES).replace(b"}", b" ", 1))
     for name, text in {
         "absent.npz": "not found",
         "text.npz": "no ADM batch file",
         "unnamed.npz": "no ADM batch file",
+        "open.npz": "no ADM batch file",
         "floats.npz": "expected uint8",
         "objects.npz": "expected uint8",
     }.items():

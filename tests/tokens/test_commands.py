@@ -219,11 +219,16 @@ def write_pickle(path):
     path.write_bytes(pickle.dumps([1, 2]))
 
 
+def write_open_header(path):
+    path.write_bytes(path.read_bytes().replace(b"}", b" ", 1))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda p: (p[0] / "imagenet256_codes" / "7.npy").unlink(), "7.npy is missing among 49 files"),
         (lambda p: (p[0] / "imagenet256_codes" / "7.npy").write_bytes(b"\x93NUMPY"), "7.npy: cannot be read"),
+        (lambda p: write_open_header(p[0] / "imagenet256_codes" / "7.npy"), "7.npy: cannot be read"),
         (lambda p: write_pickle(p[0] / "imagenet256_codes" / "7.npy"), "7.npy: cannot be read"),
         (lambda p: np.save(p[0] / "imagenet256_codes" / "7.npy", np.array([{}], object)), "7.npy: cannot be read"),
         (
