@@ -131,7 +131,7 @@ def duration(seconds: float) -> str:
 def human_bytes(count: float) -> str:
     """Bytes as a person reads them, three digits in decimal units: 512 B, 1.23 GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # above, three digits make it 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
