@@ -31,6 +31,16 @@ def test_one_result_is_told_in_words(tmp_path, capsys):
     assert any(line.split()[:2] == ["measured", "by"] for line in lines)
 
 
+def test_notes_are_wrapped_beside_their_names(tmp_path, capsys):
+    """And without a warning there is no note of one."""
+    assert main(["results", str(result(tmp_path / "a"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (index for index, line in enumerate(lines) if line.startswith("  measured by "))
+    column = lines[first].index(str(METRICS["generation_images"]))
+    assert lines[first + 1] == " " * column + lines[first + 1].lstrip() and lines[first + 1].strip()
+    assert not any("warning" in line for line in lines)
+
+
 def test_several_results_stand_side_by_side(tmp_path, capsys):
     first, second = result(tmp_path / "a"), result(tmp_path / "another", psnr=31.25, recall=None)
     assert main(["results", str(first), str(second / "metrics.json")]) == 0
@@ -45,12 +55,36 @@ def test_several_results_stand_side_by_side(tmp_path, capsys):
     assert "warning" not in captured
 
 
+def test_columns_of_short_names_are_as_wide_as_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result(tmp_path / "a", lpips=None)
+    result(tmp_path / "b", lpips=0.25, psnr=-1.234e-05)
+    assert main(["results", "a", "b"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert len({len(lines[name]) for name in ("a", "psnr", "recall")}) == 1
+    # What only one of them has is told, wherever it stands.
+    assert lines["lpips"].split() == ["lpips", "-", "0.25"]
+
+
+def test_agreement_with_the_only_class_is_not_told(tmp_path, capsys):
+    one = result(tmp_path / "one", classifier_task="quarter turns")
+    several = result(tmp_path / "several", classifier_task="classes")
+    assert main(["results", str(one)]) == main(["results", str(one), str(one)]) == 0
+    assert "class_agreement" not in capsys.readouterr().out
+    assert main(["results", str(one), str(several)]) == 0
+    (line,) = (line.split() for line in capsys.readouterr().out.splitlines() if "class_agreement" in line)
+    assert line == ["class_agreement", "-", f"{METRICS['class_agreement']:.4g}"]
+
+
 def test_results_that_were_measured_otherwise_are_compared_with_a_warning(tmp_path, capsys):
-    same, other = result(tmp_path / "a"), result(tmp_path / "b", features_sha256="0" * 64)
+    same, other = result(tmp_path / "a"), result(tmp_path / "b", generation_images=50)
     assert main(["results", str(same), str(same), str(other)]) == 0
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
-    assert str(same) in warning
-    assert str(other) in warning
+    # Names and values in the same order.
+    assert warning == (
+        f"warning: {same} and {other} were measured differently (number of samples: {METRICS['generation_images']}, "
+        "50): their figures do not compare"
+    )
 
 
 @pytest.mark.parametrize(

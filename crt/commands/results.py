@@ -89,9 +89,10 @@ def _print_results(paths: list[Path]) -> int:
     width = _width()
     columns = [max(len(str(path)), 12) for path in paths]
     print("\n  " + " " * width + "".join(f"  {path!s:>{c}}" for path, c in zip(paths, columns, strict=True)))
+    figures = [shown(metrics, has_classes(metrics)) for metrics in found]
     for name in RESULTS:
-        if any(name in metrics for metrics in found):
-            cells = (f"{metrics[name]:.4g}" if name in metrics else "-" for metrics in found)
+        if any(name in values for values in figures):
+            cells = (f"{values[name]:.4g}" if name in values else "-" for values in figures)
             print(f"  {name:{width}}" + "".join(f"  {cell:>{c}}" for cell, c in zip(cells, columns, strict=True)))
     for path, metrics in zip(paths[1:], found[1:], strict=True):
         differences = protocol_differences(found[0], metrics)
