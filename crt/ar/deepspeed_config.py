@@ -23,7 +23,7 @@ def micro_batches(params: TrainAR, world_size: int) -> tuple[int, int]:
         each = f" of micro_batch_size {micro}" if params.micro_batch_size else ""
         raise UserError(
             f"train_ar.batch_size {params.batch_size} does not divide among {world_size} processes{each}: "
-            f"choose a multiple of {max(micro, 1) * world_size}, or another number of processes"
+            f"choose a multiple of {(params.micro_batch_size or 1) * world_size}, or another number of processes"
         )
     return micro, params.batch_size // (micro * world_size)
 
