@@ -10,7 +10,14 @@ import pytest
 
 from crt.__main__ import main
 from crt.analysis.study_page import protocol_warnings
-from crt.evaluation.comparable import MOMENTS_OF_IMAGES, PROTOCOL_FIELDS, STORED_MOMENTS, protocol_differences
+from crt.evaluation.comparable import (
+    ALL_CLASSES_ALIKE,
+    MOMENTS_OF_IMAGES,
+    PROTOCOL_FIELDS,
+    STORED_MOMENTS,
+    protocol_differences,
+    protocol_warning,
+)
 
 METRICS = {
     "features": "classifier",
@@ -55,6 +62,28 @@ def test_results_from_before_moments_could_be_stored_took_them_from_images():
     assert protocol_differences(METRICS, now) == []
     (line,) = protocol_differences(METRICS, METRICS | {"generation_reference_moments": STORED_MOMENTS})
     assert line == f"mean and covariance of the reference of samples: {MOMENTS_OF_IMAGES}, {STORED_MOMENTS}"
+
+
+def test_results_from_before_labels_could_be_chosen_are_of_all_classes_alike():
+    assert protocol_differences(METRICS, METRICS | {"generation_labels": ALL_CLASSES_ALIKE}) == []
+    (line,) = protocol_differences(METRICS | {"generation_labels": "1 of 10 classes"}, METRICS)
+    assert line == f"classes of the samples: 1 of 10 classes, {ALL_CLASSES_ALIKE}"
+
+
+def test_digests_are_cut_and_other_values_are_not():
+    (weights,) = protocol_differences(METRICS, METRICS | {"features_sha256": "0123456789abcdef" * 4})
+    assert weights == "weights of the feature network: aaaaaaaa, 01234567"
+    name = "a reference whose name has as many letters as a digest has digits"[:64]
+    (reference,) = protocol_differences(METRICS, METRICS | {"reconstruction_reference": name})
+    assert reference == f"reference of reconstructions: val, {name}"
+
+
+def test_the_warning_tells_all_differences():
+    differences = protocol_differences(METRICS, METRICS | {"generation_images": 50, "features_resize": "clean"})
+    assert protocol_warning(("a", "b"), differences) == (
+        "a and b were measured differently (resize before the feature network: none, clean; number of samples: 1000, "
+        "50): their figures do not compare"
+    )
 
 
 def test_results_of_two_runs_stand_side_by_side_and_warn(tmp_path, capsys):

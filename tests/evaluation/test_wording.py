@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from crt.evaluation.comparable import MOMENTS_OF_IMAGES, STORED_MOMENTS
+from crt.evaluation.comparable import CLASSES, MOMENTS_OF_IMAGES, QUARTER_TURNS, STORED_MOMENTS
 from crt.evaluation.metric_table import RESULTS
-from crt.evaluation.wording import glossary, protocol_text
+from crt.evaluation.wording import glossary, has_classes, protocol_text, shown
 
 PROTOCOL = {
     "generation_images": 50_000,
@@ -40,3 +40,19 @@ def test_the_protocol_tells_of_moments_that_are_not_those_of_the_images() -> Non
     assert protocol_text(PROTOCOL | {"generation_reference_moments": MOMENTS_OF_IMAGES}) == plain
     stored = protocol_text(PROTOCOL | {"generation_reference_moments": STORED_MOMENTS})
     assert f"10000 images of adm_train, mean and covariance {STORED_MOMENTS};" in stored
+
+
+def test_the_protocol_names_each_number_and_set_where_it_belongs() -> None:
+    assert protocol_text(PROTOCOL | {"reconstruction_reference_images": 49_000}) == (
+        "50000 samples at guidance 1.75 against the 10000 images of adm_train; reconstructions of the 49000 images of "
+        "val; features of inception-2015-12-05 (ffffffff), resize legacy_tensorflow"
+    )
+
+
+def test_agreement_with_the_class_is_shown_where_there_are_classes() -> None:
+    """Results of earlier versions do not say what their classifier learned: it was classes."""
+    figures = {"psnr": 25.0, "class_agreement": 0.9}
+    assert has_classes({}) and has_classes({"classifier_task": CLASSES})
+    assert not has_classes({"classifier_task": QUARTER_TURNS})
+    assert shown(figures, classes=True) == figures
+    assert shown(figures, classes=False) == {"psnr": 25.0}
