@@ -83,7 +83,8 @@ class Checkpoints:
         place = self._place(step)
         temporary = place.with_suffix(".partial")
         if self.world.is_main:
-            for stale in (temporary, place):
+            # Also what kills have left of other steps: it may be as large as a checkpoint.
+            for stale in (place, *self.folder.glob("step_*.*")):
                 shutil.rmtree(stale, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier()

@@ -112,12 +112,12 @@ def test_a_damaged_one_is_passed_over_and_saved_anew(running: Any, tmp_path: Pat
 
 
 def test_what_kills_leave_is_no_checkpoint_and_in_nobodys_way(running: Any, tmp_path: Path) -> None:
-    """Killed before the rename of a finished one, and while an older one was deleted."""
+    """Killed before the rename of a finished one, and while an older one was deleted: the next one frees its space."""
     engine, world = running
     checkpoints = of(tmp_path, world, keep=1)
     checkpoints.save(engine, 4)
-    shutil.copytree(tmp_path / "step_00000004", tmp_path / "step_00000004.old")
-    shutil.copytree(tmp_path / "step_00000004", tmp_path / "step_00000008.partial")
+    for name in ("step_00000004.old", "step_00000002.old", "step_00000008.partial", "step_00000007.partial"):
+        shutil.copytree(tmp_path / "step_00000004", tmp_path / name)
     (tmp_path / "step_00000008.partial" / "of the killed run").touch()
     found = checkpoints.latest()
     assert found is not None and (found.step, found.folder.name) == (4, "step_00000004")
