@@ -19,6 +19,7 @@ from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, s
 from crt.distributed import World, join_world
 from crt.errors import UserError
 from crt.params import load_params
+from crt.progress import start_logging
 from tests.ar.conftest import small_config
 from tests.conftest import ROOT
 
@@ -211,3 +212,22 @@ def test_regrouped_groups_get_back_their_settings_and_their_count_of_steps() -> 
     _separate_groups(SimpleNamespace(optimizer=optimizer, basic_optimizer=optimizer), before, 3)
     assert optimizer.param_groups == before
     assert [state["step"].item() for state in optimizer.state.values()] == [3, 3]
+
+
+def test_one_that_cannot_be_regrouped_is_told_with_the_number_of_processes_that_can_go_on(
+    running: Any, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    engine, world = running
+    of(tmp_path, World(0, 3, world.device)).save(engine, 4)
+    checkpoints = of(tmp_path, world)
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    for path in (checkpoint.folder / "state").iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    start_logging(None)
+    with pytest.raises(UserError, match=f"^{checkpoint.folder}: cannot be regrouped: continue with 3 processes$"):
+        checkpoints.convert(checkpoint)
+    told = capfd.readouterr().err
+    assert told.startswith("train_ar: regroups the state of 3 processes for 1\n") and "Error" in told
+    # What it belongs to can still go on.
+    assert of(tmp_path, World(0, 3, world.device)).latest() == checkpoint
