@@ -24,8 +24,15 @@ def no_handlers():
 
 
 class Terminal(io.StringIO):
+    """What is written shows when it is flushed."""
+
+    shown = ""
+
     def isatty(self):
         return True
+
+    def flush(self):
+        self.shown = self.getvalue()
 
 
 def test_names_that_are_no_utf8_are_escaped_in_the_log(tmp_path, capfd, no_handlers, monkeypatch):
@@ -51,7 +58,7 @@ def test_other_processes_only_warn_and_say_who_they_are(tmp_path, no_handlers, m
     Progress("train", 10, "steps").update(10)
     logger.info("reads the labels")
     logger.warning("left out: a.png")
-    assert terminal.getvalue() == "[rank 1] left out: a.png\n"
+    assert terminal.shown == "[rank 1] left out: a.png\n"
     assert not (tmp_path / "data.log").exists()
 
 
@@ -89,7 +96,9 @@ def test_a_terminal_shows_one_line_that_is_redrawn_and_in_the_end_a_lasting_one(
     for step in range(1, 201):  # eight a second: every other one is drawn
         now = step / 8
         progress.update(step)
-    *drawn, last = terminal.getvalue().split("\r\x1b[K")
+        assert terminal.shown == terminal.getvalue()
+    *drawn, last = terminal.shown.split("\r\x1b[K")
+    assert not any("\n" in line for line in drawn)
     assert [line.split()[1] for line in drawn if line] == [f"{step}/200" for step in range(2, 200, 2)]
     assert last == "train: 200/200 steps (100%), 8 steps/s, took 25s\n"
     logged = re.findall(r"train: (\d+)/200", (tmp_path / "ar.log").read_text())

@@ -103,3 +103,8 @@ def test_what_is_no_result_is_one_line(tmp_path, capsys, content, alone):
         f"error: {file}: missing, or no metrics of an evaluation by this version: give its output folder or "
         "metrics.json\n"
     )
+
+
+def test_a_folder_without_metrics_is_told_with_the_file_that_lacks(tmp_path, capsys):
+    assert main(["results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/metrics.json: missing, or no metrics")
