@@ -66,6 +66,7 @@ def test_steps_that_are_looked_at_seldom_are_all_drawn(tmp_path, monkeypatch):
     live = Live(tmp_path / "ar.live", 12, 0)
     for step in (5, 10, 12):
         live.training(step, {"loss": 1.0})
+        assert json.loads((tmp_path / "ar.live/dvclive/metrics.json").read_text())["step"] == step
     live.close()
     assert list(dvclive_curve(tmp_path / "ar.live", "loss")) == [5, 10, 12]
 
@@ -90,7 +91,7 @@ def test_runs_side_by_side_have_folders_of_their_own():
     assert [str(folder) for folder in folders] == ["out/ar.live", "out/ar.0.live", "out/ar.1.live"]
 
 
-def test_a_full_disk_is_met_by_the_run_and_not_by_a_thread(tmp_path, monkeypatch):
+def test_a_full_disk_is_met_by_the_run_and_not_by_a_thread(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -104,6 +105,7 @@ def test_a_full_disk_is_met_by_the_run_and_not_by_a_thread(tmp_path, monkeypatch
             live.log(step, {"loss": 1.0})
             time.sleep(0.01)
     assert not met_by_threads
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_folder_that_tensorboard_cannot_name_is_refused_in_one_line(tmp_path):
