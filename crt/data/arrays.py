@@ -36,6 +36,7 @@ from crt.files import NUMPY_ERRORS
 from crt.progress import Progress
 
 _HDF5 = (".h5", ".hdf5")
+# What may be the path by itself.
 _ALONE = (".npz", ".npy", *_HDF5)
 _FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images-idx3-ubyte(\.gz)?)")
 _WORDS = {"images": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
