@@ -150,7 +150,11 @@ class Checkpoints:
 
     def _newest_undamaged(self) -> int:
         """The step of the newest complete checkpoint whose bytes are those that were written; -1 if there is none."""
-        return next((found.step for found in reversed(self._complete()) if _is_undamaged(found)), -1)
+        for found in reversed(self._complete()):
+            if _is_undamaged(found):
+                return found.step
+            _remove(found.folder)  # or it would count among those that are kept
+        return -1
 
     def _complete(self) -> list[Checkpoint]:
         """All complete checkpoints, oldest first."""
@@ -180,7 +184,7 @@ def _is_undamaged(checkpoint: Checkpoint) -> bool:
     with ThreadPoolExecutor(available_cpus()) as threads:  # checksums are taken outside the interpreter's lock
         for path, undamaged in zip(paths, threads.map(is_undamaged_archive, paths), strict=True):
             if not undamaged:
-                logger.warning("%s: damaged, its checksums are wrong: the checkpoint is ignored", path)
+                logger.warning("%s: damaged, its checksums are wrong: the checkpoint is deleted", path)
                 return False
     return True
 

@@ -106,6 +106,9 @@ def test_a_damaged_one_is_passed_over_and_saved_anew(running: Any, tmp_path: Pat
     (newest / "of the damaged one").touch()
     found = checkpoints.latest()
     assert found is not None and found.step == 4
+    of(tmp_path, world, keep=1).save(engine, 6)  # what is damaged is not the one that is kept
+    found = checkpoints.latest()
+    assert found is not None and found.step == 6
     checkpoints.save(engine, 8)
     found = checkpoints.latest()
     assert found is not None and found.step == 8
