@@ -51,6 +51,7 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"train_ar.micro_batch_size": 100}, "micro_batch_size 100 does not divide batch_size 64"),
         ({"train_ar.offload": "optimizer_and_parameters"}, "needs zero_stage 3"),
         ({"train_ar.offload": "optimizer", "train_ar.zero_stage": 0}, "offload 'optimizer' needs zero_stage 1, 2 or 3"),
+        ({"train_ar.compile": True, "train_ar.zero_stage": 3}, "compile needs zero_stage 0, 1 or 2"),
         ({"train_tokenizer.image_size": 18}, "not divisible by the downsampling 4"),
         ({"train_tokenizer.image_size": 32}, "both must be equal"),
         (
@@ -59,7 +60,16 @@ def test_shipped_files_are_complete_and_valid(path):
         ),
         ({"prepare_data.image_size": None}, "stores images of one size: set prepare_data.image_size to a number"),
         ({"train_tokenizer.architecture.norm_groups": 24}, "norm_groups 24 does not divide"),
+        (
+            {
+                "train_tokenizer.architecture.encoder_channels": 12,
+                "train_tokenizer.architecture.channel_multipliers": [2, 4, 4],
+            },
+            "norm_groups 8 does not divide a width of 12 channels: choose encoder_channels as a multiple",
+        ),
+        ({"train_tokenizer.architecture.decoder_channels": 12}, "12 channels: choose decoder_channels as a multiple"),
         ({"train_tokenizer.regularizer.kind": "none"}, "set lambda to 0 or choose a regularizer"),
+        ({"train_tokenizer.regularizer.heads": 3}, "train_tokenizer.regularizer: width 64 is not divisible by heads 3"),
         ({"tokenize.views": ["centre"]}, "unknown view 'centre'"),
         ({"tokenize.views": ["ten_crop@1.1"]}, "set prepare_data.storage to 'encoded'"),
         (
@@ -71,7 +81,10 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"sample.guidance_interval": [0.7, 0.3]}, "guidance_interval [0.7, 0.3] must ascend"),
         ({"sample.guidance_sweep": [1.5, 1.5]}, "guidance_sweep [1.5, 1.5] names a scale twice"),
         ({"sample.guidance_scale": 2.0, "sample.guidance_sweep": [2.0]}, "or guidance_scale 2 again"),
-        ({"prepare_data.source": "imagefolder"}, "set prepare_data.path"),
+        *(
+            ({"prepare_data.source": source}, f"source '{source}' needs a folder or archive: set prepare_data.path")
+            for source in ("imagefolder", "imagenet", "webdataset", "parquet", "lmdb", "arrays")
+        ),
         ({"prepare_data.path": "digits"}, "source 'digits' comes with scikit-learn: set prepare_data.path to null"),
         ({"prepare_data.path": ""}, "prepare_data.path: is empty: give a path, or null for none"),
         ({"prepare_data.path": "a\0b"}, r"prepare_data.path: 'a\x00b' holds a character that no path may"),
@@ -93,6 +106,18 @@ def test_shipped_files_are_complete_and_valid(path):
         (
             {"train_tokenizer.discriminator.kind": "patchgan", "train_tokenizer.steps": 20_000},
             "discriminator.start_step 20000 is not before the end, steps is 20000",
+        ),
+        (
+            {"train_tokenizer.discriminator.kind": "patchgan", "train_tokenizer.discriminator.start_step": 0},
+            "discriminator.layers 3 leave no patch of an image of 16 px: lower train_tokenizer.discriminator.layers",
+        ),
+        (
+            {
+                "train_tokenizer.discriminator.kind": "stylegan",
+                "train_tokenizer.discriminator.start_step": 0,
+                "train_tokenizer.discriminator.layers": 5,
+            },
+            "discriminator.layers 5 halve the image's 16 px to a fraction",
         ),
         ({"train_tokenizer.quantizer.codebook_dim": 1}, "leaves two codes, 1 and -1"),
         ({"evaluate.image_size": 256}, "image_size is for features 'inception'"),
@@ -130,8 +155,24 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, ke
         validate_params(changed, "params.yaml")
 
 
-def test_all_codes_may_be_drawn_from(values):
-    validate_params(override(copy.deepcopy(values), {"sample.top_k": 64}), "params.yaml")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample.top_k": 64},  # all codes
+        {"sample.guidance_interval": [0.5, 0.5]},
+        {"tokenize.views": ["ten_crop@1"]},
+        {"tokenize.views": ["ten_crop@1", "ten_crop@4"], "prepare_data.storage": "encoded"},
+        {"train_tokenizer.loss.lpips_weight": 1.0, "evaluate.lpips": True},  # at 16 px
+        # Without a step there is no adversary that could come too late.
+        {
+            "train_tokenizer.steps": 0,
+            "train_tokenizer.init_from": "out/tokenizer",
+            "train_tokenizer.discriminator.kind": "patchgan",
+        },
+    ],
+)
+def test_the_last_values_before_those_that_are_refused_are_fine(values, change):
+    validate_params(override(copy.deepcopy(values), change), "params.yaml")
 
 
 def test_every_wrong_key_gets_its_own_line(values):
@@ -195,7 +236,9 @@ def test_view_names(view, parsed):
     assert parse_view(view) == parsed
 
 
-@pytest.mark.parametrize("view", ["", "ten_crop", "center@1.1", "ten_crop@0.5", "ten_crop@x", "ten_crop@nan"])
+@pytest.mark.parametrize(
+    "view", ["", "ten_crop", "center@1.1", "ten_crop@0.5", "ten_crop@4.1", "ten_crop@x", "ten_crop@nan"]
+)
 def test_bad_view_names(view):
     with pytest.raises(ValueError, match="unknown view"):
         parse_view(view)
