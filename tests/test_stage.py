@@ -6,11 +6,12 @@ import errno
 import json
 import os
 import shutil
+import signal
 
 import pytest
 
 from crt.errors import UserError
-from crt.manifest import MANIFEST, read_manifest
+from crt.manifest import MANIFEST, damaged_results, read_manifest
 from crt.pipeline import stamp_name
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
@@ -154,6 +155,30 @@ def test_inputs_from_before_a_key_was_introduced_are_refused(tmp_path, chain):
         open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
 
 
+def test_inputs_from_before_a_key_was_removed_are_refused(tmp_path, chain):
+    path = tmp_path / "tokens" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["inputs"]["train_tokenizer"]["params"]["train_tokenizer"]["old_key"] = 3
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"train_tokenizer was run with train_tokenizer\.old_key = 3, .* says null"):
+        open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+
+
+def test_what_is_missing_or_damaged_is_told_with_the_stage_that_makes_it(tmp_path, chain, monkeypatch):
+    (tmp_path / "out").mkdir()
+    shutil.move(tmp_path / "tokens", tmp_path / "out" / "tokens")
+    shutil.copy("dvc.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^out/ar: not found: make it first with `snakemake --cores all train_ar` or "):
+        read_manifest("out/ar")
+    stamps = [next((tmp_path / "out/tokens").glob("complete-*")), tmp_path / "out/ar/complete-0123456789abcdef"]
+    assert damaged_results(stamps) == []
+    (tmp_path / "out/tokens" / MANIFEST).write_text("{")
+    (line,) = damaged_results([stamp.relative_to(tmp_path) for stamp in stamps])
+    assert line.startswith(f"out/tokens/{MANIFEST}: missing or damaged: delete out/tokens and run ")
+    assert "`snakemake --cores all tokenize` or `dvc repro tokenize`" in line
+
+
 def test_a_key_of_a_later_stage_does_not_matter(tmp_path, chain):
     _make, params = chain
     write_params(params, {"train_ar.steps": 7, "evaluate.batch_size": 5}, base=params)
@@ -228,6 +253,46 @@ def test_only_one_process_writes_an_output(tmp_path, chain):
         pass
     with exclusive(again):
         pass
+
+
+def test_a_job_goes_back_into_the_queue_behind_the_one_that_writes_its_output(tmp_path, chain, monkeypatch):
+    """A script answers for Slurm."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho BatchFlag=1 Requeue=1 JobState=RUNNING\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    handler = signal.getsignal(signal.SIGTERM)
+    run = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    again = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    try:
+        for holder in ("8", "9"):
+            monkeypatch.setenv("SLURM_JOB_ID", holder)
+            with exclusive(run):
+                monkeypatch.setenv("SLURM_JOB_ID", "10")
+                with pytest.raises(UserError) as caught, exclusive(again):
+                    pass
+            assert str(caught.value) == (
+                f"{tmp_path}/ar: Slurm job {holder} is writing it: job 10 goes back into the queue until that has ended"
+            )
+        # A process outside of Slurm holds it after a job did.
+        monkeypatch.delenv("SLURM_JOB_ID")
+        with exclusive(run):
+            monkeypatch.setenv("SLURM_JOB_ID", "10")
+            with pytest.raises(UserError, match="another process is writing it"), exclusive(again):
+                pass
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_result_to_be_replaced_is_not_read_however_it_is_called(tmp_path, chain, monkeypatch):
+    out = os.path.relpath(tmp_path / "ar")  # as in dvc.yaml, from the project's root
+    run = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "ar")
+    for folder in (out, str(tmp_path / "ar"), str(tmp_path / "link"), "~/ar"):
+        with pytest.raises(UserError, match=f"^train_ar.init_from: {folder} is where train_ar puts its result"):
+            run.refuse_own_output("train_ar.init_from", folder)
+    for folder in (None, "ar", str(tmp_path / "tokens")):
+        run.refuse_own_output("train_ar.init_from", folder)
 
 
 def test_what_a_kill_left_of_a_published_run_is_removed(tmp_path, chain):
@@ -334,6 +399,17 @@ def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, pa
         assert read_seconds(tmp_path / "data", "another recipe") is None
     assert contents[0] == contents[1]
     assert read_seconds(tmp_path / "elsewhere", run.fingerprint) is None
+
+
+def test_a_time_that_cannot_be_noted_or_read_hides_nothing(tmp_path, params_file):
+    run = open_run("prepare_data", params_file(), {}, tmp_path / "data")
+    run.note_seconds()  # stopped before it had a folder
+    run.work.mkdir(parents=True)
+    for damaged in ("", "{", "null"):
+        (run.work / "seconds.json").write_text(damaged)
+        assert run.seconds_before() == 0
+    run.note_seconds()
+    assert run.seconds_before() > 0
 
 
 def thesis(out):
