@@ -55,6 +55,25 @@ def test_processes_of_one_machine_share_its_threads(monkeypatch):
     assert launch_command("train_ar", ["train_ar"]) == local_command(4, ["train_ar"])
     assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("16", "8")
     assert launch_command("prepare_data", ["prepare_data"]) is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    launch_command("train_ar", ["train_ar"])
+    assert os.environ["OMP_NUM_THREADS"] == "1"  # fewer threads than processes
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+    ],
+    ids=["alone", "torchrun", "srun", "a step of one task"],
+)
+def test_each_process_knows_its_place(monkeypatch, variables, place):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.environment_rank() == place
 
 
 def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):
@@ -69,6 +88,8 @@ def test_a_batch_script_of_several_tasks_becomes_srun(monkeypatch, tmp_path):
     assert {"--nodes=4", "--ntasks=32", "--cpus-per-task=8"} <= set(command)
     # Else WaitTime of slurm.conf kills the first task while it publishes what the others are done with.
     assert "--wait=0" in command
+    # Else the others wait for one that was killed until the job's time is up.
+    assert "--kill-on-bad-exit=1" in command
     assert launch_command("prepare_data", ["prepare_data"]) is None
     assert os.environ["OMP_NUM_THREADS"] == "8"
 
@@ -77,6 +98,17 @@ def test_without_slurms_client_a_batch_script_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(UserError, match="is Slurm's client installed"):
+        launch_command("train_ar", ["train_ar"])
+
+
+def test_a_job_that_slurm_does_not_tell_of_is_not_taken_for_one_task(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(
+        UserError, match=r"^scontrol show job 7 --oneliner: Unable to contact slurm controller: run the"
+    ):
         launch_command("train_ar", ["train_ar"])
 
 

@@ -88,6 +88,14 @@ def test_nobody_is_waited_for_long_once_the_first_is_gone(monkeypatch):
     assert processes._wait([child(0.0, 0), child(5.0, 0)]) == 128 + signal.SIGKILL
 
 
+def test_one_that_was_killed_is_the_reason_why_others_failed(capfd):
+    children = [child(0.0, 1), subprocess.Popen(["sh", "-c", "kill -KILL $$"])]
+    for process in children:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # both are seen to end at once
+    assert processes._wait(children) == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 was ended by SIGKILL" in capfd.readouterr().err
+
+
 def test_a_mistake_is_one_line_and_status_2(runs):  # noqa: F811
     parent = start(runs.arguments("run", batch_size=9))
     said = parent.communicate(timeout=120)[1]
@@ -124,6 +132,24 @@ def test_a_signal_to_all_of_them_is_one_request_to_save_and_stop(training, signu
     assert parent.returncode == 128 + signum
     assert "run the same command to continue" in said and "Traceback" not in said and "error" not in said
     assert list(out.parent.glob(".work/*/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_each_signal_asks_to_stop_and_only_ctrl_c_again_is_urgent(signum):
+    """SIGUSR1 is what Slurm sends ahead of the time limit."""
+    code = (
+        "import os, sys; from crt import interrupt\n"
+        f"interrupt._ONE_REQUEST_SECONDS = {60 if signum == signal.SIGINT else 0}\n"
+        "interrupt.listen(); interrupt.raise_if_stopped()\n"
+        f"for _ in range(2): os.kill(os.getpid(), {int(signum)})\n"
+        "try: interrupt.raise_if_stopped()\n"
+        "except interrupt.Stopped as stopped: print(stopped); sys.exit(stopped.exit_status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (
+        128 + signum,
+        f"stopped by {signum.name}: run the same command to continue\n",
+    )
 
 
 def test_a_second_ctrl_c_ends_a_process_at_once_and_an_echo_of_the_first_does_not():

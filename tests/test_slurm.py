@@ -79,6 +79,16 @@ def test_a_job_waits_in_the_queue_for_the_one_that_holds_its_output(jobs: Jobs) 
     jobs.add("9")
     assert requeue_behind("9") == "Slurm job 9 is writing it: job 7 goes back into the queue until that has ended"
     assert jobs.calls() == ["requeue 7", "update JobId=7 Dependency=afterany:9"]
+    # The signal that follows a requeue must not end the process before the dependency is there.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_that_slurm_refuses_is_said_with_its_reason(jobs: Jobs) -> None:
+    said: list[str] = []
+    continue_later(signal.SIGTERM, said.append)
+    assert requeue_behind("9") == said[0]
+    assert said[0].startswith("scontrol show job 7 --oneliner: cat: ") and said[0].endswith(": run the stage again")
+    assert jobs.calls() == []
 
 
 @pytest.mark.parametrize(
