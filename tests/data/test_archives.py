@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
@@ -16,6 +17,7 @@ from crt.data.decode import Undecodable
 from crt.data.listing import read_entry
 from crt.data.tree import open_tree
 from crt.errors import UserError
+from crt.interrupt import Stopped
 
 FILES = {"b/2.png": b"two" * 500, "a/1.png": b"one", "a/inner/3.png": b"three", "readme.txt": b"", "ä ö/ü.png": b"4"}
 
@@ -217,6 +219,63 @@ def test_a_changed_archive_is_unpacked_anew(tmp_path):
     before = (tmp_path / "unpacked.tar").stat().st_ino
     assert open_tree(path, "path", tmp_path).places["size"].tolist() == [15]
     assert (tmp_path / "unpacked.tar").stat().st_ino != before
+
+
+def test_a_signal_while_a_changed_archive_is_unpacked_leaves_the_old_one_recognised_as_such(tmp_path, monkeypatch):
+    path = build_tar(tmp_path / "x.tar.gz", "w:gz", {"a/1.png": b"old"})
+    assert open_tree(path, "path", tmp_path).places["size"].tolist() == [3]
+    build_tar(path, "w:gz", {"a/1.png": b"newer than that"})
+    before = (tmp_path / "unpacked.tar").stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr("crt.interrupt._received", [15])
+        with pytest.raises(Stopped):
+            open_tree(path, "path", tmp_path)
+    assert (tmp_path / "unpacked.tar").stat().st_ino == before
+    assert open_tree(path, "path", tmp_path).places["size"].tolist() == [15]
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_archive(tmp_path):
+    path = build_tar(tmp_path / "x.tar.gz", "w:gz")
+    (tmp_path / "unpacked.tar.tmp").symlink_to("/dev/full")  # where it is written first
+    with pytest.raises(OSError) as caught:
+        open_tree(path, "path", tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_folder_that_is_reached_by_a_link_is_listed_once_and_only_its_files(tmp_path):
+    """Pipes and sockets are no images, whatever they are called: to read one would wait for ever."""
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "1.png").write_bytes(b"1")
+    (tmp_path / "root" / "a" / "again").symlink_to(tmp_path / "root" / "a")
+    (tmp_path / "root" / "a" / "itself.png").symlink_to("itself.png")
+    os.mkfifo(tmp_path / "root" / "a" / "pipe.png")
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    tree = open_tree(tmp_path / "link", "path", tmp_path)
+    assert tree.files == ["a/1.png", "a/itself.png"] and tree.folders == {"a"}
+    with pytest.raises(Undecodable):
+        read_entry([tree.container], tree.files[1], tree.places[1])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
+def test_places_tell_when_the_folders_file_or_the_archive_was_changed(tmp_path, kind):
+    changed = path = tmp_path / f"x.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        changed = path / "1.png"
+        changed.write_bytes(b"1")
+    elif kind == "zip":
+        build_zip(path, zipfile.ZIP_STORED, {"1.png": b"1"})
+    else:
+        build_tar(path, "w:gz" if kind == "tar.gz" else "w", {"1.png": b"1"})
+    os.utime(changed, ns=(0, 123_456_789))
+    assert open_tree(path, "path", tmp_path).places["modified"].tolist() == [123_456_789]
+
+
+def test_a_signal_ends_the_listing_of_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "1.png").write_bytes(b"1")
+    monkeypatch.setattr("crt.interrupt._received", [15])
+    with pytest.raises(Stopped):
+        open_tree(tmp_path, "path", tmp_path)
 
 
 def test_symbolic_links_in_folders_are_followed_and_loops_are_not(tmp_path):
