@@ -12,6 +12,7 @@ import pytest
 
 from crt.data.arrays import open_arrays
 from crt.data.packed import PackedImages
+from crt.interrupt import Stopped
 
 ARRAYS = {"source": "arrays", "image_size": 8}
 
@@ -88,6 +89,20 @@ def test_names_count_in_upper_case_too_but_not_inside_words(tmp_path, images):
         source = open_arrays(path, tmp_path / "work")
         assert source.class_ids == ["a", "b"]
         assert source.splits["all"].labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_labels_are_no_images_whatever_else_their_name_says(tmp_path):
+    np.savez(tmp_path / "a.npz", x_data=RGB, y_data=np.array(list("baaba")))
+    source = open_arrays(tmp_path, tmp_path)
+    assert source.class_ids == ["a", "b"]
+    assert len(source.splits["all"]) == len(RGB)
+
+
+def test_a_signal_ends_the_copying(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", images=RGB)
+    monkeypatch.setattr("crt.interrupt._received", [15])
+    with pytest.raises(Stopped):
+        open_arrays(tmp_path / "a.npz", tmp_path)
 
 
 def test_files_of_the_splits_are_one_data_set_in_upper_case_too(tmp_path):

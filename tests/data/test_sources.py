@@ -233,6 +233,7 @@ def test_kaggles_labels_may_lie_beside_the_images_or_be_damaged(prepare, refused
     folder = (root / "ILSVRC/Data/CLS-LOC").rename(tmp_path / "imagenet")
     assert "or by Kaggle's LOC_val_solution.csv" in refused(path=folder, **IMAGENET)
     labels = (root / "LOC_val_solution.csv").rename(folder / "LOC_val_solution.csv")
+    labels.write_text(labels.read_text(), encoding="utf-8-sig")  # as a spreadsheet saves it
     assert prepare(path=folder, out=tmp_path / "beside", **IMAGENET)[0] == 0
     text = labels.read_text()
     for damaged in ("", text[:40], text.replace(" ", ""), text.replace("ImageId", "Id"), text.replace("_0000", "_x")):
@@ -279,6 +280,15 @@ def test_a_folder_that_is_no_synset_is_refused_for_imagenet(refused, make, tmp_p
     folder = extracted(tmp_path / "imagenet", make, flat_val=False)
     make.write(folder / "train" / "cats" / "1.JPEG", val_image(make, 1))
     assert "folder cats is not a class of this source" in refused(path=folder, **IMAGENET)
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        inner = io.BytesIO()
+        with tarfile.open(fileobj=inner, mode="w") as tar:
+            add(tar, "1.JPEG", val_image(make, 1))
+        add(outer, "cats.tar", inner.getvalue())
+    assert "img_train.tar: folder cats is not a class of this source" in refused(path=folder, **IMAGENET)
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        add(outer, "readme.txt", b"no classes")
+    assert "img_train.tar: holds no class archives (nXXXXXXXX.tar)" in refused(path=folder, **IMAGENET)
 
 
 def test_a_validation_class_without_training_images_is_refused(refused, make, tmp_path):
