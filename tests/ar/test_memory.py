@@ -11,7 +11,7 @@ import torch
 
 from crt import cpu
 from crt.ar.deepspeed_config import bucket_elements
-from crt.ar.memory import Split, activation_bytes, held_bytes, saved_bytes, stage2_memory
+from crt.ar.memory import Memory, Split, activation_bytes, held_bytes, saved_bytes, stage2_memory
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import resized
 from crt.params import load_params
@@ -87,6 +87,16 @@ def test_gradients_that_accumulate_stand_beside_the_activations() -> None:
         for accumulating in (False, True)
     )
     assert several.backward_start - one.backward_start == several.gradients > 0
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
+    """Oracle: the peak of each size."""
+    sizes = {"weights": 0, "gradients": 0, "optimizer": 0, "buffers": 0, "host": 0, "activations_per_image": 7}
+    for start, end, update in ((50, 80, 60), (50, 60, 80), (50, 40, 40)):
+        memory = Memory(**sizes, backward_start=start, backward_end=end, update=update)
+        for available in range(0, 200, 3):
+            fits = [size for size in range(1, 40) if memory.peak(size) <= available]
+            assert memory.largest_micro_batch(available) == max(fits, default=0)
 
 
 @pytest.mark.parametrize(("offload", "each"), [("none", 0), ("optimizer", 16), ("optimizer_and_parameters", 18)])

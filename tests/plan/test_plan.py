@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from crt.__main__ import main
+from crt.ar.memory import Split, stage2_memory
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import named_sizes, resized
 from crt.commands.plan import _time
 from crt.flops import ar_flops_per_image, count_flops
-from crt.params import load_params
+from crt.params import TrainAR, load_params
 from crt.plan.cluster import make_cluster
 from crt.plan.layouts import layouts
 from crt.plan.work import (
@@ -154,6 +157,53 @@ def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
         largest.append([way.largest for way in ways])
     assert all(a <= b <= c for a, b, c in zip(*largest, strict=True))
     assert largest[0] != largest[1] != largest[2]
+
+
+def test_the_largest_micro_batch_of_each_way_is_the_last_divisor_that_fits() -> None:
+    """Oracle: the derived peak of every divisor of a process's share; less than the whole share accumulates."""
+    params, config = load_params(ROOT / "params.yaml").train_ar, small_config()
+    share = params.batch_size // 4
+    peaks: dict[Split, dict[int, int]] = {}
+    found = set()
+    for megabytes in (0.42, 0.583, 3.0):
+        cluster = make_cluster("h100", 4, megabytes / 1000, None, 0.0)
+        for way in layouts(params, config, cluster):
+            if way.split not in peaks:
+                whole, parts = (stage2_memory(config, replace(way.split, accumulating=some)) for some in (False, True))
+                peaks[way.split] = {size: parts.peak(size) for size in (1, 2, 4, 8)} | {share: whole.peak(share)}
+            fit = [size for size, peak in peaks[way.split].items() if peak <= cluster.available_bytes]
+            assert way.largest == max(fit, default=0)
+            found.add(way.largest)
+    assert len(found) > 3
+
+
+def test_all_ways_that_the_params_allow_are_compared_and_no_others() -> None:
+    """Oracle: crt.params, which refuses the others."""
+    params = load_params(ROOT / "params.yaml").train_ar
+    ways = layouts(params, small_config(), make_cluster("h100", 1, None, None, 4.0))
+    compared = {(way.split.zero_stage, way.split.offload) for way in ways}
+
+    def is_allowed(stage: int, offload: str) -> bool:
+        try:
+            TrainAR.model_validate(params.model_dump() | {"zero_stage": stage, "offload": offload, "compile": False})
+        except ValidationError:
+            return False
+        return True
+
+    offloads = ("none", "optimizer", "optimizer_and_parameters")
+    assert compared == {(stage, kind) for stage in range(4) for kind in offloads if is_allowed(stage, kind)}
+
+
+def test_rates_are_those_of_the_data_sheet_or_ones_own() -> None:
+    """H100 SXM: dense, 989 TFLOPS in bfloat16, half of that in TF32, 67 in float32."""
+    assert make_cluster("h100", 1, None, None, 4.0).peak_flops == {"bf16": 989e12, "TF32": 494.5e12, "float32": 67e12}
+    assert set(make_cluster("h100", 1, None, 500, 4.0).peak_flops.values()) == {500e12}
+    assert make_cluster("h100", 1, 40, None, 4.0).available_bytes == 36e9
+
+
+def test_own_numbers_of_images_and_classes_come_before_the_known_ones() -> None:
+    data = data_size(load_params(IMAGENET), 1000, 7)
+    assert (data.train, data.val, data.classes) == (1000, 50_000, 7)
 
 
 def test_command_tells_that_all_fits(capsys: pytest.CaptureFixture) -> None:

@@ -41,6 +41,12 @@ def test_caches_are_those_of_both_samplers(scale, sequences, precision, dtype) -
         assert images * derived == sampler._keys.nbytes + sampler._values.nbytes
 
 
+def test_the_scale_of_a_sweep_that_needs_most_counts() -> None:
+    swept = memory_of(guidance_scale=1.0, guidance_sweep=[2.0])
+    assert swept == memory_of(guidance_scale=2.0, guidance_sweep=[1.0])
+    assert swept.cache_per_image == 2 * memory_of(guidance_scale=1.0, guidance_sweep=[]).cache_per_image
+
+
 def test_weights_are_those_of_both_models() -> None:
     params = load_params(PRESET)
     with torch.device("meta"):
