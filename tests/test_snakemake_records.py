@@ -12,7 +12,9 @@ from snakemake.persistence.file import FilePersistence
 from crt.snakemake_records import forget_incomplete
 
 
-@pytest.mark.parametrize("folder", ["out/ar", "out/" + "/".join(["a" * 100] * 3)], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "folder", ["out/ar", "out/~~~~", "out/" + "/".join(["a" * 100] * 3)], ids=["short", "signs", "long"]
+)
 def test_marks_of_outputs_that_exist_are_removed_and_no_others(tmp_path, monkeypatch, folder):
     """Oracle: Snakemake's own reading of its records."""
     monkeypatch.chdir(tmp_path)
@@ -22,7 +24,8 @@ def test_marks_of_outputs_that_exist_are_removed_and_no_others(tmp_path, monkeyp
     Path(foreign).touch()
     records = FilePersistence(nolock=True)
     records.started(SimpleNamespace(output=[IOFile(name) for name in names]))
-    (tmp_path / ".snakemake/incomplete/no base64!").touch()
+    for stray in ("no base64!", "cut"):
+        (tmp_path / ".snakemake/incomplete" / stray).touch()
     forget_incomplete([made, running])
     records = FilePersistence(nolock=True)
     assert records._filter_incomplete_keys(names) == {running, foreign}
