@@ -86,6 +86,7 @@ def test_shipped_files_are_complete_and_valid(path):
             for source in ("imagefolder", "imagenet", "webdataset", "parquet", "lmdb", "arrays")
         ),
         ({"prepare_data.path": "digits"}, "source 'digits' comes with scikit-learn: set prepare_data.path to null"),
+        ({"prepare_data.path": 2012}, "prepare_data.path: must be text, got 2012: put it into quotes"),
         ({"prepare_data.path": ""}, "prepare_data.path: is empty: give a path, or null for none"),
         ({"prepare_data.path": "a\0b"}, r"prepare_data.path: 'a\x00b' holds a character that no path may"),
         ({"prepare_data.path": "\ud800"}, r"prepare_data.path: '\ud800' holds a character that no path may"),

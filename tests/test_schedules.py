@@ -31,6 +31,13 @@ def test_decay_ends_at_the_final_fraction_at_the_last_step(warmup):
         assert values[max(warmup - 1, 0) :] == sorted(values[max(warmup - 1, 0) :], reverse=True)
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_a_line_falls_by_equal_steps_from_the_last_step_of_the_warmup(warmup):
+    top = max(warmup - 1, 0)
+    expected = [1.0 - 0.9 * step / (29 - top) for step in range(30 - top)]
+    assert factors("linear", 30, warmup, 0.1)[top:] == pytest.approx(expected)
+
+
 def test_shapes_halfway():
     assert learning_rate_factor(50, 101, "cosine", 0, 0.2) == pytest.approx(0.2 + 0.8 * 0.5)
     assert learning_rate_factor(25, 101, "linear", 0, 0.2) == pytest.approx(0.2 + 0.8 * 0.75)

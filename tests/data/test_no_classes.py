@@ -81,6 +81,12 @@ def test_pictures_beside_their_masks_are_no_classes(refused, make, tmp_path, nam
     assert told in refused(path=images(make, tmp_path / "pets", names))
 
 
+def test_classes_may_be_called_images_and_masks_beside_others(prepare, make, tmp_path):
+    names = [f"{folder}/{number}.png" for folder in ("images", "masks", "toys") for number in range(3)]
+    status, out = prepare(path=images(make, tmp_path / "x", names))
+    assert status == 0 and PackedImages(out, "train").class_names == ["images", "masks", "toys"]
+
+
 @pytest.mark.parametrize(
     "folders",
     [
@@ -102,7 +108,7 @@ def test_folders_called_like_splits_are_no_classes(refused, make, tmp_path, fold
             "labels.csv",
             "for labels.csv is not read: if labels are in there, set prepare_data.path to that",
         ),
-        (["train/0.png", "test/0.png"], "train.csv", "for train.csv is not read: if labels are in there"),
+        (["train/0.png", "test/0.png"], "Train.CSV", "for Train.CSV is not read: if labels are in there"),
         (["jpg/0.png"], "imagelabels.mat", "put images into a folder for each class, or write a .csv file with the"),
         (["0.png"], "0.cls", "set prepare_data.source to webdataset to have their labels from the .tar files"),
     ],
