@@ -41,6 +41,7 @@ class TrainingState:
     """
 
     def __init__(self, params: TrainTokenizer, lambda_: float, seed: int, device: torch.device) -> None:
+        self._newest_is_damaged = False
         seed_torch(seed, "tokenizer_init")
         self.model = Tokenizer(TokenizerConfig.from_params(params))
         load_initial_weights(self.model, params)
@@ -139,8 +140,9 @@ class TrainingState:
         with replacing(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.save(state, file)
-            if path.exists():
+            if path.exists() and not self._newest_is_damaged:
                 os.replace(path, _previous(path))
+        self._newest_is_damaged = False
 
     def load(self, path: Path) -> int:
         """Continue from the last file that `save` wrote, or the one before it if that is damaged.
@@ -154,6 +156,7 @@ class TrainingState:
         places = [place for place in (path, _previous(path)) if place.exists()]
         for place in places:
             if is_undamaged_archive(place):
+                self._newest_is_damaged = place != path  # it must not take the place of the one that is whole
                 return self._restore(place)
             logger.warning("%s: damaged, its checksums are wrong: is ignored", place)
         if places:

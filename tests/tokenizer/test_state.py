@@ -57,6 +57,28 @@ def test_each_network_has_its_own_learning_rate_under_one_schedule(state):
     assert rates == {"tokenizer": {2.5e-4}, "regularizer": {3.5e-4}, "discriminator": {1.5e-4}}
 
 
+def test_the_state_before_the_last_stays_and_a_damaged_one_does_not_take_its_place(params, state, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def found() -> tuple[int, TrainingState]:
+        continued = TrainingState(params.train_tokenizer, 1.0, 0, CPU)
+        return continued.load(path), continued
+
+    assert found()[0] == 0
+    for step in (1, 2, 3):
+        state.save(path, step)
+    assert found()[0] == 3
+    path.rename(tmp_path / "kept")  # as a kill between the two renames of a save leaves it
+    assert found()[0] == 2
+    (tmp_path / "kept").rename(path)
+    for _ in range(2):
+        path.write_bytes(path.read_bytes()[:-10])
+        step, continued = found()
+        assert step == 2
+        continued.save(path, 4)
+    assert found()[0] == 4
+
+
 def test_a_step_descends_the_clipped_gradient_and_tells_its_norm_before(state):
     """Oracle: Adam's first moment after one step is the gradient times 1 - beta_1."""
     optimizer = state.optimizers["tokenizer"]
