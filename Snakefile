@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from crt.errors import UserError
-from crt.files import refuse_file_as_folder
+from crt.files import refuse_files_as_folders
 from crt.launch import has_gpu
 from crt.manifest import damaged_results
 from crt.params import load_params
@@ -59,8 +59,7 @@ try:
                     stamps[stage.output],
                     [stamps[path] for path in stage.inputs],
                 )
-    for stage, _, _ in JOBS.values():
-        refuse_file_as_folder(Path(stage.output))
+    refuse_files_as_folders(Path(stage.output) for stage, _, _ in JOBS.values())
 except UserError as error:
     end_with(error)
 

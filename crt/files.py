@@ -10,7 +10,7 @@ import stat
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{above}: no folder can be made in it: choose another place than {folder}") from None
 
 
-def refuse_file_as_folder(folder: Path) -> None:
+def refuse_files_as_folders(folders: Iterable[Path]) -> None:
     """Tell of something else in the place of a folder that is to be made.
 
     Raises:
-        UserError: a file has its name, or that of one above it.
+        UserError: a file has the name of one of them, or of one above it.
     """
-    for place in (folder, *folder.parents):
+    for place in sorted({place for folder in folders for place in (folder, *folder.parents)}):
         if place.exists() and not place.is_dir():
             raise UserError(f"{place}: is not a folder: move it away, or choose another place")
 
