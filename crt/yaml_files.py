@@ -59,7 +59,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (ValueError, OverflowError) as error:  # the parser's own, of an escape such as "\UFFFFFFFF"
         raise UserError(f"{path}: not valid YAML: a text has an impossible escape ({error}): correct it") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a mapping of keys to values")
+        raise UserError(f"{path}: is not a mapping of keys to values: give a file of lines `key: value`")
     return values
 
 

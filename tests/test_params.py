@@ -198,7 +198,7 @@ def test_numbers_are_read_as_dvc_writes_them(tmp_path):
     ("text", "expected"),
     [
         ("a: [1", "line 1"),
-        ("- 1\n- 2\n", "is not a mapping"),
+        ("- 1\n- 2\n", "is not a mapping of keys to values: give a file of lines `key: value`"),
         ("a: 1\na: 2\n", 'line 2, column 1: the key "a" stands here a second time: remove one of the two'),
         ("a: 'b\n", "line 2, column 1: while scanning a quoted scalar, found unexpected end of stream"),
         ("a: 1\nseed: 2024-13-45", "value cannot be read (month must be in 1..12)"),
