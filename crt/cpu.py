@@ -13,13 +13,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+Result = TypeVar("Result")
 
 # What one operation touches between its passes should stay in a core's cache.
 _ELEMENTS_AT_ONCE = 2**18
@@ -211,6 +213,12 @@ def share_among_threads(work: Callable[[int, int], None], size: int, unit: int) 
     cuts = [*range(0, size, share), size]
     for _ in _pool(os.getpid(), threads).map(work, cuts, cuts[1:]):
         pass
+
+
+def alone(work: Callable[[], Result]) -> Result:
+    """work() in a thread in which torch works alone: after each use of several its threads spin, in the way of ours."""
+    threads = torch.get_num_threads()
+    return work() if threads == 1 else _pool(os.getpid(), threads).submit(work).result()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,15 @@
-"""What the kernels that Numba compiles for CPUs have in common: how they are compiled, and bfloat16 as its bits."""
+"""What the kernels that Numba compiles for CPUs have in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 _LAST, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
@@ -26,3 +30,79 @@ def to_bits(value: Any) -> Any:
     """The bits, uint16, of the bfloat16 nearest to a float32, ties to even."""
     bits = np.float32(value).view(np.uint32)
     return np.uint16((bits + _ROUNDING + ((bits >> _HALF_BITS) & _LAST)) >> _HALF_BITS)
+
+
+@compile_kernel
+def as_is(value: Any) -> Any:
+    """A float32; beside `from_bits` and `to_bits`."""
+    return np.float32(value)
+
+
+def generate_prefetch(builder: Any, address: Any) -> None:
+    """In the body of an intrinsic: have the line at an address brought to the second-level cache meanwhile."""
+    pointer, number = builder.bitcast(address, cgutils.voidptr_t), ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0i8")
+    read, second_level, data_cache = number(0), number(2), number(1)
+    builder.call(function, [pointer, read, second_level, data_cache])
+
+
+def _prefetch_type(_: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
+    """Have the line of array[index] brought to the second-level cache while work goes on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        generate_prefetch(builder, builder.gep(data, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+prefetch: Any = intrinsic(_prefetch_type)
+
+
+NO_WAITING = 2**62
+"""For the counter of `wait_for_all`, where a thread will not come."""
+# Looks at the others before a waiting thread lets other processes go first; some microseconds.
+_LOOKS = 200
+
+
+def _wait_type(_: Any, arrived: Any, threads: Any) -> tuple[Any, Callable[..., Any]]:
+    """Wait until as many threads have come here; arrived: int64 (1,), 0 at first, counts over all such meetings.
+
+    Once it is `NO_WAITING`, nobody waits any more.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = context.make_array(signature.args[0])(context, builder, args[0]).data
+        number, threads = place.type.pointee, args[1]
+        before = builder.atomic_rmw("add", place, number(1), "acq_rel")
+        all_here = builder.mul(builder.add(builder.udiv(before, threads), number(1)), threads)
+        nobody = number(NO_WAITING)
+        goal = builder.select(builder.icmp_unsigned("<", all_here, nobody), all_here, nobody)
+        looks = cgutils.alloca_once_value(builder, number(0))
+        wait, done = (builder.append_basic_block(name) for name in ("wait", "done"))
+        builder.branch(wait)
+        builder.position_at_end(wait)
+        seen = builder.load_atomic(place, "acquire", align=8)
+        count = builder.add(builder.load(looks), number(1))
+        builder.store(count, looks)
+        with builder.if_then(builder.icmp_unsigned("==", builder.urem(count, number(_LOOKS)), number(0))):
+            yields = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, yields, "sched_yield"), [])
+        _pause(builder)
+        builder.cbranch(builder.icmp_unsigned(">=", seen, goal), done, wait)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(arrived, threads), generate
+
+
+def _pause(builder: Any) -> None:
+    """Leave the core to its other thread for a moment."""
+    if binding.get_host_cpu_features().get("sse2"):
+        nothing = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, nothing, "llvm.x86.sse2.pause"), [])
+
+
+wait_for_all: Any = intrinsic(_wait_type)

@@ -4,35 +4,19 @@ What bounds it is memory traffic: each code reads every weight once, and the key
 So no cache grows or is copied along the sequence, and attention reads the filled part only. `Decoder` is the plain
 form, on any device and in any precision; `crt.ar.cpu_decoder` and `crt.ar.gpu_decoder` are the fast ones.
 
-Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, F width of
-the feed-forward layer, K codes in the codebook.
+Shapes: B sequences (images, twice as many under guidance), T codes, C width, H heads, D channels per head, K codes in
+the codebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from crt.ar.model import ARTransformer, Block
-
-Linear = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What a block multiplies with."""
-
-    attention_norm: Tensor
-    qkv: Linear
-    out: Linear
-    ffn_norm: Tensor
-    gate_up: Linear
-    down: Linear
+from crt.ar.model import ARTransformer, Attention, Block
 
 
 class Decoder:
@@ -41,25 +25,13 @@ class Decoder:
     Call `next_logits` for positions 0 to T - 1 in order; position 0 begins anew, whatever the caches hold.
 
     Args:
-        model: in evaluation mode; its weights are shared, or copied to a faster layout.
+        model: in evaluation mode; its weights are shared.
     """
 
     def __init__(self, model: ARTransformer) -> None:
         self.model, self.config = model, model.config
         weight = model.head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self._layers = [
-            _Layer(
-                block.attention_norm.weight,
-                self._linear(block.attention.qkv),
-                self._linear(block.attention.out),
-                block.ffn_norm.weight,
-                self._linear(block.ffn.gate_up),
-                self._linear(block.ffn.down),
-            )
-            for block in cast("list[Block]", list(model.blocks))
-        ]
-        self._head = self._linear(model.head)
         self._rotation = model.rotation(self.device)  # T, D/2, 2
         self.batch_size = 0
 
@@ -85,38 +57,19 @@ class Decoder:
         """
         self.resize(len(previous))
         table = self.model.class_embedding if position == 0 else self.model.code_embedding
-        x, addend = table(previous), None
-        for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._normalize(x, addend, layer.attention_norm))
-            addend = layer.out(self._attend(index, qkv, position))
-            gate_up = layer.gate_up(self._normalize(x, addend, layer.ffn_norm))
-            addend = layer.down(self._swiglu(gate_up))
-        return self._head(self._normalize(x, addend, self.model.norm.weight))
+        x = table(previous)
+        for layer, block in enumerate(cast("list[Block]", list(self.model.blocks))):
+            x = x + self._attend(layer, block.attention, block.attention_norm(x), position)
+            x = x + block.ffn(block.ffn_norm(x))
+        return self.model.head(self.model.norm(x))
 
-    def _linear(self, module: nn.Linear) -> Linear:
-        return module
-
-    def _normalize(self, x: Tensor, addend: Tensor | None, gain: Tensor) -> Tensor:
-        """RMSNorm of (B, C), to which the addend (B, C) is added in place before."""
-        if addend is not None:
-            x += addend
-        return F.rms_norm(x, gain.shape, gain, self.config.norm_eps)
-
-    def _attend(self, layer: int, qkv: Tensor, position: int) -> Tensor:
-        """A position's queries, keys and values (B, 3 C) to (B, C): rotated, and with those of the cache."""
-        heads = self.config.heads
-        qkv = qkv.unflatten(-1, (3 * heads, -1))  # B, 3 H, D
-        pairs = torch.view_as_complex(qkv[:, : 2 * heads].float().unflatten(-1, (-1, 2)))  # B, 2 H, D/2
-        turned = torch.view_as_real(pairs * torch.view_as_complex(self._rotation[position])).flatten(-2).to(self.dtype)
-        keys, values = self._keys[layer], self._values[layer]  # B, H, T, D
-        keys[:, :, position], values[:, :, position] = turned[:, heads:], qkv[:, 2 * heads :]
-        query, filled = turned[:, :heads, None], slice(position + 1)
-        return F.scaled_dot_product_attention(query, keys[:, :, filled], values[:, :, filled]).flatten(1)
-
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
-        """(B, 2 F) to (B, F)."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    def _attend(self, layer: int, attention: Attention, x: Tensor, position: int) -> Tensor:
+        """(B, C) to (B, C), with the keys and values of the cache, to which the position's are added."""
+        q, k, v = attention.project(x[:, None], self._rotation[position, None])  # B, H, 1, D
+        keys, values, filled = self._keys[layer], self._values[layer], slice(position + 1)  # B, H, T, D
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        y = F.scaled_dot_product_attention(q, keys[:, :, filled], values[:, :, filled])
+        return attention.out(y.flatten(1))
 
 
 def is_partitioned(model: ARTransformer) -> bool:

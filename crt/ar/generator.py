@@ -7,12 +7,13 @@ Order of the operations on the logits: guidance, temperature, top-k, top-p, soft
 
 What is reproducible: image `index` is drawn with its own T uniform numbers, a function of (seed, index), by inverting
 the cumulative distribution of each code. So the batch's composition, the order, the number of processes and restarts
-change no draw. The distribution itself is computed to the rounding of the precision, and matrix products round
-differently at another batch size, number of threads or device. With those three fixed, an image is the same bit for
-bit. In float32, changing one of them moves the cumulative distribution by about 1e-6, so that a draw that falls this
-close to a boundary between two codes comes out differently: an image in thousands. In bfloat16 it moves it by about
-1e-2, and many images differ in some codes (each is as good a draw). `generate` fills its last batch up, so that all
-batches of one call have one size.
+change no draw. The distribution itself is computed to the rounding of the precision. On a CPU, but for small models
+(`_LEAST_PRODUCTS`) and partitioned ones, it is the same bit for bit whatever the batch and the number of threads, and so is
+the image. Elsewhere matrix products round differently at another batch size, number of threads or device; with those
+three fixed, an image is the same bit for bit. In float32, changing one of them moves the cumulative distribution by
+about 1e-6, so that a draw that falls this close to a boundary between two codes comes out differently: an image in
+thousands. In bfloat16 it moves it by about 1e-2, and many images differ in some codes (each is as good a draw).
+`generate` fills its last batch up, so that all batches of one call have one size.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import reprlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,16 +35,19 @@ from torch import Tensor
 
 from crt.ar.decoder import Decoder, is_partitioned
 from crt.ar.model import ARConfig, ARTransformer, load_model
-from crt.cpu import is_cpu
+from crt.cpu import alone, is_cpu
 from crt.errors import UserError
 from crt.randomness import numpy_generator
 
 if TYPE_CHECKING:
+    from crt.ar.cpu_decoder import CPUDecoder
     from crt.ar.gpu_decoder import GPUDecoder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # Beyond these, logits overflow.
 _MOST_GUIDANCE, _LEAST_TEMPERATURE = 1e6, 1e-6
+# Of an image: for fewer no kernels are compiled on a CPU, which takes 4 s; such a model draws hundreds of images in it.
+_LEAST_PRODUCTS = 2**28
 # Share of the guidance at a share x of the sequence.
 GUIDANCE_SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": torch.ones_like,
@@ -166,7 +171,7 @@ class Generator:
         return drawn
 
     def _generate_batch(
-        self, labels: Tensor, settings: DrawSettings, seed: int, first_index: int, decoder: Decoder | None
+        self, labels: Tensor, settings: DrawSettings, seed: int, first_index: int, decoder: Decoder | CPUDecoder | None
     ) -> Tensor:
         """(B,) labels to (B, T) codes on the CPU; without a decoder by the kernels for GPUs."""
         device = self.model.head.weight.device
@@ -182,8 +187,12 @@ class Generator:
                 return self._gpu_decoder_for(num_images, guided, settings).run(previous, uniforms, scales).cpu()
         codes = torch.empty((num_images, num_tokens), dtype=torch.int64, device=device)
         for position in range(num_tokens):
-            logits = decoder.next_logits(previous, position)
-            code = draw_next(logits, uniforms[:, position], scales[position].item() if guided else None, settings)
+            scale, uniform = scales[position].item() if guided else None, uniforms[:, position]
+            if settings.among_all and not isinstance(decoder, Decoder):
+                code = decoder.next_codes(previous, position, uniform, scale, settings.temperature)
+            else:
+                draw = partial(draw_next, decoder.next_logits(previous, position), uniform, scale, settings)
+                code = draw() if isinstance(decoder, Decoder) else alone(draw)
             codes[:, position] = code
             previous = torch.cat((code, code)) if guided else code
         return codes.cpu()
@@ -192,8 +201,9 @@ class Generator:
         on_gpu = self.model.head.weight.device.type == "cuda" and find_spec("triton") is not None
         return on_gpu and not is_partitioned(self.model)
 
-    def _decoder(self) -> Decoder:
-        if not is_cpu(self.model.head.weight):
+    def _decoder(self) -> Decoder | CPUDecoder:
+        products = sum(weight.numel() for weight in self.model.parameters()) * self.config.num_tokens
+        if not is_cpu(self.model.head.weight) or is_partitioned(self.model) or products < _LEAST_PRODUCTS:
             return Decoder(self.model)
         from crt.ar.cpu_decoder import CPUDecoder  # Numba takes a second to import
 
@@ -212,7 +222,7 @@ class Generator:
         key = (num_images, guided, settings.temperature, settings.top_k, settings.top_p, places)
         if self._gpu_decoder is None or self._gpu_decoder.key != key:
             self._gpu_decoder = None  # its buffers go first
-            among_all = not settings.top_k and settings.top_p == 1 and self.config.codebook_size <= DRAW_LIMIT
+            among_all = settings.among_all and self.config.codebook_size <= DRAW_LIMIT
             self._gpu_decoder = GPUDecoder(
                 self.model,
                 num_images,
@@ -285,6 +295,11 @@ class DrawSettings:
     top_p: float
     schedule: str = "constant"
     interval: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def among_all(self) -> bool:
+        """Whether any code may be drawn."""
+        return not self.top_k and self.top_p == 1
 
     def check(self, codebook_size: int) -> None:
         """Refuse what makes no distribution.

@@ -1,0 +1,205 @@
+"""Products of a step's rows with a weight on a CPU, by Numba.
+
+A step of decoding reads every weight for as many rows as there are sequences. oneDNN's product reaches two thirds of
+the rate of large products at 16 rows, and adds in an order that depends on their number. Here a tile of rows and
+outputs stays in registers while the channels pass, the next panel of weights is on its way meanwhile, and each output
+adds its channels in their order, whatever else is in the batch (`benchmarks/sampling.md`).
+
+A word is what an instruction takes of a row: a float32, or a pair of bfloat16, whose two products AVX512-BF16 adds at
+once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from crt.cpu_kernels import compile_kernel, generate_prefetch, to_bits
+
+
+class Tile(NamedTuple):
+    """What stays in registers: sums of `rows` of the batch by `vectors` of outputs; beside them weights and a word."""
+
+    rows: int
+    vectors: int
+    lanes: int
+    pairs: bool
+    """Whether a word is a pair of bfloat16."""
+
+    @property
+    def panel(self) -> int:
+        """Outputs of a tile."""
+        return self.vectors * self.lanes
+
+    @property
+    def channels(self) -> int:
+        """Channels of a word."""
+        return 2 if self.pairs else 1
+
+
+def largest_tile(dtype: torch.dtype) -> Tile:
+    """That of this processor: of 32 registers of 64 bytes with AVX-512, else of 16 of 32 bytes."""
+    has = _features()
+    if not has.get("avx512f"):
+        return Tile(rows=4, vectors=3, lanes=8, pairs=False)
+    return Tile(rows=8, vectors=3, lanes=16, pairs=dtype == torch.bfloat16 and bool(has.get("avx512bf16")))
+
+
+@functools.cache
+def _features() -> dict[str, bool]:
+    return dict(binding.get_host_cpu_features())
+
+
+def in_panels(weight: Tensor, tile: Tile, width: int | None = None) -> Tensor:
+    """A weight (N, K) as the kernel reads it: panel by panel, word by word.
+
+    Args:
+        weight: float32 or bfloat16.
+        tile: of the kernel.
+        width: channels to fill up to with zeros; None: to a whole word.
+
+    Returns:
+        (panels, words, tile.panel, tile.channels); the last panel ends with zeros.
+    """
+    outputs, channels = weight.shape
+    missing = -channels % tile.channels if width is None else width - channels
+    padded = F.pad(weight.detach(), (0, missing, 0, -outputs % tile.panel))
+    return padded.view(-1, tile.panel, padded.shape[1] // tile.channels, tile.channels).transpose(1, 2).contiguous()
+
+
+@functools.cache
+def row_writer(tile: Tile) -> Callable[..., None]:
+    """Writes some of a row's channels where products read them: words of a tile's rows lie beside each other.
+
+    Returns:
+        Function of (row, first, words, out, at): row float32, words of it from element `first` on; out uint32 (tiles,
+        all words, tile.rows), to the element `at` and every `tile.rows`-th after it.
+    """
+    height, pairs, half = np.uintp(tile.rows), tile.pairs, np.uint32(16)
+    one, two = np.uintp(1), np.uintp(2)
+
+    @compile_kernel
+    def write(row: Any, first: Any, words: Any, out: Any, at: Any) -> None:
+        for word in range(words):
+            if pairs:
+                low, high = row[first + two * word], row[first + two * word + one]
+                out[at + word * height] = np.uint32(to_bits(low)) | (np.uint32(to_bits(high)) << half)
+            else:
+                out[at + word * height] = np.float32(row[first + word]).view(np.uint32)
+
+    return write
+
+
+@functools.cache
+def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[..., None]) -> Callable[..., None]:
+    """Multiplies all rows with some panels of a weight.
+
+    Args:
+        tile: of the kernel.
+        prefetches: vectors of the next panel that are asked for with each word of a tile: with so many tiles as there
+            are, all of them once.
+        as_bits: whether weights are bfloat16, given as uint16.
+        finish: takes the products of a tile, see below.
+
+    Returns:
+        Function of (rows, tiles, words, panels, at, first, last, sums, sums_at, out, width): rows as `row_writer`
+        leaves them; panels as `in_panels` does, the weight's first at element `at`, of which it takes [first, last);
+        sums float32, a scratch of tile.rows * tile.panel from sums_at on; finish(sums, sums_at, tile's number, panel,
+        out, width) is called for each tile.
+    """
+    multiply_tile = intrinsic(_tile_type(tile, prefetches, as_bits))
+    height, vectors, asked = np.uintp(tile.rows), np.uintp(tile.vectors), np.uintp(prefetches)
+    panel_size, zero = np.uintp(tile.panel * tile.channels), np.uintp(0)
+
+    @compile_kernel
+    def multiply(
+        rows: Any, tiles: Any, words: Any, panels: Any, at: Any, first: Any, last: Any,
+        sums: Any, sums_at: Any, out: Any, width: Any,
+    ) -> None:  # fmt: skip
+        for panel in range(first, last):
+            for index in range(zero, tiles):
+                # Each tile asks for its share of the next panel; after the third there is none left.
+                ahead = vectors + min(index * asked, vectors - asked)
+                weights = at + panel * panel_size * words
+                multiply_tile(rows, panels, sums, index * height * words, weights, sums_at, words, ahead * words)
+                finish(sums, sums_at, index, panel, out, width)
+
+    return multiply
+
+
+def _tile_type(tile: Tile, prefetches: int, as_bits: bool) -> Callable[..., tuple[Any, Callable[..., Any]]]:
+    """Of the intrinsic that writes the products of a tile, (tile.rows, tile.panel), to `sums`."""
+    word, lane = ir.IntType(32), ir.FloatType()
+    sum_type = ir.VectorType(lane, tile.lanes)
+    factor_type = ir.VectorType(word, tile.lanes) if tile.pairs else sum_type
+    stored_type = ir.VectorType(ir.IntType(16), tile.lanes) if as_bits and not tile.pairs else factor_type
+    unknown, first_lane = ir.Constant(factor_type, ir.Undefined), ir.Constant(ir.VectorType(word, tile.lanes), None)
+
+    def as_factor(builder: Any, stored: Any) -> Any:
+        if stored_type == factor_type:
+            return stored
+        wide = builder.zext(stored, ir.VectorType(word, tile.lanes))
+        return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * tile.lanes)), factor_type)
+
+    def add_product(builder: Any, total: Any, row: Any, factor: Any) -> Any:
+        if tile.pairs:
+            name, arguments = "llvm.x86.avx512bf16.dpbf16ps.512", (total, row, factor)
+        else:
+            name, arguments = f"llvm.fma.v{tile.lanes}f32", (row, factor, total)
+        function_type = ir.FunctionType(sum_type, [argument.type for argument in arguments])
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+    def tile_type(
+        _: Any, rows: Any, panels: Any, sums: Any, rows_at: Any, panels_at: Any, sums_at: Any, words: Any, ahead: Any
+    ) -> tuple[Any, Callable[..., Any]]:
+        """The `at`s: elements before the tile's; ahead: vectors from the panel's first to those that are asked for."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            size = args[3].type
+
+            def offset(pointer: Any, *terms: Any) -> Any:
+                for term in terms:
+                    pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
+                return pointer
+
+            row_data, weights, target = (
+                builder.bitcast(offset(context.make_array(kind)(context, builder, array).data, at), to.as_pointer())
+                for kind, array, at, to in zip(
+                    signature.args[:3], args[:3], args[3:6], (factor_type.element, stored_type, sum_type), strict=True
+                )
+            )
+            # They live in registers in the end.
+            totals = [
+                [cgutils.alloca_once_value(builder, ir.Constant(sum_type, None)) for _ in range(tile.vectors)]
+                for _ in range(tile.rows)
+            ]
+            with cgutils.for_range(builder, args[6], intp=size) as loop:
+                here = offset(weights, builder.mul(loop.index, size(tile.vectors)))
+                factors = [
+                    as_factor(builder, builder.load(offset(here, vector), align=2)) for vector in range(tile.vectors)
+                ]
+                asked = offset(weights, args[7], builder.mul(loop.index, size(prefetches)))
+                for vector in range(prefetches):
+                    generate_prefetch(builder, offset(asked, vector))
+                column = offset(row_data, builder.mul(loop.index, size(tile.rows)))
+                for row, totals_of_row in enumerate(totals):
+                    single = builder.insert_element(unknown, builder.load(offset(column, row)), word(0))
+                    spread = builder.shuffle_vector(single, unknown, first_lane)
+                    for factor, total in zip(factors, totals_of_row, strict=True):
+                        builder.store(add_product(builder, builder.load(total), spread, factor), total)
+            for index, total in enumerate(total for totals_of_row in totals for total in totals_of_row):
+                builder.store(builder.load(total), offset(target, index), align=4)
+            return context.get_dummy_value()
+
+        return types.void(rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), generate
+
+    return tile_type
