@@ -7,11 +7,11 @@ Order of the operations on the logits: guidance, temperature, top-k, top-p, soft
 
 What is reproducible: image `index` is drawn with its own T uniform numbers, a function of (seed, index), by inverting
 the cumulative distribution of each code. So the batch's composition, the order, the number of processes and restarts
-change no draw. The distribution itself is computed to the rounding of the precision. On a CPU, but for small models
-(`_LEAST_PRODUCTS`) and partitioned ones, it is the same bit for bit whatever the batch and the number of threads, and so is
-the image. Elsewhere matrix products round differently at another batch size, number of threads or device; with those
-three fixed, an image is the same bit for bit. In float32, changing one of them moves the cumulative distribution by
-about 1e-6, so that a draw that falls this close to a boundary between two codes comes out differently: an image in
+change no draw. The distribution itself is computed to the rounding of the precision. On a CPU it is the same bit for
+bit whatever the batch and the number of threads, and so is the image; but for small models (`_LEAST_PRODUCTS`) and
+partitioned ones. Elsewhere matrix products round differently at another batch size, number of threads or device; with
+those three fixed, an image is the same bit for bit. In float32, changing one of them moves the cumulative distribution
+by about 1e-6, so that a draw that falls this close to a boundary between two codes comes out differently: an image in
 thousands. In bfloat16 it moves it by about 1e-2, and many images differ in some codes (each is as good a draw).
 `generate` fills its last batch up, so that all batches of one call have one size.
 """
