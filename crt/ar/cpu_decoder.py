@@ -5,6 +5,7 @@ A sequence has the same bits with any number of threads and whatever else is in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -39,15 +40,13 @@ class CPUDecoder:
         half = self._largest.panel // 2
         self._hidden_panels = -(-self.config.ffn_width // half)
         blocks = cast("list[Block]", list(model.blocks))
-        self._weights = tuple(
-            _joined(weights)
-            for weights in (
-                [in_panels(block.attention.qkv.weight, self._largest) for block in blocks],
-                [in_panels(block.attention.out.weight, self._largest) for block in blocks],
-                [in_panels(_by_halves(block.ffn.gate_up.weight, half), self._largest) for block in blocks],
-                [in_panels(block.ffn.down.weight, self._largest, self._hidden_panels * half) for block in blocks],
-                [in_panels(model.head.weight, self._largest)],
-            )
+        hidden_width = self._hidden_panels * half
+        self._weights = (
+            _joined((in_panels(b.attention.qkv.weight, self._largest) for b in blocks), len(blocks)),
+            _joined((in_panels(b.attention.out.weight, self._largest) for b in blocks), len(blocks)),
+            _joined((in_panels(_by_halves(b.ffn.gate_up.weight, half), self._largest) for b in blocks), len(blocks)),
+            _joined((in_panels(b.ffn.down.weight, self._largest, hidden_width) for b in blocks), len(blocks)),
+            flat(in_panels(model.head.weight, self._largest)),
         )
         norms = [norm for block in blocks for norm in (block.attention_norm, block.ffn_norm)] + [model.norm]
         self._gains = flat(torch.cat([norm.weight.float() for norm in norms]))
@@ -139,9 +138,14 @@ class CPUDecoder:
             other.result()
 
 
-def _joined(weights: list[Tensor]) -> NDArray[np.generic]:
-    """Those of all layers in one array."""
-    return flat(torch.cat([weight.flatten() for weight in weights]))
+def _joined(weights: Iterable[Tensor], count: int) -> NDArray[Any]:
+    """Those of all layers, which are of one size, in one array; one at a time beside it."""
+    joined: NDArray[Any] = np.empty(0)
+    for index, weight in enumerate(weights):
+        if not index:
+            joined = flat(weight.new_empty(count * weight.numel()))
+        joined[index * weight.numel() : (index + 1) * weight.numel()] = flat(weight)
+    return joined
 
 
 def _by_halves(weight: Tensor, half: int) -> Tensor:

@@ -205,8 +205,8 @@ def _swiglu(gate: Any, up: Any) -> Any:
 
 
 @functools.cache
-def _storing(tile: Tile) -> Callable[..., None]:
-    """They are the result: out float32 (B, width)."""
+def _storing(tile: Tile, onto: bool) -> Callable[..., None]:
+    """They are the result, or are added `onto` what is there: out float32 (B, width)."""
     height, panel_size = np.uintp(tile.rows), np.uintp(tile.panel)
 
     @compile_kernel
@@ -214,28 +214,14 @@ def _storing(tile: Tile) -> Callable[..., None]:
         column, rows = panel * panel_size, np.uintp(out.size) // width
         columns = min(panel_size, width - column)
         for row in range(index * height, min((index + _ONE) * height, rows)):
-            source = at + (row - index * height) * panel_size
+            source, target = at + (row - index * height) * panel_size, row * width + column
             for c in range(columns):
-                out[row * width + column + c] = sums[source + c]
+                if onto:
+                    out[target + c] += sums[source + c]
+                else:
+                    out[target + c] = sums[source + c]
 
     return store
-
-
-@functools.cache
-def _adding(tile: Tile) -> Callable[..., None]:
-    """They join the residual stream: out float32 (B, width)."""
-    height, panel_size = np.uintp(tile.rows), np.uintp(tile.panel)
-
-    @compile_kernel
-    def add(sums: Any, at: Any, index: Any, panel: Any, out: Any, width: Any) -> None:
-        column, rows = panel * panel_size, np.uintp(out.size) // width
-        columns = min(panel_size, width - column)
-        for row in range(index * height, min((index + _ONE) * height, rows)):
-            source = at + (row - index * height) * panel_size
-            for c in range(columns):
-                out[row * width + column + c] += sums[source + c]
-
-    return add
 
 
 @functools.cache
@@ -276,8 +262,8 @@ def step_kernel(shape: Shape) -> Callable[..., None]:
     tile, c, heads, height = shape.tile, *(np.uintp(n) for n in (shape.width, shape.heads, shape.tile.rows))
     attend, normalize = attention_kernel(shape), norm_kernel(shape)
     stored, added, activated = (
-        product_kernel(tile, shape.prefetches, shape.as_bits, finish(tile))
-        for finish in (_storing, _adding, _activating)
+        product_kernel(tile, shape.prefetches, shape.as_bits, finish)
+        for finish in (_storing(tile, onto=False), _storing(tile, onto=True), _activating(tile))
     )
     channels, panel_size, half = (np.uintp(n) for n in (tile.channels, tile.panel, tile.panel // 2))
     words = np.uintp(shape.width // tile.channels)
