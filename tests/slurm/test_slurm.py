@@ -26,9 +26,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reaso
 
 # Stage 1 lasts long enough to be disturbed many times.
 LONG = TINY | {
-    "train_tokenizer.steps": 600,
+    "train_tokenizer.steps": 1500,  # enough for five disturbances on a fast machine
     "train_tokenizer.checkpoint_every": 10,
-    "train_tokenizer.validate_every": 600,
+    "train_tokenizer.validate_every": 1500,
 }
 TWO_NODES = {"mpi": "srun", "nodes": 2, "tasks": 2}
 
@@ -82,7 +82,7 @@ class SlurmProject(Project):
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Poll; fails with Snakemake's output."""
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 600
         while not condition():
             assert time.monotonic() < deadline, f"{what}: waited in vain:\n{self.output.read_text()[-3000:]}"
             assert self.controller is None or not self.controller.poll(), self.output.read_text()[-5000:]
