@@ -225,7 +225,7 @@ def _storing(tile: Tile, onto: bool) -> Callable[..., None]:
 
 
 @functools.cache
-def _activating(tile: Tile) -> Callable[..., None]:
+def activating(tile: Tile) -> Callable[..., None]:
     """Half of them are gates, the other half what passes: out as `row_writer` leaves it, with `width` words a row."""
     height, half, write = np.uintp(tile.rows), np.uintp(tile.panel // 2), row_writer(tile)
     words = np.uintp(tile.panel // 2 // tile.channels)
@@ -263,7 +263,7 @@ def step_kernel(shape: Shape) -> Callable[..., None]:
     attend, normalize = attention_kernel(shape), norm_kernel(shape)
     stored, added, activated = (
         product_kernel(tile, shape.prefetches, shape.as_bits, finish)
-        for finish in (_storing(tile, onto=False), _storing(tile, onto=True), _activating(tile))
+        for finish in (_storing(tile, onto=False), _storing(tile, onto=True), activating(tile))
     )
     channels, panel_size, half = (np.uintp(n) for n in (tile.channels, tile.panel, tile.panel // 2))
     words = np.uintp(shape.width // tile.channels)

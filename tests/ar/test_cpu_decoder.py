@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crt.ar.cpu_decoder import CPUDecoder
-from crt.ar.cpu_decoder_kernels import Shape, attention_kernel, norm_kernel
+from crt.ar.cpu_decoder_kernels import Shape, activating, attention_kernel, norm_kernel
 from crt.ar.cpu_product_kernels import Tile, in_panels, largest_tile, product_kernel, row_writer
 from crt.ar.decoder import Decoder
 from crt.ar.generator import DrawSettings, Generator, draw_next
@@ -146,6 +146,22 @@ def test_norm_of_some_rows(width: int, precision: torch.dtype) -> None:
     assert not found[2].any()
     expected[2] = 0
     close(found, expected, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_swiglu_of_a_tile(precision: torch.dtype) -> None:
+    """From gates so low that nothing passes to gates that pass all; the second of two tiles and panels."""
+    for tile in tiles(precision):
+        half, size = tile.panel // 2, tile.rows * tile.panel
+        gate, up = torch.linspace(-120, 120, size // 2).view(tile.rows, half), torch.randn(tile.rows, half)
+        sums = torch.cat((torch.zeros(size), torch.cat((gate, up), dim=1).flatten()))
+        words = empty_rows(tile, 2 * tile.rows, tile.panel)
+        one, width = np.uintp(1), np.uintp(tile.panel // tile.channels)
+        activating(tile)(flat(sums), np.uintp(size), one, one, words, width)
+        found = read_rows(words, tile, 2 * tile.rows, tile.panel)
+        close(found[tile.rows :, half:], F.silu(gate) * up, precision)
+        assert not found[: tile.rows].any()
+        assert not found[:, :half].any()
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
