@@ -341,7 +341,7 @@ def draw_kernel(
         thread, threads, arrived: those of the step.
         logits: float32 (B, K), or guided (2 B, K): with classes first, then without. What they are is lost.
         uniforms: float64 (B,).
-        codes: int64 (B,), is written.
+        codes: int64 (B,), is written; K where a logit is not finite.
         guided: whether there is an unconditional half.
         guidance, divisor: scale and temperature, float32.
     """
@@ -351,7 +351,7 @@ def draw_kernel(
     first, last = _share(images, np.uintp(thread), np.uintp(threads))
     for image in range(first, last):
         start, unconditional = image * size, (images + image) * size
-        highest = np.float32(-np.inf)
+        highest, nothing = np.float32(-np.inf), np.float32(0)
         for k in range(size):
             value = logits[start + k]
             if guided:
@@ -359,6 +359,10 @@ def draw_kernel(
             value /= divisor
             logits[start + k] = value
             highest = max(highest, value)
+            nothing += value * np.float32(0)  # or not a number
+        if nothing != 0:
+            codes[image] = size
+            continue
         total = np.float64(0)
         for k in range(size):
             weight = _exp(logits[start + k] - highest)

@@ -138,7 +138,8 @@ class Generator:
             (B, T) int64 codes in raster order, on the CPU.
 
         Raises:
-            UserError: a label that is not a class of the model, or a setting of another type or out of range.
+            UserError: a label that is not a class of the model, a setting of another type or out of range, or, on a
+                CPU, weights that make no numbers.
         """
         wanted = self._check_labels(labels)
         settings = DrawSettings(
@@ -193,6 +194,8 @@ class Generator:
             else:
                 draw = partial(draw_next, decoder.next_logits(previous, position), uniform, scale, settings)
                 code = draw() if isinstance(decoder, Decoder) else alone(draw)
+            if device.type == "cpu" and int(code.max()) >= self.config.codebook_size:
+                raise UserError("the model's predictions are no numbers: its training diverged: train it again")
             codes[:, position] = code
             previous = torch.cat((code, code)) if guided else code
         return codes.cpu()

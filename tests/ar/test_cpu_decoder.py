@@ -20,6 +20,7 @@ from crt.ar.generator import DrawSettings, Generator, draw_next
 from crt.ar.model import ARTransformer
 from crt.cpu import flat
 from crt.cpu_kernels import compile_kernel
+from crt.errors import UserError
 from tests.ar.conftest import CODEBOOK, small_model
 
 PRECISIONS = [torch.float32, torch.bfloat16]
@@ -284,3 +285,14 @@ def test_small_models_wait_for_no_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("crt.ar.generator._LEAST_PRODUCTS", 0)
     with pytest.raises(TypeError):
         Generator(model).generate([0, 1, 2], guidance=2.0)
+
+
+@pytest.mark.parametrize("least", [0, 2**28])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_diverged_model_is_told_as_such(monkeypatch: pytest.MonkeyPatch, least: int, value: float) -> None:
+    monkeypatch.setattr("crt.ar.generator._LEAST_PRODUCTS", least)
+    model = small_model(scale=2.0)
+    with torch.no_grad():
+        model.head.weight[3, 5] = value
+    with pytest.raises(UserError, match="diverged: train it again"):
+        Generator(model).generate([0, 1, 2, 3], guidance=2.0)
