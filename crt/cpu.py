@@ -28,6 +28,14 @@ _ELEMENTS_AT_ONCE = 2**18
 _INTEGER_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
+@functools.cache
+def processor_features() -> frozenset[str]:
+    """What this processor can do beyond its kind's least, by LLVM's names."""
+    from llvmlite import binding
+
+    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
 def is_cpu(x: Tensor) -> bool:
     """Whether these forms serve for `x`.
 

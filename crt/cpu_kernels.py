@@ -7,9 +7,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from crt.cpu import processor_features
 
 _LAST, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 
@@ -100,7 +102,7 @@ def _wait_type(_: Any, arrived: Any, threads: Any) -> tuple[Any, Callable[..., A
 
 def _pause(builder: Any) -> None:
     """Leave the core to its other thread for a moment."""
-    if binding.get_host_cpu_features().get("sse2"):
+    if "sse2" in processor_features():
         nothing = ir.FunctionType(ir.VoidType(), [])
         builder.call(cgutils.get_or_insert_function(builder.module, nothing, "llvm.x86.sse2.pause"), [])
 

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 # Two test workers on two cores: more threads each would only fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has looked already
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 ROOT = Path(__file__).resolve().parent.parent

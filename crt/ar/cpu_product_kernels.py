@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from crt.cpu import processor_features
 from crt.cpu_kernels import compile_kernel, generate_prefetch, to_bits
 
 
@@ -48,15 +49,10 @@ class Tile(NamedTuple):
 
 def largest_tile(dtype: torch.dtype) -> Tile:
     """That of this processor: of 32 registers of 64 bytes with AVX-512, else of 16 of 32 bytes."""
-    has = _features()
-    if not has.get("avx512f"):
+    features = processor_features()
+    if "avx512f" not in features:
         return Tile(rows=4, vectors=3, lanes=8, pairs=False)
-    return Tile(rows=8, vectors=3, lanes=16, pairs=dtype == torch.bfloat16 and bool(has.get("avx512bf16")))
-
-
-@functools.cache
-def _features() -> dict[str, bool]:
-    return dict(binding.get_host_cpu_features())
+    return Tile(rows=8, vectors=3, lanes=16, pairs=dtype == torch.bfloat16 and "avx512bf16" in features)
 
 
 def in_panels(weight: Tensor, tile: Tile, width: int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from crt.cpu_kernels import compile_kernel
+from crt.cpu_kernels import as_is, compile_kernel, from_bits, to_bits
 
 TILE, PATCH = 4, 6
 """Outputs and inputs of a tile along each side."""
@@ -43,6 +43,13 @@ def _outputs(a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any) -> Any:
 
 
 @compile_kernel
+def _slopes(d0: Any, d1: Any, d2: Any, d3: Any) -> Any:
+    """The slopes of six products by those of the four outputs in a line: `_outputs` transposed."""
+    even, odd, even2, odd2 = d0 + _HALF * d2, _LOW * (d1 + _HALF * d3), d0 + _TWO * d2, _HIGH * (d1 + _TWO * d3)
+    return d0, even + odd, even - odd, even2 + odd2, even2 - odd2, d3
+
+
+@compile_kernel
 def _place(tile: Any, rows: Any, columns: Any) -> Any:
     """Image, row and column of a tile."""
     row = tile // columns
@@ -50,27 +57,37 @@ def _place(tile: Any, rows: Any, columns: Any) -> Any:
 
 
 @functools.cache
-def input_kernel(channels: int) -> Callable[..., None]:
-    """Writes the factors of tiles: (images, factors, scratch, first tile, tiles, height, width), all arrays flat.
-
-    Images are (B, H, W, C), factors (36, TILES_AT_ONCE, C), the scratch holds 72 C numbers.
-    """
-    c, c2, c3, c4, c5 = (np.uintp(channels * n) for n in (1, 2, 3, 4, 5))
-    row, row2, row3, row4, row5, half = (np.uintp(PATCH * channels * n) for n in (1, 2, 3, 4, 5, 6))  # of a patch
-    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+def _column_kernel(channels: int, read: Callable[[Any], Any]) -> Callable[..., None]:
+    """Factors along the columns of a patch of the source, into the second half of the scratch."""
+    row, row2, row3, row4, row5, half = (np.uintp(PATCH * channels * n) for n in (1, 2, 3, 4, 5, 6))
 
     @compile_kernel
     def along_columns(source: Any, at: Any, stride: Any, scratch: Any) -> None:
-        """Of a patch of the source into the second half of the scratch."""
         three = stride + stride + stride
         for k in range(row):
             i, j, o = at + k, at + three + k, half + k
             t0, t1, t2, t3, t4, t5 = _factors(
-                source[i], source[i + stride], source[i + stride + stride],
-                source[j], source[j + stride], source[j + stride + stride],
+                read(source[i]), read(source[i + stride]), read(source[i + stride + stride]),
+                read(source[j]), read(source[j + stride]), read(source[j + stride + stride]),
             )  # fmt: skip
             scratch[o], scratch[o + row], scratch[o + row2] = t0, t1, t2
             scratch[o + row3], scratch[o + row4], scratch[o + row5] = t3, t4, t5
+
+    return along_columns
+
+
+@functools.cache
+def input_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
+    """Writes the factors of tiles: (images, factors, scratch, first tile, tiles, height, width), all arrays flat.
+
+    Images are (B, H, W, C), bfloat16 where `as_bits`, factors (36, TILES_AT_ONCE, C), the scratch holds 72 C numbers.
+    """
+    of_image = _column_kernel(channels, from_bits if as_bits else as_is)
+    of_scratch = _column_kernel(channels, as_is)
+    read = from_bits if as_bits else as_is
+    c, c2, c3, c4, c5 = (np.uintp(channels * n) for n in (1, 2, 3, 4, 5))
+    row, half = (np.uintp(PATCH * channels * n) for n in (1, 6))  # of a patch
+    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
 
     @compile_kernel
     def along_rows(scratch: Any, factors: Any, at: Any) -> None:
@@ -92,7 +109,7 @@ def input_kernel(channels: int) -> Callable[..., None]:
             start = image * height * stride
             top, left = r * _TILE, q * _TILE  # of the outputs; the patch starts one above and one to the left
             if r > _ZERO and q > _ZERO and r + _ONE < rows and q + _ONE < columns:
-                along_columns(images, start + (top - _ONE) * stride + (left - _ONE) * c, stride, scratch)
+                of_image(images, start + (top - _ONE) * stride + (left - _ONE) * c, stride, scratch)
             else:
                 for i in range(_PATCH):
                     for j in range(_PATCH):
@@ -100,22 +117,24 @@ def input_kernel(channels: int) -> Callable[..., None]:
                         if _ZERO < y <= height and _ZERO < x <= width:
                             s = start + (y - _ONE) * stride + (x - _ONE) * c
                             for k in range(c):
-                                scratch[o + k] = images[s + k]
+                                scratch[o + k] = read(images[s + k])
                         else:
                             for k in range(c):
                                 scratch[o + k] = np.float32(0)
-                along_columns(scratch, _ZERO, row, scratch)
+                of_scratch(scratch, _ZERO, row, scratch)
             along_rows(scratch, factors, tile * c)
 
     return scatter
 
 
 @functools.cache
-def output_kernel(channels: int) -> Callable[..., None]:
+def output_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
     """Writes the outputs of tiles: (products, biases, images, scratch, first tile, tiles, height, width), arrays flat.
 
-    Products are (36, TILES_AT_ONCE, C), biases the layer's four times over, images (B, H, W, C).
+    Products are (36, TILES_AT_ONCE, C), biases the layer's four times over; images (B, H, W, C), bfloat16 where
+    `as_bits`.
     """
+    write = to_bits if as_bits else as_is
     c, c2, c3 = (np.uintp(channels * n) for n in (1, 2, 3))
     row, row2, row3, row4, row5 = (np.uintp(TILE * channels * n) for n in (1, 2, 3, 4, 5))
     f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
@@ -139,9 +158,9 @@ def output_kernel(channels: int) -> Callable[..., None]:
                 scratch[k], scratch[row + k], scratch[row2 + k], scratch[row3 + k], scratch[row4 + k],
                 scratch[row5 + k],
             )  # fmt: skip
-            images[o], images[o + stride] = t0 + bias, t1 + bias
+            images[o], images[o + stride] = write(t0 + bias), write(t1 + bias)
             o += stride + stride
-            images[o], images[o + stride] = t2 + bias, t3 + bias
+            images[o], images[o + stride] = write(t2 + bias), write(t3 + bias)
 
     @compile_kernel
     def gather(
@@ -154,3 +173,46 @@ def output_kernel(channels: int) -> Callable[..., None]:
             along_columns(scratch, biases, images, (image * height + r * _TILE) * stride + q * _TILE * c, stride)
 
     return gather
+
+
+@functools.cache
+def slope_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
+    """Writes the slopes of tiles' products: (slopes of images, of products, scratch, first tile, tiles, height, width).
+
+    The transposed of `output_kernel`, its arrays otherwise.
+    """
+    c, c2, c3 = (np.uintp(channels * n) for n in (1, 2, 3))
+    row, row2, row3, row4, row5 = (np.uintp(TILE * channels * n) for n in (1, 2, 3, 4, 5))
+    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+    read = from_bits if as_bits else as_is
+
+    @compile_kernel
+    def along_columns(images: Any, at: Any, stride: Any, scratch: Any) -> None:
+        for k in range(row):
+            i = at + k
+            j = i + stride + stride
+            t0, t1, t2, t3, t4, t5 = _slopes(
+                read(images[i]), read(images[i + stride]), read(images[j]), read(images[j + stride])
+            )
+            scratch[k], scratch[row + k], scratch[row2 + k] = t0, t1, t2
+            scratch[row3 + k], scratch[row4 + k], scratch[row5 + k] = t3, t4, t5
+
+    @compile_kernel
+    def along_rows(scratch: Any, products: Any, at: Any) -> None:
+        for line in range(_PATCH):
+            start, end = line * row, at + line * f6
+            for k in range(c):
+                i, o = start + k, end + k
+                t0, t1, t2, t3, t4, t5 = _slopes(scratch[i], scratch[i + c], scratch[i + c2], scratch[i + c3])
+                products[o], products[o + f], products[o + f2] = t0, t1, t2
+                products[o + f3], products[o + f4], products[o + f5] = t3, t4, t5
+
+    @compile_kernel
+    def spread(images: Any, products: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any) -> None:
+        rows, columns, stride = height // _TILE, width // _TILE, width * c
+        for tile in range(count):
+            image, r, q = _place(first + tile, rows, columns)
+            along_columns(images, (image * height + r * _TILE) * stride + q * _TILE * c, stride, scratch)
+            along_rows(scratch, products, tile * c)
+
+    return spread
