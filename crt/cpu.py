@@ -233,9 +233,15 @@ def alone(work: Callable[[], Result]) -> Result:
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads that multiply matrices alone. `process`: a fork has none of its parent's threads."""
     del process
-    pool = ThreadPoolExecutor(threads, "crt", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "crt", initializer=_work_alone)
     # The setting is the thread's own and the default of threads to come: put that back once all of these are there.
     together = threading.Barrier(threads)
     list(pool.map(lambda _: together.wait(), range(threads)))
     torch.set_num_threads(threads)
     return pool
+
+
+def _work_alone() -> None:
+    # A thread's first look at the setting sets it to the default: after that the thread keeps its own.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -99,6 +100,27 @@ def test_ranges_for_threads_cover_everything_once(threads: int, size: int) -> No
     torch.set_num_threads(before)
     assert [place for first, last in sorted(ranges) for place in range(first, last)] == list(range(size))
     assert all(first % 4 == 0 for first, _ in ranges) and len(ranges) <= max(threads, 1)
+
+
+def test_torch_works_alone_in_our_threads() -> None:
+    """Oracle: the process's threads, of which torch makes some for each thread that it helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    a = torch.randn(8, 128, 128)
+    seen: list[int] = []
+
+    def work(*_: int) -> None:
+        torch.bmm(a, a).sum()  # what makes torch look at its default
+        seen.append(torch.get_num_threads())
+
+    work()
+    tasks = len(os.listdir("/proc/self/task"))
+    cpu.share_among_threads(work, 3, 1)
+    for _ in range(3):
+        cpu.alone(lambda: work())
+    assert seen == [3, *[1] * 6]
+    assert len(os.listdir("/proc/self/task")) <= tasks + 3
+    torch.set_num_threads(before)
 
 
 def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:

@@ -29,6 +29,7 @@ from crt.cpu import flat, processor_features, share_among_threads
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)
 _LEAST_PIXELS = 32 * 32  # of one image, so that what it becomes does not depend on those beside it
+_ROWS_AT_ONCE = 2048
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
 
 
@@ -114,7 +115,9 @@ class _ByTiles(torch.autograd.Function):
         if of_weight:
             weight_gradient = weight_gradient_by_tiles(x, gradient)
         if of_bias:
-            bias_gradient = gradient.sum((0, 2, 3), dtype=weight.dtype)
+            # Piece by piece: torch makes a copy of all of it in float32 first.
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(_ROWS_AT_ONCE)
+            bias_gradient = torch.stack([some.float().sum(0) for some in rows]).sum(0)
         return x_gradient, weight_gradient, bias_gradient
 
 

@@ -18,7 +18,7 @@ from crt.cpu_kernels import as_is, compile_kernel, from_bits, to_bits
 
 TILE, PATCH = 4, 6
 """Outputs and inputs of a tile along each side."""
-TILES_AT_ONCE = 128
+TILES_AT_ONCE = 64
 """Tiles in one array of factors: with its products it stays in a core's second-level cache, or nearly."""
 
 _ZERO, _ONE, _TILE, _PATCH = np.uintp(0), np.uintp(1), np.uintp(TILE), np.uintp(PATCH)
