@@ -117,7 +117,7 @@ def test_torch_works_alone_in_our_threads() -> None:
     tasks = len(os.listdir("/proc/self/task"))
     cpu.share_among_threads(work, 3, 1)
     for _ in range(3):
-        cpu.alone(lambda: work())
+        cpu.alone(work)
     assert seen == [3, *[1] * 6]
     assert len(os.listdir("/proc/self/task")) <= tasks + 3
     torch.set_num_threads(before)
