@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,27 +149,19 @@ def convolve_by_tiles(x: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, O, H, W) in the type of x, channels last.
     """
-    from crt.tokenizer.winograd_kernels import TILES_AT_ONCE, input_kernel, output_kernel
+    from crt.tokenizer.winograd_kernels import output_kernel
 
-    batch, channels, height, width = x.shape
-    outputs, as_bits = factors.shape[2], x.dtype == torch.bfloat16
+    batch, _, height, width = x.shape
+    outputs = factors.shape[2]
     y = torch.empty((batch, outputs, height, width), dtype=x.dtype, memory_format=torch.channels_last)
-    source, target, biases = _flat_pixels(x), _flat_pixels(y), flat(bias.repeat(4))
-    size = np.uintp(height), np.uintp(width)
-    scatter, gather = input_kernel(channels, as_bits), output_kernel(outputs, as_bits)
+    target, biases = _flat_pixels(y), flat(bias.repeat(4))
+    gather = output_kernel(outputs, x.dtype == torch.bfloat16)
 
-    def work(first: int, last: int) -> None:
-        inputs = torch.empty((36, TILES_AT_ONCE, channels))
-        products = torch.empty((36, TILES_AT_ONCE, outputs))
-        scratch = np.empty(72 * max(channels, outputs), np.float32)
-        for start in range(first, last, TILES_AT_ONCE):
-            count = min(TILES_AT_ONCE, last - start)
-            place = np.uintp(start), np.uintp(count), *size
-            scatter(source, flat(inputs), scratch, *place)
-            torch.bmm(inputs[:, :count], factors, out=products[:, :count])
-            gather(flat(products), biases, target, scratch, *place)
+    def work(block: _Block) -> None:
+        torch.bmm(block.inputs, factors, out=block.products)
+        gather(flat(block.all_products), biases, target, block.scratch, *block.place)
 
-    share_among_threads(work, batch * (height // 4) * (width // 4), TILES_AT_ONCE)
+    _for_each_block(x, outputs, work)
     return y
 
 
@@ -180,33 +173,60 @@ def weight_gradient_by_tiles(x: Tensor, gradient: Tensor) -> Tensor:
         gradient: (B, O, H, W) of the result, in the type of x, channels last.
 
     Returns:
-        (O, C, 3, 3) float32.
+        (O, C, 3, 3) float32. Each thread adds up its tiles, so that the bits depend on the number of threads.
     """
-    from crt.tokenizer.winograd_kernels import TILES_AT_ONCE, input_kernel, slope_kernel
+    from crt.tokenizer.winograd_kernels import slope_kernel
+
+    channels, outputs = x.shape[1], gradient.shape[1]
+    slopes, spread = _flat_pixels(gradient), slope_kernel(outputs, x.dtype == torch.bfloat16)
+    sums: dict[int, Tensor] = {}
+
+    def work(block: _Block) -> None:
+        spread(slopes, flat(block.all_products), block.scratch, *block.place)
+        if block.share not in sums:
+            sums[block.share] = torch.zeros((36, channels, outputs))
+        sums[block.share].baddbmm_(block.inputs.transpose(1, 2), block.products)
+
+    _for_each_block(x, outputs, work)
+    wide = functools.reduce(Tensor.add_, (sums[share] for share in sorted(sums)), torch.zeros((36, channels, outputs)))
+    lines = _weight_transform().T.float() @ wide.flatten(1)
+    return lines.view(3, 3, channels, outputs).permute(3, 2, 0, 1)
+
+
+class _Block(NamedTuple):
+    """Some tiles: the factors of their inputs, and room for their products."""
+
+    share: int
+    """First tile of those that the same thread works on."""
+    place: tuple[np.uintp, ...]
+    """First tile, number of tiles, height, width, as the kernels take them."""
+    inputs: Tensor
+    """(36, tiles, C), float32."""
+    products: Tensor
+    """(36, tiles, O), float32."""
+    all_products: Tensor
+    """The array that they lie in, which has room for more tiles."""
+    scratch: NDArray[np.float32]
+
+
+def _for_each_block(x: Tensor, outputs: int, work: Callable[[_Block], None]) -> None:
+    """Call work for all tiles of images (B, C, H, W), some at once, in torch's number of threads."""
+    from crt.tokenizer.winograd_kernels import TILES_AT_ONCE, input_kernel
 
     batch, channels, height, width = x.shape
-    outputs, as_bits = gradient.shape[1], x.dtype == torch.bfloat16
-    source, slopes = _flat_pixels(x), _flat_pixels(gradient)
-    size = np.uintp(height), np.uintp(width)
-    scatter, spread = input_kernel(channels, as_bits), slope_kernel(outputs, as_bits)
-    sums: dict[int, Tensor] = {}  # of each thread, by its first tile
+    source, scatter = _flat_pixels(x), input_kernel(channels, x.dtype == torch.bfloat16)
 
-    def work(first: int, last: int) -> None:
+    def work_on(first: int, last: int) -> None:
         inputs = torch.empty((36, TILES_AT_ONCE, channels))
         products = torch.empty((36, TILES_AT_ONCE, outputs))
         scratch = np.empty(72 * max(channels, outputs), np.float32)
-        total = sums[first] = torch.zeros((36, channels, outputs))
         for start in range(first, last, TILES_AT_ONCE):
             count = min(TILES_AT_ONCE, last - start)
-            place = np.uintp(start), np.uintp(count), *size
+            place = tuple(map(np.uintp, (start, count, height, width)))
             scatter(source, flat(inputs), scratch, *place)
-            spread(slopes, flat(products), scratch, *place)
-            total.baddbmm_(inputs[:, :count].transpose(1, 2), products[:, :count])
+            work(_Block(first, place, inputs[:, :count], products[:, :count], products, scratch))
 
-    share_among_threads(work, batch * (height // 4) * (width // 4), TILES_AT_ONCE)
-    total = functools.reduce(Tensor.add_, (sums[first] for first in sorted(sums)))
-    lines = _weight_transform().T.float() @ total.flatten(1)
-    return lines.view(3, 3, channels, outputs).permute(3, 2, 0, 1)
+    share_among_threads(work_on, batch * (height // 4) * (width // 4), TILES_AT_ONCE)
 
 
 def _flat_pixels(images: Tensor) -> NDArray[Any]:
