@@ -30,7 +30,7 @@ from crt.cpu import flat, processor_features, share_among_threads
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)
 _LEAST_PIXELS = 32 * 32  # of one image, so that what it becomes does not depend on those beside it
-_ROWS_AT_ONCE = 2048
+_PIXELS_AT_ONCE = 2048  # so that a sum's copy in float32 stays in the cache
 _POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2))
 
 
@@ -117,7 +117,7 @@ class _ByTiles(torch.autograd.Function):
             weight_gradient = weight_gradient_by_tiles(x, gradient)
         if of_bias:
             # Piece by piece: torch makes a copy of all of it in float32 first.
-            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(_ROWS_AT_ONCE)
+            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2).split(_PIXELS_AT_ONCE)
             bias_gradient = torch.stack([some.float().sum(0) for some in rows]).sum(0)
         return x_gradient, weight_gradient, bias_gradient
 
@@ -179,7 +179,7 @@ def weight_gradient_by_tiles(x: Tensor, gradient: Tensor) -> Tensor:
 
     channels, outputs = x.shape[1], gradient.shape[1]
     slopes, spread = _flat_pixels(gradient), slope_kernel(outputs, x.dtype == torch.bfloat16)
-    sums: dict[int, Tensor] = {}
+    sums = {0: torch.zeros((36, channels, outputs))}  # by the first tile of a thread
 
     def work(block: _Block) -> None:
         spread(slopes, flat(block.all_products), block.scratch, *block.place)
@@ -188,7 +188,7 @@ def weight_gradient_by_tiles(x: Tensor, gradient: Tensor) -> Tensor:
         sums[block.share].baddbmm_(block.inputs.transpose(1, 2), block.products)
 
     _for_each_block(x, outputs, work)
-    wide = functools.reduce(Tensor.add_, (sums[share] for share in sorted(sums)), torch.zeros((36, channels, outputs)))
+    wide = functools.reduce(Tensor.add_, (sums[share] for share in sorted(sums)))
     lines = _weight_transform().T.float() @ wide.flatten(1)
     return lines.view(3, 3, channels, outputs).permute(3, 2, 0, 1)
 

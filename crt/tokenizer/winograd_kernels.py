@@ -50,6 +50,15 @@ def _slopes(d0: Any, d1: Any, d2: Any, d3: Any) -> Any:
 
 
 @compile_kernel
+def _put_six(array: Any, at: Any, distance: Any, values: Any) -> None:
+    """Write six values to the element `at` and those that follow at a distance."""
+    two = distance + distance
+    array[at], array[at + distance] = values[0], values[1]
+    array[at + two], array[at + two + distance] = values[2], values[3]
+    array[at + two + two], array[at + two + two + distance] = values[4], values[5]
+
+
+@compile_kernel
 def _place(tile: Any, rows: Any, columns: Any) -> Any:
     """Image, row and column of a tile."""
     row = tile // columns
@@ -59,19 +68,18 @@ def _place(tile: Any, rows: Any, columns: Any) -> Any:
 @functools.cache
 def _column_kernel(channels: int, read: Callable[[Any], Any]) -> Callable[..., None]:
     """Factors along the columns of a patch of the source, into the second half of the scratch."""
-    row, row2, row3, row4, row5, half = (np.uintp(PATCH * channels * n) for n in (1, 2, 3, 4, 5, 6))
+    row, half = (np.uintp(PATCH * channels * n) for n in (1, 6))
 
     @compile_kernel
     def along_columns(source: Any, at: Any, stride: Any, scratch: Any) -> None:
         three = stride + stride + stride
         for k in range(row):
-            i, j, o = at + k, at + three + k, half + k
-            t0, t1, t2, t3, t4, t5 = _factors(
+            i, j = at + k, at + three + k
+            factors = _factors(
                 read(source[i]), read(source[i + stride]), read(source[i + stride + stride]),
                 read(source[j]), read(source[j + stride]), read(source[j + stride + stride]),
             )  # fmt: skip
-            scratch[o], scratch[o + row], scratch[o + row2] = t0, t1, t2
-            scratch[o + row3], scratch[o + row4], scratch[o + row5] = t3, t4, t5
+            _put_six(scratch, half + k, row, factors)
 
     return along_columns
 
@@ -82,24 +90,22 @@ def input_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
 
     Images are (B, H, W, C), bfloat16 where `as_bits`, factors (36, TILES_AT_ONCE, C), the scratch holds 72 C numbers.
     """
-    of_image = _column_kernel(channels, from_bits if as_bits else as_is)
-    of_scratch = _column_kernel(channels, as_is)
     read = from_bits if as_bits else as_is
+    of_image, of_scratch = _column_kernel(channels, read), _column_kernel(channels, as_is)
     c, c2, c3, c4, c5 = (np.uintp(channels * n) for n in (1, 2, 3, 4, 5))
     row, half = (np.uintp(PATCH * channels * n) for n in (1, 6))  # of a patch
-    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+    f, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 6))
 
     @compile_kernel
     def along_rows(scratch: Any, factors: Any, at: Any) -> None:
         for line in range(_PATCH):
             start, end = half + line * row, at + line * f6
             for k in range(c):
-                i, o = start + k, end + k
-                t0, t1, t2, t3, t4, t5 = _factors(
+                i = start + k
+                of_line = _factors(
                     scratch[i], scratch[i + c], scratch[i + c2], scratch[i + c3], scratch[i + c4], scratch[i + c5]
                 )
-                factors[o], factors[o + f], factors[o + f2] = t0, t1, t2
-                factors[o + f3], factors[o + f4], factors[o + f5] = t3, t4, t5
+                _put_six(factors, end + k, f, of_line)
 
     @compile_kernel
     def scatter(images: Any, factors: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any) -> None:
@@ -182,8 +188,7 @@ def slope_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
     The transposed of `output_kernel`, its arrays otherwise.
     """
     c, c2, c3 = (np.uintp(channels * n) for n in (1, 2, 3))
-    row, row2, row3, row4, row5 = (np.uintp(TILE * channels * n) for n in (1, 2, 3, 4, 5))
-    f, f2, f3, f4, f5, f6 = (np.uintp(TILES_AT_ONCE * channels * n) for n in (1, 2, 3, 4, 5, 6))
+    row, f, f6 = np.uintp(TILE * channels), np.uintp(TILES_AT_ONCE * channels), np.uintp(6 * TILES_AT_ONCE * channels)
     read = from_bits if as_bits else as_is
 
     @compile_kernel
@@ -191,21 +196,16 @@ def slope_kernel(channels: int, as_bits: bool) -> Callable[..., None]:
         for k in range(row):
             i = at + k
             j = i + stride + stride
-            t0, t1, t2, t3, t4, t5 = _slopes(
-                read(images[i]), read(images[i + stride]), read(images[j]), read(images[j + stride])
-            )
-            scratch[k], scratch[row + k], scratch[row2 + k] = t0, t1, t2
-            scratch[row3 + k], scratch[row4 + k], scratch[row5 + k] = t3, t4, t5
+            slopes = _slopes(read(images[i]), read(images[i + stride]), read(images[j]), read(images[j + stride]))
+            _put_six(scratch, k, row, slopes)
 
     @compile_kernel
     def along_rows(scratch: Any, products: Any, at: Any) -> None:
         for line in range(_PATCH):
             start, end = line * row, at + line * f6
             for k in range(c):
-                i, o = start + k, end + k
-                t0, t1, t2, t3, t4, t5 = _slopes(scratch[i], scratch[i + c], scratch[i + c2], scratch[i + c3])
-                products[o], products[o + f], products[o + f2] = t0, t1, t2
-                products[o + f3], products[o + f4], products[o + f5] = t3, t4, t5
+                i = start + k
+                _put_six(products, end + k, f, _slopes(scratch[i], scratch[i + c], scratch[i + c2], scratch[i + c3]))
 
     @compile_kernel
     def spread(images: Any, products: Any, scratch: Any, first: Any, count: Any, height: Any, width: Any) -> None:

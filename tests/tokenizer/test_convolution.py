@@ -30,6 +30,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_matrix_units(monkeypatch):
+    """A processor where tiles are the faster way in bf16 too."""
+    monkeypatch.setattr(convolution, "processor_features", lambda: frozenset({"avx2"}))
+
+
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=CHANNELS_LAST)
 
@@ -154,21 +160,24 @@ def test_the_gradient_of_the_weights_adds_up_all_tiles(threads, batch, channels,
         assert torch.equal(mine, weight_gradient_by_tiles(x, slopes))
 
 
+@pytest.mark.usefixtures("no_matrix_units")
+@pytest.mark.parametrize(("precision", "rounding"), [("float32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_gradient_penalty_has_all_its_parts(frozen):
+def test_a_gradient_penalty_has_all_its_parts(frozen, precision, rounding):
     """Oracle: torch's own convolution. The slopes of a sum are constants: nothing of them needs gradients."""
     layer, x = Convolution(64, 64).requires_grad_(not frozen), images(1, 64, 32, 32).requires_grad_()
     wanted = (x,) if frozen else (x, layer.weight)
 
     def penalty(convolve):
         with torch.enable_grad():
-            y = convolve(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                y = convolve(x)
             (slope,) = torch.autograd.grad((y * y.detach().sin() + y.square()).sum(), x, create_graph=True)
             return slope, *torch.autograd.grad(slope.square().sum(), wanted)
 
     ours = penalty(layer)
     for mine, theirs in zip(ours, penalty(lambda x: plain(layer, x)), strict=True):
-        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+        assert mine.dtype == theirs.dtype and (mine - theirs).norm() < rounding * theirs.norm()
 
 
 def test_training_uses_tiles_too():
@@ -181,12 +190,6 @@ def test_training_uses_tiles_too():
         with torch.no_grad():
             layer.weight -= 0.01 * layer.weight.grad
     torch.testing.assert_close(layer(x), plain(layer, x), rtol=1e-4, atol=1e-3)
-
-
-@pytest.fixture
-def no_matrix_units(monkeypatch):
-    """A processor where tiles are the faster way in bf16 too."""
-    monkeypatch.setattr(convolution, "processor_features", lambda: frozenset({"avx2"}))
 
 
 @pytest.mark.usefixtures("no_matrix_units")
