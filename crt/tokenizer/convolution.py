@@ -65,13 +65,13 @@ class Convolution(nn.Conv2d):
         return factors[1]
 
     def _by_tiles(self, x: Tensor, autocast: bool) -> bool:
-        if x.device.type != "cpu" or self.weight.dtype != torch.float32:
+        if torch.compiler.is_compiling():  # first: what follows would break the compiler's graph
             return False
-        if not (_serves_autocast(x) if autocast else x.dtype == torch.float32):
-            return False
-        if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        if x.device.type != "cpu" or self.weight.dtype != torch.float32 or isinstance(x, FakeTensor):
             return False
         if torch.jit.is_tracing() or is_in_torch_dispatch_mode():  # recorders see nothing of what Numba's kernels do
+            return False
+        if not (_serves_autocast(x) if autocast else x.dtype == torch.float32):
             return False
         height, width = x.shape[2:]
         return (

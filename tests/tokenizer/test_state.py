@@ -57,6 +57,28 @@ def test_each_network_has_its_own_learning_rate_under_one_schedule(state):
     assert rates == {"tokenizer": {2.5e-4}, "regularizer": {3.5e-4}, "discriminator": {1.5e-4}}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_network_compiles_in_one_piece(params, autocast):
+    """A break in the graph would be an error, of its own or of another's tracing."""
+    settings = params.train_tokenizer.model_copy(update={"channels_last": True})
+    state = TrainingState(settings, 1.0, 0, CPU)
+    images = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    latents = state.model.latents(images).detach()
+    quantized = state.model.quantizer(latents)
+    calls = {
+        state.model.encoder: (images,),
+        state.model.decoder: (state.model.from_latent(quantized.values).detach(),),
+        state.discriminator: (images,),
+        state.regularizer: (
+            latents.flatten(2).transpose(1, 2), quantized.codes.flatten(1), state.model.quantizer.vectors().detach()
+        ),
+    }  # fmt: skip
+    for network, inputs in calls.items():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            compiled = torch.compile(network, backend="eager", fullgraph=True)(*inputs)
+            torch.testing.assert_close(compiled, network(*inputs), rtol=0.02, atol=0.02)
+
+
 def test_the_state_before_the_last_stays_and_a_damaged_one_does_not_take_its_place(params, state, tmp_path):
     path = tmp_path / "checkpoint.pt"
 
