@@ -80,7 +80,7 @@ def collapse_warning(use: CodebookUse) -> str:
         return ""
     return (
         f"codebook_usage: {use.codes_used} of {len(use.counts)} codes are in use: the codebook has collapsed: "
-        "lower lambda, or set train_tokenizer.quantizer.revive_after_steps"
+        "lower lambda, or replace unused codes (sooner), see train_tokenizer.quantizer.revive_after_steps"
     )
 
 
