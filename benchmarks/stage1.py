@@ -1,15 +1,16 @@
 """Stage 1 against LlamaGen: a training step, encoding and decoding at VQ-16 and 256 px, and the regularizer's FLOPs.
 
     python benchmarks/stage1.py --llamagen CLONE [--images FOLDER] [--batch 2] [--turns 5] [--precision bf16 float32]
+        [--peer-keeps-memory]
 
 Both sides have the same weights' shapes, batch, precision and losses: L2, codebook, commitment and PatchGAN from the
 first step, no LPIPS. Ours is the real stage with its data loading and logging, started on the ImageNet preset with
-lambda 0; LlamaGen's step is run inside its progress report, so the two alternate in one process. Ratios are medians
-over the turns: ours is so many times faster. With `--images` (any folder with pictures below it), weights imported from
-LlamaGen's format are held against its own code on them, in float32: codes that differ, and the largest difference of
-a decoded pixel. `--preset` measures ours alone as the preset has it, with regularizer and LPIPS (random weights serve
-for speed). The last line of the output is one JSON object; on a GPU it also tells images/s, peak memory, share of the
-bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
+lambda 0; LlamaGen's step is run inside its progress report, in a process of its own (`peer.py`): as it is run. Ratios
+are medians over the turns: ours is so many times faster. With `--images` (any folder with pictures below it), weights
+imported from LlamaGen's format are held against its own code on them, in float32: codes that differ, and the largest
+difference of a decoded pixel. `--preset` measures ours alone as the preset has it, with regularizer and LPIPS (random
+weights serve for speed). The last line of the output is one JSON object; on a GPU it also tells images/s, peak memory,
+share of the bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peer import Peer, run_as_our_stages, timed
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=["bf16", "float32"])
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks for training")
+    parser.add_argument("--peer-keeps-memory", action="store_true", help="LlamaGen keeps freed memory, as ours")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, for the share of it that is used")
     args = parser.parse_args()
     if args.preset == (args.llamagen is not None):
@@ -69,7 +72,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "batch": args.batch, "turns": args.turns, "compile": args.compile,
-        "flops_overhead": flops_overhead(),
+        "peer_keeps_memory": args.peer_keeps_memory, "flops_overhead": flops_overhead(),
     }  # fmt: skip
     if args.images:
         with tempfile.TemporaryDirectory() as name:
@@ -140,7 +143,6 @@ def measure_training(
 ) -> dict[str, float | list[float]]:
     """Seconds per step of both sides, in turns."""
     params_file = write_inputs(folder, args, precision)
-    theirs = (lambda: None) if args.preset else llamagen_step(args, precision, device)
     ours_seconds: list[float] = []
     their_seconds: list[float] = []
 
@@ -150,11 +152,8 @@ def measure_training(
         def update(self, done: int, **figures: float) -> None:
             synchronize(device)
             ours_seconds.append(time.perf_counter() - self.resumed)
-            started = time.perf_counter()
-            theirs()
-            synchronize(device)
+            their_seconds.append(0.0 if peer is None else peer.seconds("step"))
             self.resumed = time.perf_counter()
-            their_seconds.append(self.resumed - started)
             if done == WARMUP:
                 await_turn()
                 self.resumed = time.perf_counter()
@@ -163,7 +162,11 @@ def measure_training(
         resumed = time.perf_counter()
 
     stage = ["train_tokenizer", "--params", str(params_file), "--data", str(folder / "data")]
-    with replaced(train_tokenizer, "Progress", Turns):
+    with ExitStack() as stack:
+        peer = None
+        if not args.preset:
+            peer = stack.enter_context(Peer(llamagen_step, args, precision, device, keep_memory=args.peer_keeps_memory))
+        stack.enter_context(replaced(train_tokenizer, "Progress", Turns))
         if crt_main([*stage, "--out", str(folder / "tokenizer")]):
             raise SystemExit("train_tokenizer failed")
     ours_seconds, their_seconds = ours_seconds[WARMUP:], their_seconds[WARMUP:]
@@ -179,7 +182,6 @@ def measure_training(
             "train_seconds_llamagen": their_seconds,
         }
     if device.type == "cuda":
-        # Of both sides' networks together.
         figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if args.peak_tflops:
         flops = tokenizer_flops_per_image(load_params(params_file).train_tokenizer, with_regularizer=args.preset)
@@ -221,7 +223,7 @@ def write_inputs(folder: Path, args: argparse.Namespace, precision: str) -> Path
     return folder / "params.yaml"
 
 
-def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device) -> Callable[[], None]:
+def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device) -> dict[str, Callable[[], None]]:
     """LlamaGen's own networks and loss in the order of its training script, without LPIPS."""
     from tokenizer.tokenizer_image import vq_loss
     from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -239,7 +241,7 @@ def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device
     betas = (0.9, 0.95)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=betas)
     optimizer_disc = torch.optim.Adam(criterion.discriminator.parameters(), lr=1e-4, betas=betas)
-    images = torch.rand(args.batch, 3, SIZE, SIZE, device=device) * 2 - 1
+    images = random_images(args.batch, device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -259,7 +261,7 @@ def llamagen_step(args: argparse.Namespace, precision: str, device: torch.device
         loss.item()
         loss_disc.item()
 
-    return step
+    return {"step": step}
 
 
 @torch.no_grad()
@@ -267,34 +269,58 @@ def measure_inference(
     folder: Path, args: argparse.Namespace, precision: str, device: torch.device
 ) -> dict[str, float | list[float]]:
     """Seconds per batch of encoding and decoding with the same weights, in turns."""
+    import_llamagen_tokenizer({"model": random_llamagen().state_dict()}, folder / "imported")
+    ours = Tokenizer.load(folder / "imported", device)
+    images = random_images(args.batch, device)
+    codes = ours.encode(images)
+    sides: dict[str, Callable[[], object]] = {
+        "encode": lambda: ours.encode(images), "decode": lambda: ours.decode(codes)
+    }  # fmt: skip
+    figures: dict[str, float | list[float]] = {}
+    keep = args.peer_keeps_memory
+    with Peer(llamagen_inference, args.batch, precision, device, codes.cpu(), ours.grid, keep_memory=keep) as peer:
+        for name, work in sides.items():
+            seconds: tuple[list[float], list[float]] = ([], [])
+            for _ in range(WARMUP + args.turns):
+                with autocast(device, precision):
+                    seconds[0].append(timed(work))
+                seconds[1].append(peer.seconds(name))
+            mine_seconds, other_seconds = (times[WARMUP:] for times in seconds)
+            figures[f"{name}_ratio"] = statistics.median(other_seconds) / statistics.median(mine_seconds)
+            figures[f"{name}_seconds"], figures[f"{name}_seconds_llamagen"] = mine_seconds, other_seconds
+    return figures
+
+
+def random_llamagen() -> Any:
+    """LlamaGen's VQ-16, always with the same weights."""
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
     torch.manual_seed(0)
-    theirs = VQ_models["VQ-16"]().eval()
-    import_llamagen_tokenizer({"model": theirs.state_dict()}, folder / "imported")
-    ours = Tokenizer.load(folder / "imported", device)
-    theirs.to(device)
-    images = torch.rand(args.batch, 3, SIZE, SIZE, device=device) * 2 - 1
-    codes = ours.encode(images)
-    shape = (args.batch, 8, *ours.grid)
-    sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "encode": (lambda: ours.encode(images), lambda: theirs.encode(images)),
-        "decode": (lambda: ours.decode(codes), lambda: theirs.decode_code(codes, shape)),
-    }
-    figures: dict[str, float | list[float]] = {}
-    for name, (mine, other) in sides.items():
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(WARMUP + args.turns):
-            for work, times in zip((mine, other), seconds, strict=True):
-                started = time.perf_counter()
-                with autocast(device, precision):
-                    work()
-                synchronize(device)
-                times.append(time.perf_counter() - started)
-        mine_seconds, other_seconds = (times[WARMUP:] for times in seconds)
-        figures[f"{name}_ratio"] = statistics.median(other_seconds) / statistics.median(mine_seconds)
-        figures[f"{name}_seconds"], figures[f"{name}_seconds_llamagen"] = mine_seconds, other_seconds
-    return figures
+    return VQ_models["VQ-16"]().eval()
+
+
+def llamagen_inference(
+    batch: int, precision: str, device: torch.device, codes: Tensor, grid: tuple[int, int]
+) -> dict[str, Callable[[], None]]:
+    """Their encoding and decoding; codes (B, N)."""
+    model, images = random_llamagen().to(device), random_images(batch, device)
+    codes, shape = codes.to(device), (batch, 8, *grid)
+
+    @torch.no_grad()
+    def encode() -> None:
+        with autocast(device, precision):
+            model.encode(images)
+
+    @torch.no_grad()
+    def decode() -> None:
+        with autocast(device, precision):
+            model.decode_code(codes, shape)
+
+    return {"encode": encode, "decode": decode}
+
+
+def random_images(count: int, device: torch.device) -> Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, device=device) * 2 - 1
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -317,4 +343,5 @@ def replaced(module: Any, name: str, value: object) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    run_as_our_stages()
     main()

@@ -1,12 +1,14 @@
 """Stage 2 against LlamaGen: a training step at 256 tokens in the same batch and precision, and equality of logits.
 
     python benchmarks/stage2.py --llamagen CHECKOUT [--model B] [--batch 2] [--turns 5] [--precision bf16 float32]
+        [--peer-keeps-memory]
 
 Ours is the stage's own engine (DeepSpeed, ZeRO 1, clipping, fused AdamW) on the ImageNet preset's params; LlamaGen's
-step is that of its training script (autocast, clipping, fused AdamW). The two alternate in one process. A ratio is a
-median over turns, of neighbouring steps: ours is so many times faster. On a GPU give a large model and batch, as
-`--model XL --batch 32 --compile`: tokens/s, peak memory, and MFU against the matrix rate that is measured there are
-printed as well; `--side` leaves the other model out of the memory. The last line of the output is one JSON object.
+step is that of its training script (autocast, clipping, fused AdamW). The two take turns, each in a process of its own
+(`peer.py`): as they are run. A ratio is a median over turns, of neighbouring steps: ours is so many times faster. On a
+GPU give a large model and batch, as `--model XL --batch 32 --compile`: tokens/s, peak memory, and MFU against the
+matrix rate that is measured there are printed as well; `--side` leaves the other model out of the memory. The last line
+of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer import Peer, run_as_our_stages, timed
 from torch import Tensor
 from turn import await_turn
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, on our side")
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks")
+    parser.add_argument("--peer-keeps-memory", action="store_true", help="LlamaGen keeps freed memory, as ours")
     args = parser.parse_args()
     if args.llamagen is None and args.side != "ours":
         parser.error("give --llamagen CHECKOUT, or --side ours")
@@ -67,7 +71,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
             "threads": torch.get_num_threads(), "torch": torch.__version__, "model": args.model, "batch": args.batch,
             "turns": args.turns, "side": args.side, "zero_stage": args.zero_stage, "recompute": args.recompute,
-            "compile": args.compile,
+            "compile": args.compile, "peer_keeps_memory": args.peer_keeps_memory,
         }  # fmt: skip
         if args.side == "both":
             figures["largest_logit_difference"] = logit_difference(device)
@@ -117,27 +121,24 @@ def measure(args: argparse.Namespace, precision: str, world: Any) -> dict[str, A
     }  # fmt: skip
     stage2: TrainAR = params.train_ar.model_copy(update=changes)
     config = ar_config(params.model_copy(update={"train_ar": stage2}), CLASSES)
+    repeats = steps_at_once(world.device)
     seconds: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        sides: dict[str, Callable[[], None]] = {}
+        sides: dict[str, Callable[[], float]] = {}
         if args.side != "llamagen":
             engine = stack.enter_context(deepspeed_engine(stage2, config, 0, world))
             engine.train()
-            sides["ours"] = our_step(engine, stage2, args.batch)
+            sides["ours"] = partial(timed, repeated(our_step(engine, stage2, args.batch), repeats))
         if args.side != "ours":
-            sides["llamagen"] = llamagen_step(args, config, stage2, precision, world.device)
-        repeats = GPU_STEPS if world.device.type == "cuda" else 1
+            prepared = llamagen_steps, args, config, stage2, world.device
+            peer = stack.enter_context(Peer(*prepared, keep_memory=args.peer_keeps_memory))
+            sides["llamagen"] = partial(peer.seconds, "steps")
         for turn in range(WARMUP + args.turns):
             if turn == WARMUP:
                 await_turn()
                 rate = matmul_rate(world.device, precision, seconds=1.0)
-            for name, step in sides.items():
-                synchronize(world.device)
-                started = time.perf_counter()
-                for _ in range(repeats):
-                    step()
-                synchronize(world.device)
-                seconds.setdefault(name, []).append((time.perf_counter() - started) / repeats)
+            for name, steps in sides.items():
+                seconds.setdefault(name, []).append(steps() / repeats)
             print(
                 f"{precision} {turn}: " + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in seconds.items()), file=sys.stderr
             )
@@ -148,9 +149,11 @@ def measure(args: argparse.Namespace, precision: str, world: Any) -> dict[str, A
         ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["llamagen"], strict=True)][WARMUP:]
         figures |= {"train_ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
     if world.device.type == "cuda":
-        # Of both sides together, unless --side names one.
-        figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        if "ours" in sides:
+            figures["ours"]["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        if "llamagen" in sides:
+            figures["llamagen"]["peak_memory_bytes"] = peer.peak_memory_bytes
     return figures
 
 
@@ -179,10 +182,22 @@ def our_step(engine: Any, params: TrainAR, batch: int) -> Callable[[], None]:
     return step
 
 
-def llamagen_step(
-    args: argparse.Namespace, config: ARConfig, params: TrainAR, precision: str, device: torch.device
-) -> Callable[[], None]:
-    """LlamaGen's model and the order of its training script."""
+def steps_at_once(device: torch.device) -> int:
+    return GPU_STEPS if device.type == "cuda" else 1
+
+
+def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def llamagen_steps(
+    args: argparse.Namespace, config: ARConfig, params: TrainAR, device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """Some steps of LlamaGen's model, in the order of its training script."""
     from autoregressive.models.gpt import GPT_models
 
     model = GPT_models[f"GPT-{args.model}"](
@@ -205,7 +220,7 @@ def llamagen_step(
     codes, labels = random_batch(args.batch, device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bf16"):
             _, loss = network(cond_idx=labels, idx=codes[:, :-1], targets=codes)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), params.optimizer.clip_norm)
@@ -213,7 +228,7 @@ def llamagen_step(
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # as its script does after each step
 
-    return step
+    return {"steps": repeated(step, steps_at_once(device))}
 
 
 def random_batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -222,10 +237,6 @@ def random_batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return codes.to(device), torch.randint(CLASSES, (size,), generator=generator).to(device)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 if __name__ == "__main__":
+    run_as_our_stages()
     main()

@@ -1,0 +1,108 @@
+"""A peer's code in a process of its own: each side runs as its own programs do.
+
+In one process the settings of our stages would serve the peer as well: memory that is kept once it is freed, threads
+that sleep while they wait for each other. Both sides still take turns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from crt.launch import keep_freed_memory, wait_passively
+
+_WAIT_POLICY = "OMP_WAIT_POLICY"
+
+
+def run_as_our_stages() -> None:
+    """Begin this program anew if its threads do not wait as those of our stages; torch reads that when imported."""
+    if _WAIT_POLICY not in os.environ:
+        wait_passively()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+class Peer:
+    """The peer's process, while the context lasts.
+
+    Args:
+        prepare: makes the calls that are timed, by name; a function of a module.
+        arguments: of `prepare`, pickled.
+        keep_memory: let that process keep freed memory as our stages do.
+
+    Attributes:
+        peak_memory_bytes: most that its calls so far took of a GPU.
+    """
+
+    peak_memory_bytes = 0
+
+    def __init__(self, prepare: Callable[..., dict[str, Callable[[], object]]], *arguments: Any, keep_memory: bool):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, self._theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._theirs, prepare, arguments, keep_memory))
+
+    def __enter__(self) -> Self:
+        policy = os.environ.pop(_WAIT_POLICY, None)
+        self._process.start()
+        if policy is not None:
+            os.environ[_WAIT_POLICY] = policy
+        self._theirs.close()
+        self._answer()
+        return self
+
+    def seconds(self, name: str) -> float:
+        """How long the call took.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        with suppress(BrokenPipeError):  # its end is told below
+            self._pipe.send(name)
+        return self._answer()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _answer(self) -> float:
+        try:
+            seconds, self.peak_memory_bytes = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise SystemExit(f"error: the peer's process ended with status {self._process.exitcode}") from None
+        return float(seconds)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of a call, until the GPU is done with it."""
+    _await_gpu()
+    started = time.perf_counter()
+    work()
+    _await_gpu()
+    return time.perf_counter() - started
+
+
+def _await_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _serve(pipe: Any, prepare: Callable[..., Any], arguments: tuple[Any, ...], keep_memory: bool) -> None:
+    if keep_memory:
+        keep_freed_memory()
+    calls, seconds = prepare(*arguments), 0.0
+    while True:
+        pipe.send((seconds, torch.cuda.max_memory_allocated()))
+        try:
+            seconds = timed(calls[pipe.recv()])
+        except EOFError:  # the other side is done
+            return
