@@ -17,15 +17,15 @@ from typing import Any, Self
 
 import torch
 
-from crt.launch import keep_freed_memory, wait_passively
+from crt.launch import keep_freed_memory, wait_briefly
 
-_WAIT_POLICY = "OMP_WAIT_POLICY"
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def run_as_our_stages() -> None:
     """Begin this program anew if its threads do not wait as those of our stages; torch reads that when imported."""
-    if _WAIT_POLICY not in os.environ:
-        wait_passively()
+    if _WAITING[0] not in os.environ:
+        wait_briefly()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -49,10 +49,9 @@ class Peer:
         self._process = context.Process(target=_serve, args=(self._theirs, prepare, arguments, keep_memory))
 
     def __enter__(self) -> Self:
-        policy = os.environ.pop(_WAIT_POLICY, None)
+        ours = {name: os.environ.pop(name) for name in _WAITING if name in os.environ}
         self._process.start()
-        if policy is not None:
-            os.environ[_WAIT_POLICY] = policy
+        os.environ |= ours
         self._theirs.close()
         self._answer()
         return self

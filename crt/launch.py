@@ -21,6 +21,8 @@ DISTRIBUTED_STAGES = ("train_tokenizer", "tokenize", "train_ar", "sample", "eval
 # Snakemake sets these to the threads of the rule, which knows nothing of several processes.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+# Times that a waiting thread looks before it sleeps: most of the gain of more, hardly any of the harm (dev/LOG.md).
+_SPINS = "1000"
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -89,13 +91,15 @@ def limit_threads(threads: int) -> None:
         os.environ[name] = str(min(threads, _threads(name)))
 
 
-def wait_passively() -> None:
-    """Let threads sleep while they wait for each other; torch's OpenMP reads this when imported.
+def wait_briefly() -> None:
+    """Let threads that wait for each other sleep after some microseconds; torch's OpenMP reads this when imported.
 
-    By default they spin, which is faster by a little where each has a CPU to itself, and slower several times where
-    another program takes a share of one: all wait for the thread that was interrupted.
+    By default they spin for milliseconds, which is slower several times where another program takes a share of a CPU:
+    all wait for the thread that was interrupted. To sleep at once costs a third of the speed of small networks.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # GNU's, which torch's wheels bring: counts for more there
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def keep_freed_memory() -> None:

@@ -112,16 +112,22 @@ def test_a_job_that_slurm_does_not_tell_of_is_not_taken_for_one_task(monkeypatch
         launch_command("train_ar", ["train_ar"])
 
 
-@pytest.mark.parametrize("chosen, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_without_spinning_unless_the_user_says_otherwise(chosen, expected):
-    environment = {**os.environ, "OMP_DISPLAY_ENV": "true"}
-    environment.pop("OMP_WAIT_POLICY", None)
-    if chosen:
-        environment["OMP_WAIT_POLICY"] = chosen
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(chosen, expected):
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **chosen}
     code = "from crt.__main__ import main; main(['check']); import torch"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     # What the OpenMP library itself reports when torch loads it.
-    assert f"OMP_WAIT_POLICY = '{expected}'" in result.stderr
+    for name, value in expected.items():
+        assert f"{name} = '{value}'" in result.stderr
 
 
 @pytest.mark.parametrize("status", [0, 3])
