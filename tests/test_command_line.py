@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from crt.__main__ import COMMANDS, STAGES, main
 from crt.manifest import check_content, read_manifest
+from crt.pipeline import load_stages
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import exclusive, open_run, publish
 from tests.conftest import ROOT
@@ -180,6 +182,8 @@ def test_a_stage_without_streams_writes_none_of_what_it_says_into_its_files(para
     assert subprocess.run(["sh", "-c", command], cwd=ROOT, check=False).returncode == 0
     check_content(tmp_path / "data")
     assert "done in" in (tmp_path / "data.log").read_text()
+    # Which is the log that engines show.
+    assert replace(load_stages(ROOT)["prepare_data"], output=f"{tmp_path}/data").log == f"{tmp_path}/data.log"
 
 
 def test_what_a_command_does_not_know_is_told_with_its_own_usage(capsys):
@@ -236,6 +240,14 @@ def test_an_output_that_cannot_be_one_is_refused_in_one_line(params_file, tmp_pa
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_stage_outside_the_projects_folder_says_where_to_run_it(params_file, tmp_path, monkeypatch, capsys):
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    where = "run from the project's root folder, where dvc.yaml stands"
+    assert capsys.readouterr().err == f"error: dvc.yaml: not found: {where}\n"
 
 
 @pytest.mark.parametrize("name", [".work", "data.log", ".work/data.lock"])

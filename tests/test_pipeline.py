@@ -14,7 +14,7 @@ from dvc.repo import Repo
 
 from crt.__main__ import STAGES
 from crt.params import load_params
-from crt.pipeline import PARAMS_FILE, canonical_json, expected_fingerprints, load_stages
+from crt.pipeline import PARAMS_FILE, canonical_json, expected_fingerprints, load_stages, plot_files
 from crt.yaml_files import read_yaml
 from tests.conftest import ROOT, override, raise_version
 
@@ -92,12 +92,19 @@ def test_fingerprints_do_not_depend_on_how_the_params_were_read():
 
 def test_canonical_json_has_one_spelling_per_value():
     assert (
-        canonical_json({"b": 1.0, "a": [True, None]})
-        == canonical_json({"a": (True, None), "b": 1})
-        == '{"a":[true,null],"b":1}'
+        canonical_json({"b": 1.0, "a": [True, None, 2.0]})
+        == canonical_json({"a": (True, None, 2), "b": 1})
+        == '{"a":[true,null,2],"b":1}'
     )
     with pytest.raises(ValueError, match="JSON"):
         canonical_json(float("inf"))
+
+
+def test_a_file_of_plots_bears_what_each_of_them_shows(tmp_path):
+    plots = "[out/code_usage.png, {loss: {x: step, y: {a.csv: loss, b.csv: loss}}}, {usage: {y: {a.csv: usage}}}]"
+    (tmp_path / "dvc.yaml").write_text(f"plots: {plots}\n")
+    titles = {"out/code_usage.png": "code usage", "a.csv": "loss; usage", "b.csv": "loss"}
+    assert plot_files(tmp_path) == titles
 
 
 def test_values_of_snakemakes_config_are_refused_not_passed_over():
