@@ -13,7 +13,7 @@ import pytest
 
 from crt import interrupt
 from crt.interrupt import Stopped
-from crt.locks import exclusively
+from crt.locks import exclusively, fetching
 from tests.conftest import ROOT
 
 # Makes the thing if it is not there: notes its start, works, notes its end, and shows it by a rename.
@@ -21,6 +21,8 @@ MAKER = """
 import os, sys, time
 from pathlib import Path
 from crt.locks import exclusively
+from crt.progress import start_logging
+start_logging(None)
 path, notes = Path(sys.argv[1]), Path(sys.argv[2])
 with exclusively(path):
     if not path.exists():
@@ -35,7 +37,7 @@ assert path.read_text() == "made"
 
 def start(path: Path, notes: Path, seconds: float) -> subprocess.Popen:
     command = [sys.executable, "-c", MAKER, str(path), str(notes), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def test_of_many_one_makes_it(tmp_path):
@@ -51,11 +53,14 @@ def test_a_killed_one_leaves_the_lock_to_the_next(tmp_path):
     while not notes.exists():
         time.sleep(0.05)
     second = start(path, notes, 0)
-    time.sleep(1)
+    said = second.stderr.readline()
+    time.sleep(1.2)
     assert second.poll() is None  # it waits
     os.kill(first.pid, signal.SIGKILL)
-    first.wait(10)
-    assert second.wait(60) == 0
+    first.communicate(timeout=10)
+    said += second.communicate(timeout=60)[1]
+    assert second.returncode == 0
+    assert said == f"waits for another process that is making {path}\n"  # once
     assert [line.split()[0] for line in notes.read_text().splitlines()] == ["start", "start", "end"]
 
 
@@ -66,10 +71,15 @@ def test_a_signal_ends_the_waiting(tmp_path, monkeypatch):
         while not (tmp_path / "notes").exists():
             time.sleep(0.05)
         monkeypatch.setattr(interrupt, "_received", [signal.SIGTERM])
-        with pytest.raises(Stopped), exclusively(path):
-            pass
+        for waiting in (exclusively, fetching):
+            with pytest.raises(Stopped), waiting(path):
+                pass
         with exclusively(path, alone=False):
             pass  # others follow: the collective check after it stops them all
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        with fetching(path) as missing:
+            assert missing
     finally:
         holder.kill()
         holder.wait()
