@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -15,11 +16,13 @@ from scipy.io import savemat
 
 from crt.data.arrays import open_arrays
 from crt.data.decode import decode
+from crt.data.imagenet import open_imagenet
 from crt.data.lmdb import open_lmdb_files
 from crt.data.packed import PackedImages, read_index
 from crt.data.parquet import open_parquet
 from crt.data.synsets import imagenet_names
 from crt.data.webdataset import open_webdataset
+from crt.interrupt import Stopped
 from tests.data.test_lmdb import write as write_lmdb
 from tests.data.test_parquet import write_file
 from tests.data.test_webdataset import write_shard
@@ -123,6 +126,14 @@ def test_places_tell_when_their_file_was_changed(tmp_path, kind):
     else:
         source = open_lmdb_files(touched(write_lmdb(path.with_suffix(".lmdb"), {b"0": b"x", b"1": b"y"})))
     assert source.splits["all"].places["modified"].tolist() == [123_456_789] * 2
+
+
+def test_places_in_imagenets_archives_tell_so_too(make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    for name in ("train", "val"):
+        touched(folder / f"ILSVRC2012_img_{name}.tar")
+    for split, places in ((split, listing.places) for split, listing in open_imagenet(folder).splits.items()):
+        assert set(places["modified"].tolist()) == {123_456_789}, split
 
 
 def touched(path: Path) -> Path:
@@ -258,6 +269,10 @@ def test_imagenet_from_the_hub_is_labelled_by_names(prepare, refused, make, tmp_
     assert [entry["id"] for entry in read_index(out)["classes"]] == CLASSES and len(train) == 12 and len(val) == 5
     for images in (train, val):
         assert all(CLASSES[images.labels[row]] in images.source_id(row) for row in range(len(images)))
+    for path in (folder / "train").glob("n02119789*"):
+        path.unlink()
+    told = "class n02119789 has validation images, but no training images"
+    assert told in refused(path=folder, **IMAGENET)
     make.write(folder / "train" / "mine.JPEG", val_image(make, 9))
     assert "train/mine.JPEG lies in no class folder, and its name has no WordNet id" in refused(path=folder, **IMAGENET)
 
@@ -274,6 +289,42 @@ def test_imagenet_archives_cut_short_are_refused(refused, make, tmp_path, name):
     path = official(tmp_path / "imagenet", make) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     assert name in refused(path=path.parent, **IMAGENET)
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_imagenet_archives_that_were_compressed_are_refused(refused, make, tmp_path, name):
+    path = official(tmp_path / "imagenet", make) / name
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert f"{name}: compressed, or no tar: put it there as it was downloaded" in refused(path=path.parent, **IMAGENET)
+
+
+@pytest.mark.parametrize(
+    ("split", "told"), [("train", "imagenet/train: holds no images: put"), ("val", "imagenet: holds no validation")]
+)
+def test_folders_of_imagenet_without_images_are_refused(refused, make, tmp_path, split, told):
+    folder = extracted(tmp_path / "imagenet", make, flat_val=False)
+    shutil.rmtree(folder / split)
+    (folder / split).mkdir()
+    assert told in refused(path=folder, **IMAGENET)
+
+
+def test_a_class_archive_without_images_is_refused(refused, make, tmp_path):
+    folder, nothing = official(tmp_path / "imagenet", make), io.BytesIO()
+    tarfile.open(fileobj=nothing, mode="w").close()
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "a") as outer:
+        add(outer, "n02129165.tar", nothing.getvalue())
+    assert "img_train.tar: n02129165.tar holds no images: fetch the archive again" in refused(path=folder, **IMAGENET)
+
+
+def test_a_part_of_the_validation_images_is_noted(prepare, make, tmp_path, capfd):
+    folder = official(tmp_path / "imagenet", make)
+    assert prepare(path=folder, out=tmp_path / "whole", **IMAGENET)[0] == 0
+    assert "validation images" not in capfd.readouterr().err
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in (1, 2, 4):  # one of each class
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", val_image(make, number))
+    assert prepare(path=folder, out=tmp_path / "part", **IMAGENET)[0] == 0
+    assert "img_val.tar: has 3 of the 5 validation images" in capfd.readouterr().err
 
 
 def test_a_folder_that_is_no_synset_is_refused_for_imagenet(refused, make, tmp_path):
@@ -304,8 +355,33 @@ def test_a_path_that_is_no_folder_is_refused_for_imagenet(refused, make, tmp_pat
 
 def test_a_damaged_devkit_is_refused(refused, make, tmp_path):
     folder = official(tmp_path / "imagenet", make)
+    for truth in (b"1\n5\n", b"1\nx\n"):
+        path = make.write(folder / "data" / "ILSVRC2012_validation_ground_truth.txt", truth)
+        told = "names a class that data/meta.mat lacks: fetch the devkit again"
+        assert told in refused(path=folder, **IMAGENET)
+    path.unlink()
     make.write(folder / "ILSVRC2012_devkit_t12" / "data" / "meta.mat", b"MATLAB 5.0 MAT-file, or so it says" * 9)
     assert "meta.mat of the devkit is damaged" in refused(path=folder, **IMAGENET)
+
+
+def test_what_a_devkit_lacks_is_named(refused, make, tmp_path):
+    folder = official(tmp_path / "imagenet", make)
+    extracted, archive = folder / "ILSVRC2012_devkit_t12", folder / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", b"1\n")
+    assert f"{archive}: holds no data/meta.mat: fetch it again" in refused(path=folder, **IMAGENET)
+    archive.unlink()
+    assert f"{archive}: not found: the validation images are labelled by it" in refused(path=folder, **IMAGENET)
+    make.write(extracted / "data" / "ILSVRC2012_validation_ground_truth.txt", b"1\n")
+    assert f"{extracted}/data/meta.mat: not found: the validation images" in refused(path=folder, **IMAGENET)
+
+
+def test_the_reading_of_imagenets_archive_heeds_a_signal(make, tmp_path, monkeypatch):
+    folder = official(tmp_path / "imagenet", make)
+    (folder / "ILSVRC2012_img_val.tar").unlink()  # which comes after it
+    monkeypatch.setattr("crt.interrupt._received", [15])
+    with pytest.raises(Stopped):
+        open_imagenet(folder)
 
 
 def cifar_records(seed: int, count: int) -> tuple[np.ndarray, np.ndarray, bytes]:
