@@ -154,8 +154,11 @@ def _of_convolutions(precision: str) -> str:
 
 
 def checkpoint_bytes(config: ARConfig, precision: str, zero_stage: int) -> int:
-    """One resume state on disk: the weights, and the optimizer's float32 state with its master weights if any."""
-    weights = 2 if precision == "bf16" else 4
+    """One resume state on disk: the weights, and the optimizer's float32 state with its master weights if any.
+
+    ZeRO 3 saves the master weights alone.
+    """
+    weights = 0 if zero_stage == 3 else 2 if precision == "bf16" else 4
     master = 4 if precision == "bf16" or zero_stage > 0 else 0
     return (weights + master + 8) * count_parameters(config)
 

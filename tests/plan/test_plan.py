@@ -10,12 +10,15 @@ import torch
 from pydantic import ValidationError
 
 from crt.__main__ import main
+from crt.ar.checkpoints import Checkpoints
+from crt.ar.engine import deepspeed_engine, deepspeed_session
 from crt.ar.memory import Split, stage2_memory
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import named_sizes, resized
 from crt.commands.plan import _time
-from crt.flops import ar_flops_per_image, count_flops
-from crt.params import TrainAR, load_params
+from crt.distributed import join_world
+from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image
+from crt.params import Params, TrainAR, load_params
 from crt.plan.cluster import make_cluster
 from crt.plan.layouts import layouts
 from crt.plan.work import (
@@ -23,6 +26,7 @@ from crt.plan.work import (
     ar_flops,
     ar_forward_flops,
     cache_bytes,
+    checkpoint_bytes,
     data_size,
     num_views,
     stage_work,
@@ -102,6 +106,23 @@ def test_stages_follow_the_params() -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "zero_stage"),
+    [("float32", 0), ("float32", 1), ("float32", 3), ("bf16", 0), ("bf16", 2), ("bf16", 3)],
+)
+def test_a_checkpoint_takes_what_the_plan_says(tmp_path: Path, precision: str, zero_stage: int) -> None:
+    """Oracle: one that is written."""
+    changes = {"precision": precision, "zero_stage": zero_stage, "compile": False, "batch_size": 4}
+    params = load_params(ROOT / "params.yaml").train_ar.model_copy(update=changes | {"micro_batch_size": None})
+    config = small_config(width=128)
+    with join_world() as world, deepspeed_session(world), deepspeed_engine(params, config, 0, world) as engine:
+        engine.backward(engine(torch.zeros(4, config.num_tokens, dtype=torch.int64), torch.arange(4)).mean())
+        engine.step()
+        Checkpoints(tmp_path, world, zero_stage, {}, keep=1).save(engine, 1)
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert checkpoint_bytes(config, precision, zero_stage) == pytest.approx(taken, rel=0.05)
+
+
+@pytest.mark.parametrize(
     ("file", "limit", "sizes"),
     [
         ("params.yaml", 12, (120, 120)),  # as prepare_data packs the digits: set aside, then limited
@@ -114,6 +135,45 @@ def test_each_split_keeps_the_images_of_a_class_up_to_the_limit(file: str, limit
     limited = params.prepare_data.model_copy(update={"max_images_per_class": limit})
     data = data_size(params.model_copy(update={"prepare_data": limited}), None, None)
     assert (data.train, data.val) == sizes
+
+
+def changed(params: Params, **sections: dict) -> Params:
+    updates = {name: getattr(params, name).model_copy(update=values) for name, values in sections.items()}
+    return params.model_copy(update=updates)
+
+
+@pytest.mark.parametrize("precisions", [("float32", "bf16", "float32", "bf16"), ("bf16", "float32", "bf16", "float32")])
+def test_stages_work_in_the_precision_of_their_params(precisions: tuple) -> None:
+    """Of float32, convolutions alone run in TF32."""
+    names = ("train_tokenizer", "tokenize", "train_ar", "sample")
+    sections = {name: {"precision": precision} for name, precision in zip(names, precisions, strict=True)}
+    params = changed(load_params(ROOT / "params.yaml"), **sections)
+    work = stage_work(params, data_size(params, None, None), ar_config(params, 10))
+    first, second, third, fourth = precisions
+    in_convolutions = {"float32": "TF32", "bf16": "bf16"}
+    assert [(stage.stage, stage.precision) for stage in work] == [
+        ("train_tokenizer", in_convolutions[first]),
+        ("tokenize", in_convolutions[second]),
+        ("train_ar", third),
+        ("sample", fourth),
+        ("evaluate", "float32"),
+    ]
+
+
+@pytest.mark.parametrize(("lambda_", "checkpointing", "again"), [(0.0, True, ", blocks twice"), (0.5, False, "")])
+def test_trainings_cost_their_images(lambda_: float, checkpointing: bool, again: str) -> None:
+    """Oracle: the FLOPs of an image by the functions that are held against torch's counter, times the images."""
+    stage1, stage2 = {"steps": 100, "batch_size": 8}, {"steps": 30, "batch_size": 4}
+    params = load_params(ROOT / "params.yaml").model_copy(update={"lambda_": lambda_})
+    params = changed(params, train_tokenizer=stage1, train_ar=stage2 | {"activation_checkpointing": checkpointing})
+    config = ar_config(params, 10)
+    work = {stage.stage: stage for stage in stage_work(params, data_size(params, None, None), config)}
+    step1 = 8 * tokenizer_flops_per_image(params.train_tokenizer, lambda_ > 0)
+    step2 = 4 * ar_flops_per_image(config, checkpointing)
+    assert work["train_tokenizer"].flops == 100 * step1
+    assert work["train_tokenizer"].text == f"100 steps of {step1:.3e}"
+    assert work["train_ar"].flops == pytest.approx(30 * step2, rel=1e-6)
+    assert work["train_ar"].text == f"30 steps of {step2:.3e}{again}"
 
 
 def test_sampling_and_evaluation_cost_what_their_stages_do() -> None:
