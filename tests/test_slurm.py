@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from crt.slurm import continue_later, rendezvous, requeue_behind, was_requeued
+from crt.slurm import continue_later, rendezvous, requeue_behind, show_job, was_requeued
 
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
     "show job") cat {folder}/job-$3 ;;
     "show hostnames") printf 'n1\\nn2\\n' ;;
-    "show node") echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=$3" ;;
+    "show node") echo "NodeName=$3 NodeAddr=$3.example NodeHostName=$3" ;;
     *) echo "$*" >> {folder}/calls ;;
 esac
 """
@@ -54,6 +54,29 @@ def test_a_job_that_is_told_of_its_end_goes_back_into_the_queue(jobs: Jobs) -> N
     continue_later(signal.SIGTERM, said.append)
     assert jobs.calls() == ["requeue 7"]
     assert said == ["Slurm job 7 goes back into the queue and continues when it starts again"]
+
+
+def test_that_it_goes_back_is_said_before_since_slurm_may_end_the_process_at_once(jobs: Jobs) -> None:
+    jobs.add("7")
+    done_before: list[list[str]] = []
+    continue_later(signal.SIGTERM, lambda _: done_before.append(jobs.calls()))
+    assert done_before == [[]]
+
+
+def test_a_process_in_no_job_asks_slurm_nothing(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    jobs.add("9")
+    said: list[str] = []
+    continue_later(signal.SIGTERM, said.append)
+    assert requeue_behind("9") is None
+    assert jobs.calls() == said == []
+
+
+def test_of_a_range_of_nodes_a_job_has_the_least(jobs: Jobs) -> None:
+    """As Slurm writes it of a pending job that leaves the number open."""
+    (jobs.folder / "job-9").write_text("JobId=9 JobState=PENDING NumNodes=2-4 NumCPUs=24 NumTasks=6 CPUs/Task=4\n")
+    job = show_job("9")
+    assert (job.nodes, job.tasks, job.cpus_per_task) == (2, 6, 4)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +141,7 @@ def test_tasks_meet_at_the_first_node_and_steps_of_a_job_at_ports_of_their_own(j
         return rendezvous({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
 
     assert meet(7, 0) == meet(7, 0)
-    assert {meet(job, step)[0] for job in (7, 8) for step in range(16)} == {"10.0.0.1"}
-    ports = {meet(job, step)[1] for job in (7, 8) for step in range(16)}
+    places = [meet(job, step) for job in (7, 1_236_000) for step in range(16)]
+    assert {address for address, _ in places} == {"n1.example"}
+    ports = {port for _, port in places}
     assert len(ports) == 32 and min(ports) >= 20_000 and max(ports) < 40_000
