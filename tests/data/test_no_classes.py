@@ -39,13 +39,14 @@ def test_numbered_parts_of_splits_are_one_class_in_both(prepare, make, tmp_path)
     assert PackedImages(out, "val").num_classes == 1
 
 
+@pytest.mark.parametrize("below", ["", "around/"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind):
-    root = images(make, tmp_path / "faces", STYLEGAN)
-    make.write(root / "dataset.json", b'{"labels": null}')
+def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind, below):
+    root = images(make, tmp_path / "faces", [below + name for name in STYLEGAN])
+    make.write(root / below / "dataset.json", b'{"labels": null}')
     path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
-    told = ("unpack it and set" if kind == "zip" else "set") + " prepare_data.path to its dataset.json to read labels"
-    assert told in refused(path=path)
+    unpack = "unpack it and " if kind == "zip" else ""
+    assert f"{unpack}set prepare_data.path to its {below}dataset.json to read labels" in refused(path=path)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,10 @@ def test_classes_called_by_numbers_are_classes(prepare, make, tmp_path, names):
         (["x/Images/a.png", "x/masks/a.png"], "move masks elsewhere, or set prepare_data.path to x/Images"),
         (
             [f"VOC/2012/{name}/a.png" for name in ("JPEGImages", "SegmentationClass", "SegmentationObject")],
+            "move SegmentationClass elsewhere, or set prepare_data.path to VOC/2012/JPEGImages",
+        ),
+        (
+            ["VOC/2012/JPEGImages/a.png", "VOC/2012/SegmentationClass/a.png", "VOC/2012/Annotations/a.xml"],
             "move SegmentationClass elsewhere, or set prepare_data.path to VOC/2012/JPEGImages",
         ),
     ],
@@ -110,6 +115,9 @@ def test_folders_called_like_splits_are_no_classes(refused, make, tmp_path, fold
         ),
         (["train/0.png", "test/0.png"], "Train.CSV", "for Train.CSV is not read: if labels are in there"),
         (["jpg/0.png"], "imagelabels.mat", "put images into a folder for each class, or write a .csv file with the"),
+        (["0.png"], "meta/labels.tsv", "for meta/labels.tsv is not read: if labels are in there"),
+        (["0.png"], "metadata.jsonl", "for metadata.jsonl is not read: if labels are in there"),
+        (["0.png"], "dataset.json", "for dataset.json is not read: if labels are in there"),
         (["0.png"], "0.cls", "set prepare_data.source to webdataset to have their labels from the .tar files"),
     ],
 )
@@ -123,5 +131,7 @@ def test_labels_that_are_not_read_are_noted(prepare, make, tmp_path, capfd, name
 def test_the_order_of_numbers_is_noted(prepare, make, tmp_path, capfd):
     assert prepare(path=make.class_folders(tmp_path / "a", {str(number): 3 for number in range(11)}))[0] == 0
     assert "class index 2 is folder 10; to have them by size" in capfd.readouterr().err
-    assert prepare(path=make.class_folders(tmp_path / "b", {"1": 3, "2": 3}), out=tmp_path / "out/b")[0] == 0
-    assert "class index" not in capfd.readouterr().err
+    for name, classes in (("b", ["1", "2"]), ("c", ["10", "9", "nine"])):
+        root = make.class_folders(tmp_path / name, dict.fromkeys(classes, 3))
+        assert prepare(path=root, out=tmp_path / "out" / name)[0] == 0
+        assert "class index" not in capfd.readouterr().err

@@ -401,6 +401,8 @@ def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
     assert "image train/stray.png lies outside the class folders" in refused(path=root)
     shutil.rmtree(root / "train")
     assert "holds val/ but no train/" in refused(path=root)
+    make.class_folders(root / "test", {"a": 1}, first_seed=80)
+    assert "holds val/ but no train/" in refused(path=root)
 
 
 def test_no_training_image_left_is_refused(refused, make, tmp_path):

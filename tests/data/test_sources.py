@@ -526,7 +526,7 @@ def test_train_and_val_folders_are_the_splits(prepare, make, tmp_path, capfd, tr
     assert f"training images are those of {train}/, validation images those of {val}/" in capfd.readouterr().err
 
 
-def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_path):
+def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_path, capfd):
     root = make.class_folders(tmp_path / "images" / "train", {"a": 5, "b": 5}).parent
     status, out = prepare(path=root, out=tmp_path / "one")
     assert status == 0 and len(PackedImages(out, "train")) == 8 and len(PackedImages(out, "val")) == 2
@@ -534,6 +534,7 @@ def test_val_is_preferred_to_test_and_train_alone_is_split(prepare, make, tmp_pa
     make.class_folders(root / "val", {"a": 2, "b": 2}, first_seed=60)
     status, out = prepare(path=root, out=tmp_path / "two")
     assert status == 0 and len(PackedImages(out, "train")) == 10 and len(PackedImages(out, "val")) == 4
+    assert "validation images those of val/; test unused\n" in capfd.readouterr().err
 
 
 def test_a_folder_around_the_splits_is_entered(prepare, make, tmp_path):
@@ -613,7 +614,7 @@ def test_tiny_imagenet_as_downloaded(prepare, make, tmp_path, kind):
     make.class_folders(root / "val", {"images": 3}, first_seed=50)
     make.class_folders(root / "test", {"images": 2}, first_seed=60)
     lines = b"000.png\tn01629819\t0\t32\t44\t62\n001.png\tn01443537\t52\t55\t57\t59\n002.png\tn01629819\t4\t0\t60\t55\n"
-    make.write(root / "val" / "val_annotations.txt", lines)
+    make.write(root / "val" / "val_annotations.txt", lines + b"\n")
     path = Path(shutil.make_archive(str(root), "zip", tmp_path, root.name)) if kind == "zip" else root
     status, out = prepare(path=path)
     assert status == 0
@@ -667,6 +668,21 @@ def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, 
     error = refused(path=path)
     assert "class folder meta holds no images" in error
     assert ("unpack it and set" if kind == "zip" else "or set") + " prepare_data.path to its folder images" in error
+    if kind == "folder":
+        make.class_folders(root / "photos", {"pizza": 2}, first_seed=50)
+        assert refused(path=root).endswith("add some, or delete the folder")  # two may hold them
+
+
+def test_an_empty_class_folder_in_a_folder_around_them_is_refused(refused, make, tmp_path):
+    make.class_folders(tmp_path / "around", {"pets/cat": 2, "pets/dog": 2})
+    (tmp_path / "around" / "pets" / "owl").mkdir()
+    assert "class folder pets/owl holds no images" in refused(path=tmp_path / "around")
+
+
+def test_images_beside_splits_in_a_folder_around_them_are_refused(refused, make, tmp_path):
+    make.class_folders(tmp_path / "around", {f"all/{folder}/a": 2 for folder in ("train", "val", "more")})
+    told = "folder all/more beside train/ and val/: neither split nor class: move it"
+    assert told in refused(path=tmp_path / "around")
 
 
 def test_a_class_may_be_called_train(prepare, make, tmp_path):
@@ -705,6 +721,8 @@ def test_splits_under_other_names_are_no_classes(refused, make, tmp_path, folder
         (["valley/x", "testudo/y"], "the classes are the 2 upper folders testudo, valley"),
         (["a/images", "b/images"], None),
         (["animals/x", "vehicles"], None),
+        (["animals", "val2017"], None),
+        (["animals/images", "val2017/images"], None),
         (["val2017", "test2017"], "the classes are test2017, val2017: if those are splits, name them train and val"),
     ],
 )
