@@ -73,7 +73,9 @@ def stages(runs):
 
 def test_every_combination_runs_and_shared_stages_run_once(study_file):
     runs = study_runs(study_file(), "small")
-    assert len(runs) == 2 * 2 * 3
+    # In the file's order, which is the alphabet's as YAML is written here.
+    cells = [{"generator": size, "tokenizer": tokenizer} for size in "ab" for tokenizer in ("crt", "plain")]
+    assert [(run.choices, run.seed) for run in runs] == [(cell, seed) for cell in cells for seed in range(3)]
     counts = {name: len({run.fingerprints[name] for run in runs}) for name in runs[0].stages}
     assert counts == {
         "prepare_data": 1,
@@ -104,13 +106,22 @@ def test_a_value_of_an_axis_wins_over_the_overrides_of_the_scale(study_file):
     assert [run.values["train_ar"]["steps"] for run in runs] == [7, 9]
 
 
-def test_a_page_is_current_for_its_study_and_its_runs_alone(study_file):
+def test_runs_that_are_evaluated_otherwise_share_all_else(study_file):
+    axes = {"a": {"b": {"evaluate.batch_size": 10}, "c": {"evaluate.batch_size": 20}}}
+    one, two = study_runs(study_file(**scale(axes=axes)), "s")
+    assert {name for name in one.stages if one.fingerprints[name] != two.fingerprints[name]} == {"evaluate"}
+
+
+def test_a_page_is_current_for_its_study_and_its_runs_alone(study_file, monkeypatch):
     path = study_file()
     runs = study_runs(path, "small")
     stamp = study_stamp(path, "small", runs)
     assert study_stamp(path, "small", runs) == stamp
     assert study_stamp(path, "small", runs[:-1]) != stamp
     assert study_stamp(study_file(question="another?"), "small", runs) != stamp
+    study_file()
+    monkeypatch.setattr("crt.study.STUDY_VERSION", 0)
+    assert study_stamp(path, "small", runs) != stamp
 
 
 def test_a_value_added_to_an_axis_adds_one_branch(study_file):
@@ -183,10 +194,19 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
         for scale in study.scales:
             runs = study_runs(path, scale)
             assert study_stamp(path, scale, runs).startswith(f"out/studies/{path.stem}-{scale}/complete-")
-            assert study_target(path, scale, study) in requested_studies([study_target(path, scale, study)])
+            target = study_target(path, scale, study)
+            assert {name: asked[:2] for name, asked in requested_studies([target]).items()} == {target: (path, scale)}
     assert requested_studies(["--cores", "2", "all"]) == {}
     (runs,) = requested_studies(["study_lambda_cifar10_short"]).values()  # its first scale, by its own name
     assert runs[:2] == (Path("studies/lambda.yaml"), "cifar10_short")
+
+
+def test_a_job_that_names_the_rule_of_a_run_has_all_studies(study_file, monkeypatch):
+    """As Snakemake starts it on a cluster."""
+    path = study_file()
+    monkeypatch.setattr("crt.study.STUDY_FOLDER", path.parent)
+    arguments = ["--allowed-rules", "run_sample_0123456789abcdef"]
+    assert {name: asked[:2] for name, asked in requested_studies(arguments).items()} == {"study_trial": (path, "small")}
 
 
 @pytest.mark.parametrize(
@@ -256,6 +276,19 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
             scale(published=[{"cell": {"a": "b"}, "metric": "gfdi", "value": 1.0, "source": "?"}]),
             "scales.s.published.0.metric: 'gfdi' is not a figure of an evaluation with these params: did you mean",
         ),
+        (
+            scale(figures=[{"x": "training_flops", "y": "psnr", "lines": ["a", "c"]}]),
+            "scale s has no axis 'c': it has a",
+        ),
+        *(
+            (scale(published=[{"cell": cell, "metric": "gfid", "value": 1.0, "source": "?"}]), expected)
+            for cell, expected in (
+                ({"c": "b"}, "scale s has no axis 'c': it has a"),
+                ({"a": "x"}, "axis a has no 'x': it has b"),
+            )
+        ),
+        (scale(overrides={"lambda.x": 1}), "lambda.x: params have no such key: correct its spelling"),
+        (scale(overrides={"lambda.x.y": 1}), "lambda.x.y: params have no such key: correct its spelling"),
         (scale(axes={"lambda": 0}), "scales.s.axes: lambda: give each value a name and the params that it sets, as in"),
         (scale(axes={"lambda": [0.1, 0.1]}), "scales.s.axes: lambda: give each value a name and the params"),
         (scale(axes={"a": {0: {"lambda": 0.0}}}), 'scales.s.axes: a: the name 0 is not text: put it into quotes: "0"'),
