@@ -47,6 +47,7 @@ def test_chunks_are_whole_batches(tmp_path, batch_size, ends):
     """Of six images at most, unless a batch has more."""
     store = ChunkStore(tmp_path, 23, batch_size)
     assert store.bounds == list(zip([0, *ends], ends, strict=False))
+    assert ChunkStore(tmp_path, 23, 3, chunk_images=10).bounds == [(0, 9), (9, 18), (18, 23)]
 
 
 def test_a_stopped_pass_continues_with_the_missing_chunks_in_the_same_batches(tmp_path, monkeypatch):
