@@ -95,24 +95,38 @@ def test_a_signal_stops_after_a_whole_chunk(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-def test_two_processes_share_the_chunks(tmp_path):
-    """Each does every second chunk; together they leave what one alone leaves, bit for bit."""
-    torch.multiprocessing.spawn(_fill_as_rank, args=(str(tmp_path),), nprocs=2)
+def test_chunks_of_another_size_are_not_taken(tmp_path):
+    for chunk_images in (8, 12):
+        store = ChunkStore(tmp_path, len(VALUES), 4, chunk_images)
+        store.fill("test", work, ALONE)
+        np.testing.assert_array_equal(store.column("values"), VALUES)
+
+
+def test_a_signal_stops_the_reading(tmp_path, monkeypatch):
+    store = ChunkStore(tmp_path, len(VALUES), batch_size=6)
+    store.fill("test", work, ALONE)
+    monkeypatch.setattr("crt.interrupt._received", [15])
+    with pytest.raises(Stopped):
+        store.column("values")
+
+
+def test_three_processes_share_the_chunks(tmp_path):
+    """Each does every third of four chunks; together they leave what one alone leaves, bit for bit."""
+    torch.multiprocessing.spawn(_fill_as_rank, args=(str(tmp_path),), nprocs=3)
     alone = ChunkStore(tmp_path / "alone", len(VALUES), batch_size=6)
     alone.fill("test", work, ALONE)
     names = [path.name for path in sorted((tmp_path / "alone").iterdir())]
     assert names == [path.name for path in sorted((tmp_path / "shared").iterdir())]
     for name in names:
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
-    assert (tmp_path / "rank0").read_text() == "0 6\n12 18\n"
-    assert (tmp_path / "rank1").read_text() == "6 12\n18 23\n"
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(3)] == ["0 6\n18 23\n", "6 12\n", "12 18\n"]
 
 
 def _fill_as_rank(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
     module._CHUNK_IMAGES = 6
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     store = ChunkStore(Path(folder) / "shared", len(VALUES), batch_size=6)
 
     def logged(start: int, stop: int) -> dict[str, np.ndarray]:
@@ -120,7 +134,7 @@ def _fill_as_rank(rank: int, folder: str) -> None:
             file.write(f"{start} {stop}\n")
         return work(start, stop)
 
-    store.fill("test", logged, World(rank, 2, torch.device("cpu")))
+    store.fill("test", logged, World(rank, 3, torch.device("cpu")))
     dist.barrier()
     dist.destroy_process_group()
 
