@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crt import cpu
-from crt.ar.deepspeed_config import bucket_elements
+from crt.ar.deepspeed_config import bucket_elements, max_live_elements
 from crt.ar.memory import Memory, Split, activation_bytes, held_bytes, saved_bytes, stage2_memory
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import resized
@@ -87,6 +87,28 @@ def test_gradients_that_accumulate_stand_beside_the_activations() -> None:
         for accumulating in (False, True)
     )
     assert several.backward_start - one.backward_start == several.gradients > 0
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"),
+    [*((stage, "none") for stage in range(4)), *((stage, "optimizer") for stage in (1, 2, 3))],
+)
+def test_the_fullest_moments_of_bfloat16_on_four_processes(zero_stage: int, offload: str) -> None:
+    """Oracle: the module's text, in bytes of p parameters that travel in buckets of b."""
+    config = small_config(width=WIDTH)
+    p = count_parameters(config)
+    b, gathered = bucket_elements(p), min(max_live_elements(p), p) + bucket_elements(p)
+    here = offload == "none"
+    state = here * 12 * p / (4 if zero_stage else 1)
+    gradients = here * 2 * p / (4 if zero_stage else 1)
+    held = state + [2 * p, 2 * p, 2 * p, p / 2 + 2 * b][zero_stage]
+    travelling = [0, 2 * b, 2 * 2 * b, 2 * gathered][zero_stage]
+    complete = 2 * p if zero_stage <= 1 else gradients
+    copies = here * [4 * p, p, p, 4 * b][zero_stage]
+    memory = stage2_memory(config, Split(4, "bf16", zero_stage, offload, False, accumulating=False))
+    assert memory.backward_start == pytest.approx(held + travelling)
+    assert memory.backward_end == pytest.approx(held + travelling + complete)
+    assert memory.update == pytest.approx(held + gradients + copies)
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
