@@ -69,15 +69,16 @@ def test_activations_are_what_autograd_keeps(precision: str) -> None:
 
 
 @pytest.mark.usefixtures("general_forms")
-def test_recomputation_keeps_one_input_per_block() -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_recomputation_keeps_one_input_per_block(precision: str, dtype: torch.dtype) -> None:
     config = small_config(layers=40)
     (kept, block), (recomputed, _) = (
-        activation_bytes(config, "float32", checkpointing, "cpu") for checkpointing in (False, True)
+        activation_bytes(config, precision, checkpointing, "cpu") for checkpointing in (False, True)
     )
-    model = ARTransformer(config, activation_checkpointing=True).train()
+    model = ARTransformer(config, activation_checkpointing=True).to(dtype).train()
     codes, labels = torch.zeros(1, config.num_tokens, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     assert recomputed == pytest.approx(saved_bytes(lambda: model(codes, labels), model), rel=0.02)
-    assert block == (kept - activation_bytes(small_config(layers=20), "float32", False, "cpu")[0]) / 20
+    assert block == (kept - activation_bytes(small_config(layers=20), precision, False, "cpu")[0]) / 20
     assert recomputed < kept / 5
 
 
@@ -91,7 +92,11 @@ def test_gradients_that_accumulate_stand_beside_the_activations() -> None:
 
 @pytest.mark.parametrize(
     ("zero_stage", "offload"),
-    [*((stage, "none") for stage in range(4)), *((stage, "optimizer") for stage in (1, 2, 3))],
+    [
+        *((stage, "none") for stage in range(4)),
+        *((stage, "optimizer") for stage in (1, 2, 3)),
+        (3, "optimizer_and_parameters"),
+    ],
 )
 def test_the_fullest_moments_of_bfloat16_on_four_processes(zero_stage: int, offload: str) -> None:
     """Oracle: the module's text, in bytes of p parameters that travel in buckets of b."""
@@ -101,7 +106,8 @@ def test_the_fullest_moments_of_bfloat16_on_four_processes(zero_stage: int, offl
     here = offload == "none"
     state = here * 12 * p / (4 if zero_stage else 1)
     gradients = here * 2 * p / (4 if zero_stage else 1)
-    held = state + [2 * p, 2 * p, 2 * p, p / 2 + 2 * b][zero_stage]
+    weights = (offload != "optimizer_and_parameters") * 2 * p / (4 if zero_stage == 3 else 1)
+    held = state + weights + (2 * b if zero_stage == 3 else 0)
     travelling = [0, 2 * b, 2 * 2 * b, 2 * gathered][zero_stage]
     complete = 2 * p if zero_stage <= 1 else gradients
     copies = here * [4 * p, p, p, 4 * b][zero_stage]
