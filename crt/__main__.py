@@ -88,9 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
-    args = _parse(arguments)
+    args = argparse.Namespace()
     log_file: Path | None = None
     try:
+        args = _parse(arguments)
         if args.command in STAGES:
             # Not with_name, which fails where --out is `.`; the stage refuses that with a line.
             log_file = args.out.parent / f"{args.out.name}.log"

@@ -200,6 +200,10 @@ def test_outside_the_project_the_remedy_is_to_go_there(tmp_path, monkeypatch, ca
     assert "params.yaml: cannot be read (No such file or directory): run from the project's root folder" in (
         capsys.readouterr().err
     )
+    # Its options already need the graph.
+    assert main(["evaluator_check"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: dvc.yaml: not found: run from the project's root folder")
 
 
 def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):
