@@ -113,9 +113,13 @@ def _open_sources(run: StageRun, image_size: int) -> Sources:
             f"the samples {samples.image_size}: set evaluate.image_size to {reference.image_size}, "
             "to which both are brought then"
         )
-    for source in (val, samples, reference):
+    # Of val, prepare_data makes sure.
+    for key, source, remedy in (
+        ("sample.num_images", samples, "raise it"),
+        ("evaluate.generation_reference", reference, "choose another"),
+    ):
         if len(source) < 2:
-            raise UserError(f"evaluate: {source.name} holds {len(source)} image, distances need two at least: add some")
+            raise UserError(f"{key}: {source.name} holds {len(source)} image, distances need two at least: {remedy}")
     return Sources(val, samples, reference, tuple(sweep))
 
 

@@ -348,7 +348,7 @@ def test_a_single_sample_is_refused(evaluated, tmp_path, capfd):
     changes = evaluated.changes | {"sample.num_images": 1}
     assert evaluate_scales(evaluated, changes, "one_sample", tmp_path / "refused") == 2
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert error == "error: evaluate: samples holds 1 image, distances need two at least: add some"
+    assert error == "error: sample.num_images: samples holds 1 image, distances need two at least: raise it"
     write_params(evaluated.params, evaluated.changes)
 
 
