@@ -275,7 +275,8 @@ def read_index(path: Path) -> tuple[CacheHeader, list[str], list[ShardRecord]]:
         UserError: the file is missing, damaged, incomplete, of another schema, or no index.
     """
     if not path.is_file():
-        raise UserError(f"{path}: not found: {_remedy(path.parent)}")
+        # No advice to delete a folder that may hold something else.
+        raise UserError(f"{path}: not found: give the tokenize stage's output folder, or run that stage again")
     try:
         with h5py.File(path, "r", locking=False) as file:
             facts, digest = _read_facts(file, path)

@@ -187,7 +187,7 @@ def test_missing_shard(copy, capsys):
 
 
 def test_missing_split_and_unknown_split(copy):
-    with pytest.raises(UserError, match=r"val\.h5: not found"):
+    with pytest.raises(UserError, match=r"val\.h5: not found: give the tokenize stage's output folder"):
         TokenCache(copy, "val")
     with pytest.raises(UserError, match="split 'test' is unknown"):
         TokenCache(copy, "test")
