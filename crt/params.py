@@ -224,6 +224,7 @@ class TrainTokenizer(Section):
                 f"image_size {self.image_size} is not divisible by the downsampling {factor} "
                 f"of {len(self.architecture.channel_multipliers)} channel_multipliers"
             )
+        self._check_lowest_level()
         if self.loss.lpips_weight > 0 and self.image_size < LPIPS_MIN_SIDE:
             raise ValueError(
                 f"loss.lpips_weight {self.loss.lpips_weight:g} needs images of {LPIPS_MIN_SIDE} px at least, "
@@ -231,6 +232,19 @@ class TrainTokenizer(Section):
             )
         self._check_discriminator()
         return self
+
+    def _check_lowest_level(self) -> None:
+        sizes = self.architecture
+        if self.image_size > sizes.downsampling:
+            return
+        # The encoder comes to it with the width of the level above.
+        multipliers = [1, *sizes.channel_multipliers]
+        for name, lowest in (("encoder_channels", multipliers[-2:]), ("decoder_channels", multipliers[-1:])):
+            if any(getattr(sizes, name) * multiplier == sizes.norm_groups for multiplier in lowest):
+                raise ValueError(
+                    f"architecture.norm_groups {sizes.norm_groups} leave one value for each group at the lowest level, "
+                    f"which is a single pixel, and normalising makes it 0: lower norm_groups, or raise {name}"
+                )
 
     def _check_discriminator(self) -> None:
         kind, layers = self.discriminator.kind, self.discriminator.layers

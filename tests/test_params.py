@@ -67,6 +67,21 @@ def test_shipped_files_are_complete_and_valid(path):
             },
             "norm_groups 8 does not divide a width of 12 channels: choose encoder_channels as a multiple",
         ),
+        *(
+            (
+                {
+                    f"train_tokenizer.architecture.{coder}_channels": 8,
+                    "train_tokenizer.architecture.channel_multipliers": multipliers,
+                },
+                "norm_groups 8 leave one value for each group at the lowest level, which is a single pixel, and "
+                f"normalising makes it 0: lower norm_groups, or raise {coder}_channels",
+            )
+            for coder, multipliers in (
+                ("encoder", [1, 1, 1, 1, 1]),
+                ("encoder", [1, 1, 1, 1, 2]),
+                ("decoder", [2, 2, 2, 2, 1]),
+            )
+        ),
         ({"train_tokenizer.architecture.decoder_channels": 12}, "12 channels: choose decoder_channels as a multiple"),
         ({"train_tokenizer.regularizer.kind": "none"}, "set lambda to 0 or choose a regularizer"),
         ({"train_tokenizer.regularizer.heads": 3}, "train_tokenizer.regularizer: width 64 is not divisible by heads 3"),
