@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,6 +40,21 @@ class Kind:
 
 TOKENIZER = Kind("format", "crt-tokenizer", 1, "tokenizer", "crt.Tokenizer.load")
 TRANSFORMER = Kind("kind", "crt_ar", 1, "transformer of stage 2", "crt.Generator.load")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UserError: torch knows none of that name, or there is none here.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # the first use tells whether it is there
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {device}: cannot be used here ({reason}): name another, such as cpu") from None
+    return found
 
 
 def write_model(

@@ -37,6 +37,7 @@ from crt.ar.decoder import Decoder, is_partitioned
 from crt.ar.model import ARConfig, ARTransformer, load_model
 from crt.cpu import alone, is_cpu
 from crt.errors import UserError
+from crt.model_files import usable_device
 from crt.randomness import numpy_generator
 
 if TYPE_CHECKING:
@@ -94,11 +95,12 @@ class Generator:
             compile: see the class.
 
         Raises:
-            UserError: the folder is missing, damaged, or holds something else; or a precision that there is not.
+            UserError: the folder is missing, damaged, or holds something else; or a precision or device that there is
+                not.
         """
         if precision not in list(DTYPES):
             raise UserError(f"precision {_short(precision)}: use one of {', '.join(DTYPES)}")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(load_model(folder, DTYPES[precision], device), compile)
 
     @property

@@ -25,7 +25,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from crt.errors import UserError
-from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights, write_model
+from crt.files import make_folder
+from crt.model_files import CONFIG_FILE, TOKENIZER, WEIGHTS_FILE, read_config, read_weights, usable_device, write_model
 from crt.params import TrainTokenizer
 from crt.tokenizer.autoencoder import Decoder, Encoder
 from crt.tokenizer.quantizer import Quantized, VectorQuantizer, full_precision
@@ -247,9 +248,13 @@ class Tokenizer(
         return self.reconstruct(self.quantizer.lookup(codes.unflatten(1, (rows, columns))))
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, which is made if needed."""
+        """Write config.json and model.safetensors into `folder`, which is made if needed.
+
+        Raises:
+            UserError: no folder can be there.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         config = {TOKENIZER.key: TOKENIZER.name, "schema": TOKENIZER.schema, **asdict(self.config)}
         weights = {name: tensor.float().cpu() for name, tensor in self.state_dict().items()}
         write_model(folder, config, weights, metadata={"format": "pt"})
@@ -259,8 +264,9 @@ class Tokenizer(
         """Read a folder that `save`, train_tokenizer or import_llamagen wrote; the result is in evaluation mode.
 
         Raises:
-            UserError: files are missing, damaged, of another kind, or do not belong together.
+            UserError: files are missing, damaged, of another kind, or do not belong together; or no such device.
         """
+        device = usable_device(device)
         config = read_config(folder, TOKENIZER, TokenizerConfig)
         try:
             with torch.device("meta"):

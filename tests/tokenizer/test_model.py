@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crt import Tokenizer
+from crt.ar.generator import Generator
 from crt.ar.model import save_model
 from crt.errors import UserError
 from tests.ar.conftest import small_model
@@ -210,6 +211,19 @@ def test_truncated_weights(folder, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     assert f"{path}: truncated or damaged" in refused(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_there_is_not_is_named_in_one_line(folder, device):
+    for load in (Tokenizer.load, Tokenizer.from_pretrained, Generator.load):
+        with pytest.raises(UserError, match=rf"^device {device}: cannot be used here \(.*\): name another") as caught:
+            load(folder, **{"map_location" if load == Tokenizer.from_pretrained else "device": device})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_the_place_of_the_folder_is_not_written_over(folder, tokenizer):
+    with pytest.raises(UserError, match=r"config.json: is not a folder: move it away"):
+        tokenizer.save(folder / "config.json")
 
 
 def test_missing_files(folder, tmp_path):
