@@ -383,7 +383,7 @@ def publish_metrics(run: StageRun) -> None:
         source = run.out / "metrics.json"
         if not run.metrics.exists() or run.metrics.read_bytes() != source.read_bytes():
             make_folder(run.metrics.parent)
-            write_json(run.metrics, json.loads(source.read_text()))
+            write_json(run.metrics, json.loads(source.read_text(encoding="utf-8")))
 
 
 def read_seconds(folder: Path, fingerprint: str) -> float | None:

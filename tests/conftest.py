@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,12 @@ def dvclive_curve(folder: Path, name: str) -> dict[int, float]:
     curve = {int(row["step"]): float(row[name.rpartition("/")[2]]) for row in rows}
     assert len(curve) == len(rows)  # no step twice
     return curve
+
+
+def in_ascii_locale(code: str) -> None:
+    """Run Python code where text files are ASCII unless told otherwise, as they are Latin-1 or GBK in other locales."""
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | locale, check=True)
 
 
 def run_out_of_memory(*_: Any, **__: Any) -> None:

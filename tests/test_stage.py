@@ -15,7 +15,7 @@ from crt.manifest import MANIFEST, damaged_results, read_manifest
 from crt.pipeline import stamp_name
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
-from tests.conftest import raise_version, write_params
+from tests.conftest import in_ascii_locale, raise_version, write_params
 
 
 @pytest.fixture
@@ -508,3 +508,13 @@ def test_metrics_are_also_written_into_a_folder_that_is_still_to_be_made(tmp_pat
     (run.staging / "metrics.json").write_text('{"psnr": 21}')
     publish(run)
     assert json.loads(metrics.read_text()) == {"psnr": 21}
+
+
+def test_metrics_are_copied_as_they_are_in_every_locale(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"warnings": "ä"}', encoding="utf-8")
+    in_ascii_locale(
+        f"from pathlib import Path; from types import SimpleNamespace; from crt.stage import publish_metrics\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "publish_metrics(SimpleNamespace(out=folder, metrics=folder / 'copy.json'))"
+    )
+    assert json.loads((tmp_path / "copy.json").read_text(encoding="utf-8")) == {"warnings": "ä"}

@@ -289,7 +289,7 @@ def _label(value: int | str | None, num_names: int, source: Path) -> str | None:
 
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return known if isinstance(known, dict) and {"of", "sizes", "labels", "with_path"} <= set(known) else None

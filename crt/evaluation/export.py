@@ -74,7 +74,8 @@ def write_png_folders(source: Path, folder: Path) -> None:
     ):
         images, labels = file["images"], file["labels"][()]
         folder.mkdir(exist_ok=True)
-        (folder / "class_names.json").write_text(json.dumps(json.loads(file.attrs["class_names"]), ensure_ascii=False))
+        names = json.dumps(json.loads(file.attrs["class_names"]), ensure_ascii=False)
+        (folder / "class_names.json").write_text(names, encoding="utf-8")
         for label in np.unique(labels):
             (folder / f"{label:05d}").mkdir(exist_ok=True)
         paths = [folder / f"{label:05d}" / f"{row:08d}.png" for row, label in enumerate(labels)]

@@ -14,6 +14,8 @@ import pytest
 from crt.data import parquet
 from crt.data.packed import PackedImages, read_index
 from crt.errors import UserError
+from crt.files import write_json
+from tests.conftest import in_ascii_locale
 
 HUB_IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 NAMES = ["tench", "goldfish", "great white shark"]
@@ -227,6 +229,15 @@ def test_copies_are_of_the_files_as_they_are_now(tmp_path):
     for record in ("{", "{}", "[]"):
         (work / "parquet" / "00000.json").write_text(record)
         assert copied_images(tmp_path / "f", work) == [b"cccc"]
+
+
+def test_the_record_of_a_copy_is_read_in_every_locale(tmp_path):
+    record = {"of": ["ä.parquet"], "sizes": [4], "labels": ["ü"], "with_path": 0}
+    write_json(tmp_path / "record.json", record)
+    in_ascii_locale(
+        "from pathlib import Path; from crt.data.parquet import _read_record\n"
+        f"assert _read_record(Path({str(tmp_path / 'record.json')!r})) == {record!a}"
+    )
 
 
 def test_a_copy_that_failed_in_the_place_of_another_leaves_no_record_of_that(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from crt.evaluation import export
 from crt.evaluation.export import export_samples
 from crt.evaluation.sources import AdmBatch
+from tests.conftest import in_ascii_locale
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), np.uint8)
 LABELS = np.arange(23) % 4
@@ -52,6 +53,15 @@ def test_png_folders_hold_each_image_under_its_class(samples):
             np.testing.assert_array_equal(np.asarray(image), IMAGES[row])
     assert json.loads((folder / "class_names.json").read_text()) == ["ä", "b", "c", "d"]
     assert not samples.with_suffix(".npz").exists()
+
+
+def test_names_of_classes_are_utf8_in_every_locale(samples):
+    in_ascii_locale(
+        f"from pathlib import Path; from crt.evaluation.export import export_samples\n"
+        f"export_samples(Path({str(samples)!r}), ['png'])"
+    )
+    names = (samples.with_name("samples_png") / "class_names.json").read_bytes()
+    assert json.loads(names.decode("utf-8")) == ["ä", "b", "c", "d"]
 
 
 def test_files_that_are_there_stay_and_others_are_made(samples):
