@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import re
 import signal
@@ -284,6 +285,9 @@ def _open_closed_streams() -> None:
 
 if __name__ == "__main__":
     _open_closed_streams()
+    # As stderr does: a locale that lacks a sign of what is printed is no reason to fail.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             status = main()

@@ -87,10 +87,13 @@ def dvclive_curve(folder: Path, name: str) -> dict[int, float]:
     return curve
 
 
-def in_ascii_locale(code: str) -> None:
-    """Run Python code where text files are ASCII unless told otherwise, as they are Latin-1 or GBK in other locales."""
+def in_ascii_locale(*arguments: str) -> str:
+    """What `python ARGUMENTS` prints where text is ASCII unless told otherwise, as it is Latin-1 or GBK in others."""
     locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-c", code], env=os.environ | locale, check=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | locale, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def run_out_of_memory(*_: Any, **__: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from crt.__main__ import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, in_ascii_locale
 
 METRICS = json.loads((ROOT / "metrics.json").read_text(encoding="utf-8"))
 
@@ -29,6 +29,11 @@ def test_one_result_is_told_in_words(tmp_path, capsys):
     assert psnr == ["psnr", f"{METRICS['psnr']:.4g}", "dB, reconstructions, higher is better"]
     assert [line.split(maxsplit=1)[1] for line in lines if "warning" in line] == ["few images", "small classifier"]
     assert any(line.split()[:2] == ["measured", "by"] for line in lines)
+
+
+def test_signs_that_the_locale_lacks_are_printed_as_escapes(tmp_path):
+    printed = in_ascii_locale("-m", "crt", "results", str(result(tmp_path / "a", warnings="class ä is rare")))
+    assert "class \\xe4 is rare" in printed
 
 
 def test_notes_are_wrapped_beside_their_names(tmp_path, capsys):

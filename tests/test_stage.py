@@ -513,8 +513,9 @@ def test_metrics_are_also_written_into_a_folder_that_is_still_to_be_made(tmp_pat
 def test_metrics_are_copied_as_they_are_in_every_locale(tmp_path):
     (tmp_path / "metrics.json").write_text('{"warnings": "ä"}', encoding="utf-8")
     in_ascii_locale(
+        "-c",
         f"from pathlib import Path; from types import SimpleNamespace; from crt.stage import publish_metrics\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "publish_metrics(SimpleNamespace(out=folder, metrics=folder / 'copy.json'))"
+        "publish_metrics(SimpleNamespace(out=folder, metrics=folder / 'copy.json'))",
     )
     assert json.loads((tmp_path / "copy.json").read_text(encoding="utf-8")) == {"warnings": "ä"}

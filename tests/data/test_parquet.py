@@ -235,8 +235,9 @@ def test_the_record_of_a_copy_is_read_in_every_locale(tmp_path):
     record = {"of": ["ä.parquet"], "sizes": [4], "labels": ["ü"], "with_path": 0}
     write_json(tmp_path / "record.json", record)
     in_ascii_locale(
+        "-c",
         "from pathlib import Path; from crt.data.parquet import _read_record\n"
-        f"assert _read_record(Path({str(tmp_path / 'record.json')!r})) == {record!a}"
+        f"assert _read_record(Path({str(tmp_path / 'record.json')!r})) == {record!a}",
     )
 
 

@@ -57,8 +57,9 @@ def test_png_folders_hold_each_image_under_its_class(samples):
 
 def test_names_of_classes_are_utf8_in_every_locale(samples):
     in_ascii_locale(
+        "-c",
         f"from pathlib import Path; from crt.evaluation.export import export_samples\n"
-        f"export_samples(Path({str(samples)!r}), ['png'])"
+        f"export_samples(Path({str(samples)!r}), ['png'])",
     )
     names = (samples.with_name("samples_png") / "class_names.json").read_bytes()
     assert json.loads(names.decode("utf-8")) == ["ä", "b", "c", "d"]
