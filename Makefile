@@ -59,4 +59,4 @@ lock: ## renew requirements.lock within the ranges of pyproject.toml (needs uv)
 	sed -i '1i # Exact versions and hashes of everything that setup installs. Renew with `make lock`.' requirements.lock
 
 clean: ## delete every result and all working state (asks nothing)
-	rm -rf data/prepared data/prepared.log data/.work out .snakemake metrics.json
+	rm -rf data/prepared data/prepared.log data/prepared.cost.json data/.work out .snakemake metrics.json

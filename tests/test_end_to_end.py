@@ -381,3 +381,16 @@ def test_the_remedy_for_a_stale_result_works_where_dvc_has_recorded_it_as_curren
     assert "train_ar: done in" in project.run(*remedy.split())
     assert "out/ar: stale" not in project.run("python", "-m", "crt", "status", status=1)
     assert "didn't change, skipping" in project.run("dvc", "repro", "train_ar")
+
+
+def test_make_clean_leaves_nothing_of_a_stage(tmp_path):
+    """What stages put beside their folders goes too, and nothing else."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for stage in load_stages().values():
+        (tmp_path / stage.output).mkdir(parents=True)
+        for ending in (".log", ".cost.json"):
+            (tmp_path / f"{stage.output}{ending}").touch()
+    (tmp_path / "data" / "prepared.tar").touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "data"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["prepared.tar"]
