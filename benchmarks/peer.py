@@ -83,14 +83,15 @@ class Peer:
 
 def timed(work: Callable[[], object]) -> float:
     """Seconds of a call, until the GPU is done with it."""
-    _await_gpu()
+    await_gpu()
     started = time.perf_counter()
     work()
-    _await_gpu()
+    await_gpu()
     return time.perf_counter() - started
 
 
-def _await_gpu() -> None:
+def await_gpu() -> None:
+    """Until what was asked of it is done, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -16,7 +16,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -162,14 +161,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second while one large tensor is copied."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * COPIED_BYTES / best
+    return 2 * COPIED_BYTES / min(timed(lambda: target.copy_(source)) for _ in range(5))
 
 
 if __name__ == "__main__":

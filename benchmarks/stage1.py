@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import Peer, run_as_our_stages, timed
+from peer import Peer, await_gpu, run_as_our_stages, timed
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ def measure_training(
         """At the end of each of our steps, one of theirs."""
 
         def update(self, done: int, **figures: float) -> None:
-            synchronize(device)
+            await_gpu()
             ours_seconds.append(time.perf_counter() - self.resumed)
             their_seconds.append(0.0 if peer is None else peer.seconds("step"))
             self.resumed = time.perf_counter()
@@ -325,11 +325,6 @@ def random_images(count: int, device: torch.device) -> Tensor:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @contextmanager
