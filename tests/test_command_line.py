@@ -200,10 +200,19 @@ def test_outside_the_project_the_remedy_is_to_go_there(tmp_path, monkeypatch, ca
     assert "params.yaml: cannot be read (No such file or directory): run from the project's root folder" in (
         capsys.readouterr().err
     )
-    # Its options already need the graph.
+    # Where its data are, the graph says.
     assert main(["evaluator_check"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: dvc.yaml: not found: run from the project's root folder")
+
+
+@pytest.mark.parametrize("command", [*STAGES, *COMMANDS])
+def test_help_is_given_outside_the_project_too(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m crt {command}" in capsys.readouterr().out
 
 
 def test_a_mount_point_is_refused_before_any_work(params_file, tmp_path):

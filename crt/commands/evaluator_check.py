@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the params file and the prepared data."""
     add_params_argument(parser)
     parser.add_argument(
-        "--data", type=Path, default=Path(load_stages()["prepare_data"].output), metavar="FOLDER",
-        help="ImageNet as prepare_data left it (default: %(default)s)",
-    )  # fmt: skip
+        "--data", type=Path, metavar="FOLDER", help="ImageNet as prepare_data left it (default: its output)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,13 +52,15 @@ def run(args: argparse.Namespace) -> int:
         UserError: data, reference or weights are missing or wrong.
         Stopped: a signal arrived; features that were taken are kept.
     """
+    # Here, since the help is for those too who are in no project.
+    folder = args.data or Path(load_stages()["prepare_data"].output)
     params = load_params(args.params)
     if params.evaluate.adm_reference is None:
         raise UserError("evaluate.adm_reference: null, but the check needs VIRTUAL_imagenet256_labeled.npz: set it")
-    manifest = read_manifest(args.data)
+    manifest = read_manifest(folder)
     source = manifest.params["prepare_data"]["source"]
     if source != "imagenet":
-        raise UserError(f"{args.data}: holds {source}, the published figures are for ImageNet: give --data of it")
+        raise UserError(f"{folder}: holds {source}, the published figures are for ImageNet: give --data of it")
     start_logging(None)
     interrupt.listen()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     reference = AdmBatch(params.evaluate.adm_reference)
     if reference.image_size != _SIDE:
         raise UserError(f"{reference.path}: its images have {reference.image_size} pixels a side instead of {_SIDE}")
-    images = SplitSource(args.data, "val", _SIDE, manifest.content)
+    images = SplitSource(folder, "val", _SIDE, manifest.content)
     ours, warnings = score(
         network,
         images,
