@@ -21,6 +21,8 @@ _SOURCES: dict[str, tuple[int, int | None, int]] = {
     "cifar10": (50_000, 10_000, 10),
     "imagenet": (1_281_167, 50_000, 1_000),
 }
+# Images or classes: more have no one, and sizes of networks with them would overflow.
+_MOST = 2**40
 # Inception-v3 at 299 px: 5.7 billion multiplications and additions per image.
 _INCEPTION_FLOPS = 2 * 5.7e9
 
@@ -58,6 +60,8 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
     for option, number in (("--images", images), ("--classes", classes)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: must be greater than 0")
+        if number is not None and number > _MOST:
+            raise UserError(f"{option} {number}: must be at most {_MOST}")
     data = params.prepare_data
     train, val, known_classes = _SOURCES.get(data.source, (images, None, classes))
     train, known_classes = images or train, classes or known_classes

@@ -344,6 +344,8 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
         (["--images", "0"], "--images 0"),
         (["--classes", "-3"], "--classes -3: must be greater than 0"),
         (["--classes", "0", "--models"], "--classes 0"),
+        (["--classes", str(2**63)], f"--classes {2**63}: must be at most {2**40}"),
+        (["--images", str(2**70)], f"--images {2**70}: must be at most {2**40}"),
         (["--reserve", "90"], "--reserve 90"),
         (["--batch-size", "0"], "--batch-size 0: must be greater than 0"),
         (["--model", "huge"], "--model huge: no such size"),
