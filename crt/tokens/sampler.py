@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from crt.data.sampler import batch_rows, rank_slice
+from crt.errors import UserError
 from crt.randomness import draw_seed
 from crt.tokens.cache import TokenCache
 
@@ -123,6 +124,8 @@ class TokenDataset(Dataset):
     """
 
     def __init__(self, cache: TokenCache, seed: int) -> None:
+        if seed < 0:
+            raise UserError(f"seed {seed}: must be 0 or more")
         self.cache, self.seed = cache, seed
 
     def __len__(self) -> int:

@@ -157,6 +157,11 @@ def test_single_items_agree_with_batches(cache):
     assert len(dataset) == ROWS
 
 
+def test_a_negative_seed_is_refused_before_the_first_row(cache):
+    with pytest.raises(UserError, match=r"^seed -1: must be 0 or more$"):
+        TokenDataset(cache, -1)
+
+
 def test_rows_alone_serve_as_any_other_data_set(cache):
     """Each is the row in epoch 0, so that a loader without the samplers here sees all rows, and so does a loop."""
     dataset = TokenDataset(cache, 3)
