@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -157,6 +158,15 @@ def read_weights(
     except (OSError, SafetensorError) as error:
         refuse_unreadable(path, error)
         raise UserError(f"{path}: truncated or damaged ({error}): {again}") from None
+
+
+@contextmanager
+def named_by(key: str) -> Iterator[None]:
+    """Let messages about a model say which params key names its folder."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def check_same_config(key: str, folder: str | Path, found: object, wanted: object, keys: Mapping[str, str]) -> None:

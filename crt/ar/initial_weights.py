@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crt.ar.model import ARConfig, ARTransformer
 from crt.errors import UserError
-from crt.model_files import TRANSFORMER, check_same_config, read_weights
+from crt.model_files import TRANSFORMER, check_same_config, named_by, read_weights
 from crt.params import TrainAR
 from crt.progress import logger
 
@@ -37,7 +37,8 @@ def check_initial_config(params: TrainAR, wanted: ARConfig) -> tuple[Path, ARCon
     if params.init_from is None:
         return None
     folder = Path(os.path.expanduser(params.init_from))
-    found = ARConfig.load(folder)
+    with named_by(_KEY):
+        found = ARConfig.load(folder)
     check_same_config(_KEY, folder, found, wanted, _KEYS)
     if found.codebook_size != wanted.codebook_size:
         raise UserError(

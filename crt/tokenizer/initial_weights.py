@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from crt.model_files import TOKENIZER, check_same_config, read_config
+from crt.model_files import TOKENIZER, check_same_config, named_by, read_config
 from crt.params import TrainTokenizer
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 
+_KEY = "train_tokenizer.init_from"
 # Params keys of what must agree. Images may have another size, and dropout has no weights.
 _KEYS = {
     **{
@@ -31,8 +32,9 @@ def check_initial_config(params: TrainTokenizer) -> Path | None:
     if params.init_from is None:
         return None
     folder = Path(os.path.expanduser(params.init_from))
-    found, wanted = read_config(folder, TOKENIZER, TokenizerConfig), TokenizerConfig.from_params(params)
-    check_same_config("train_tokenizer.init_from", folder, found, wanted, _KEYS)
+    with named_by(_KEY):
+        found = read_config(folder, TOKENIZER, TokenizerConfig)
+    check_same_config(_KEY, folder, found, TokenizerConfig.from_params(params), _KEYS)
     return folder
 
 

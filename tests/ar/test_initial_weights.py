@@ -111,7 +111,7 @@ def test_another_model_is_refused(small_run: Make, given: Any, capfd: pytest.Cap
     folder = given("other_codes", codebook_size=2 * CODEBOOK)
     assert f"draws codes of {2 * CODEBOOK}, the tokenizer has {CODEBOOK}: use the tokenizer that it was" in refused()
     folder = tmp_path / "nowhere"
-    assert "nowhere/config.json: not found" in refused()
+    assert f"error: train_ar.init_from: {folder}/config.json: not found" in refused()
     folder = tmp_path / "tokens"
     assert "holds what tokenize made, no model" in refused()
 

@@ -77,7 +77,8 @@ def test_another_tokenizer_is_refused(runs, capfd):
 
 def test_folders_without_a_tokenizer_are_refused(runs, digits, capfd):
     runs.train("second", status=2, init_from=str(runs.folder / "nowhere"))
-    assert "nowhere/config.json: not found" in capfd.readouterr().err
+    expected = f"error: train_tokenizer.init_from: {runs.folder / 'nowhere'}/config.json: not found"
+    assert expected in capfd.readouterr().err
     runs.train("third", status=2, init_from=str(digits))
     assert "holds what prepare_data made, no model" in capfd.readouterr().err
 
