@@ -12,12 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from crt.yaml_files import Section, checked, read_yaml
+from crt.yaml_files import Section, checked, in_yaml, read_yaml
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# What arrays and files can count.
+MAX_INT = 2**63
+# Of networks, where no memory holds more: torch and NumPy meet larger numbers with errors of their own.
+Size = Annotated[int, Field(gt=0, le=2**16)]
+BatchSize = Annotated[int, Field(gt=0, le=2**31)]
+PositiveInt = Annotated[int, Field(gt=0, lt=MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -49,7 +54,25 @@ def _possible_path(text: str) -> str:
     return text
 
 
+def _possible_stage(value: Any) -> Any:
+    """Refuse what is no stage of ZeRO; a Literal alone would take true for 1, and 3.0 for 3.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or value not in range(4):
+        raise ValueError(f"must be 0, 1, 2 or 3, got {in_yaml(value)}")
+    return value
+
+
+def _possible_view(name: str) -> str:
+    parse_view(name)
+    return name
+
+
 PathText = Annotated[str, AfterValidator(_possible_path)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_possible_stage)]
+ViewName = Annotated[str, AfterValidator(_possible_view)]
 
 
 class PrepareData(Section):
@@ -81,14 +104,14 @@ class PrepareData(Section):
 class Architecture(Section):
     """Encoder and decoder of the tokenizer."""
 
-    encoder_channels: PositiveInt
-    decoder_channels: PositiveInt
-    channel_multipliers: Annotated[list[PositiveInt], Field(min_length=1)]
-    encoder_blocks: PositiveInt
-    decoder_blocks: PositiveInt
+    encoder_channels: Size
+    decoder_channels: Size
+    channel_multipliers: Annotated[list[Size], Field(min_length=1)]
+    encoder_blocks: Size
+    decoder_blocks: Size
     attention: bool
     norm_groups: PositiveInt
-    z_channels: PositiveInt
+    z_channels: Size
     dropout: Fraction
 
     @property
@@ -113,7 +136,7 @@ class Quantizer(Section):
     """Codebook and how it learns."""
 
     codebook_size: Annotated[int, Field(ge=2, le=MAX_CODEBOOK)]
-    codebook_dim: PositiveInt
+    codebook_dim: Size
     l2_normalize: bool
     update: Literal["gradient", "ema"]
     ema_decay: Fraction
@@ -146,7 +169,7 @@ class Discriminator(Section):
     """Adversary of the decoder."""
 
     kind: Literal["none", "patchgan", "stylegan"]
-    channels: PositiveInt
+    channels: Size
     layers: PositiveInt
     weight: NonNegativeFloat
     adaptive_weight: bool
@@ -160,7 +183,7 @@ class Regularizer(Section):
     kind: Literal["none", "l2", "cross_entropy", "larp"]
     context: RegularizerContext
     layers: Annotated[int, Field(ge=0, le=12)]
-    width: PositiveInt
+    width: Size
     heads: PositiveInt
     anneal_steps: NonNegativeInt
     learning_rate: PositiveFloat
@@ -205,7 +228,7 @@ class TrainTokenizer(Section):
     optimizer: Optimizer
     init_from: PathText | None
     steps: NonNegativeInt
-    batch_size: PositiveInt
+    batch_size: BatchSize
     min_crop: Annotated[float, Field(gt=0, le=1)]
     horizontal_flip: bool
     weight_ema_decay: Fraction
@@ -273,8 +296,8 @@ class TrainTokenizer(Section):
 class Tokenize(Section):
     """The token cache."""
 
-    views: Annotated[list[str], Field(min_length=1)]
-    batch_size: PositiveInt
+    views: Annotated[list[ViewName], Field(min_length=1)]
+    batch_size: BatchSize
     precision: Literal["float32", "bf16"]
 
     @model_validator(mode="after")
@@ -315,10 +338,10 @@ def parse_view(view: str) -> tuple[str, float]:
 class ARModel(Section):
     """Llama-style transformer of stage 2; codebook, grid and classes come from the token cache."""
 
-    layers: PositiveInt
+    layers: Size
     heads: PositiveInt
-    width: PositiveInt
-    ffn_multiple: PositiveInt
+    width: Size
+    ffn_multiple: Size
     norm_eps: PositiveFloat
     rope_base: PositiveFloat
     dropout: Fraction
@@ -339,10 +362,10 @@ class TrainAR(Section):
     optimizer: Optimizer
     init_from: PathText | None
     steps: NonNegativeInt
-    batch_size: PositiveInt
+    batch_size: BatchSize
     micro_batch_size: PositiveInt | None
     precision: Literal["float32", "bf16"]
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: ZeroStage
     offload: Literal["none", "optimizer", "optimizer_and_parameters"]
     activation_checkpointing: bool
     compile: bool
@@ -380,7 +403,7 @@ class Sample(Section):
     temperature: PositiveFloat
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
-    batch_size: PositiveInt
+    batch_size: BatchSize
     precision: Literal["float32", "bf16"]
     compile: bool
     export: list[Literal["png", "npz"]]
@@ -405,9 +428,9 @@ class Sample(Section):
 class Classifier(Section):
     """Small classifier trained on the prepared data: features offline, and judge of class agreement."""
 
-    channels: PositiveInt
+    channels: Size
     steps: PositiveInt
-    batch_size: PositiveInt
+    batch_size: BatchSize
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat
     max_shift: Fraction
@@ -425,12 +448,12 @@ class Evaluate(Section):
     classifier: Classifier
     neighbours: PositiveInt
     kernel_subsets: PositiveInt
-    kernel_subset_size: Annotated[int, Field(ge=2)]
+    kernel_subset_size: Annotated[int, Field(ge=2, lt=MAX_INT)]
     pairwise_images: PositiveInt
     inception_score_splits: PositiveInt
     lpips: bool
     lpips_weights: PathText | None
-    batch_size: PositiveInt
+    batch_size: BatchSize
     grid_classes: PositiveInt
     grid_images_per_class: PositiveInt
     grid_reconstructions: PositiveInt

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import Node
+from ruamel.yaml.reader import ReaderError
 
 from crt.errors import UserError
 
@@ -49,6 +50,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         elsewhere = isinstance(error, FileNotFoundError) and not Path("dvc.yaml").exists()
         remedy = "run from the project's root folder" if elsewhere else "give the path of a YAML file"
+        if isinstance(error, UnicodeDecodeError):
+            remedy = f"save it as UTF-8, or {remedy}"
         raise UserError(f"{path}: cannot be read ({_reason(error)}): {remedy}") from None
     try:
         values = yaml.load(text)
@@ -56,7 +59,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {_yaml_message(error)}") from None
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: lists or mappings are nested too deep: make it flatter") from None
-    except (ValueError, OverflowError) as error:  # the parser's own, of an escape such as "\UFFFFFFFF"
+    except AssertionError as error:  # the parser's own, of `%YAML 1.3`
+        raise UserError(f"{path}: not valid YAML: {error}: leave the %YAML line out") from None
+    except (ValueError, OverflowError) as error:  # likewise, of an escape such as "\UFFFFFFFF"
         raise UserError(f"{path}: not valid YAML: a text has an impossible escape ({error}): correct it") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: is not a mapping of keys to values: give a file of lines `key: value`")
@@ -91,9 +96,13 @@ class _Constructor(SafeConstructor):
 
 def _yaml_message(error: YAMLError) -> str:
     """What is wrong and where, without the lines that the parser quotes for programmers."""
+    if isinstance(error, ReaderError):  # also of UTF-16 without its mark
+        return f"not valid YAML: holds the character #x{error.character:04x}: save it as UTF-8 text without that"
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return f"not valid YAML: {' '.join(str(error).split())}"
     text = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+    if "character '\\t'" in text:
+        text += ": write spaces instead of tabs"
     return f"not valid YAML: line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {text}"
 
 
@@ -133,7 +142,7 @@ def _explain(name: str | Path, detail: Any, model: type[BaseModel], hint: str) -
     location = [str(part) for part in detail["loc"] if not _is_union_tag(part)]
     key = ".".join(location)
     kind = detail["type"]
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):  # the latter are numbers and other things that are no text
         siblings = _field_names(model, location[:-1])
         close = difflib.get_close_matches(location[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(siblings)}"

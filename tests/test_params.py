@@ -46,6 +46,25 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"sample.guidance_interval": [0, 0, 1]}, "guidance_interval: too many entries: give at most 2, got [0, 0, 1]"),
         ({"train_ar.zero_stage": {(1,): 2}}, "train_ar.zero_stage: must be 0, 1, 2 or 3, got {(1,): 2}"),
         ({"train_ar.zero_stage": 4}, "train_ar.zero_stage: must be 0, 1, 2 or 3"),
+        *(
+            ({"train_ar.zero_stage": value}, f"train_ar.zero_stage: must be 0, 1, 2 or 3, got {shown}")
+            for value, shown in ((True, "true"), (False, "false"), (1.0, "1.0"), (2**63, 2**63), (None, "null"))
+        ),
+        *(
+            ({key: 2**62}, f"{key}: must be less than or equal to {most}, got {2**62}")
+            for key, most in (
+                ("train_tokenizer.architecture.z_channels", 2**16),
+                ("train_tokenizer.architecture.decoder_blocks", 2**16),
+                ("train_tokenizer.quantizer.codebook_dim", 2**16),
+                ("train_ar.model.layers", 2**16),
+                ("train_ar.model.ffn_multiple", 2**16),
+                ("evaluate.classifier.channels", 2**16),
+                ("train_tokenizer.batch_size", 2**31),
+                ("train_ar.batch_size", 2**31),
+                ("sample.batch_size", 2**31),
+            )
+        ),
+        ({"sample.num_images": 2**63}, f"sample.num_images: must be less than {2**63}, got {2**63}"),
         ({"train_ar.model.heads": 3}, "train_ar.model: width 128 is not divisible by heads 3"),
         ({"train_ar.model.heads": 64}, "2D RoPE"),
         ({"train_ar.micro_batch_size": 100}, "micro_batch_size 100 does not divide batch_size 64"),
@@ -86,6 +105,7 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"train_tokenizer.regularizer.kind": "none"}, "set lambda to 0 or choose a regularizer"),
         ({"train_tokenizer.regularizer.heads": 3}, "train_tokenizer.regularizer: width 64 is not divisible by heads 3"),
         ({"tokenize.views": ["centre"]}, "unknown view 'centre'"),
+        ({"tokenize.views": ["center", "flop"]}, "tokenize.views.1: unknown view 'flop': use 'center', 'flip' or"),
         ({"tokenize.views": ["ten_crop@1.1"]}, "set prepare_data.storage to 'encoded'"),
         (
             {"tokenize.views": ["ten_crop@1.1", "ten_crop@1.10"]},
@@ -162,6 +182,7 @@ def test_bad_values_are_refused_by_key_and_remedy(values, change, expected):
         (None, "lamda", "lamda: unknown key: did you mean 'lambda'?"),
         ("train_ar", "step", "train_ar.step: unknown key: did you mean 'steps'?"),
         ("sample", "zzz", "sample.zzz: unknown key: known keys: num_images"),
+        ("sample", 3, "sample.3: unknown key: known keys: num_images"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, key, expected):
@@ -224,11 +245,18 @@ def test_numbers_are_read_as_dvc_writes_them(tmp_path):
         (f"seed: 0x{'f' * 5000}", "value cannot be read"),
         (f"a: {'[' * 1000}{']' * 1000}", "nested too deep"),
         (r'a: "\UFFFFFFFF"', "impossible escape"),
+        ("a:\n\tb: 1", "line 2, column 1: while scanning for the next token, found character '\\t' that"),
+        ("a:\n\tb: 1", "token: write spaces instead of tabs"),
+        ("a:\t1", "write spaces instead of tabs"),
+        ("%YAML 1.3\n---\na: 1", "version minor part can only be 2 or 1, got (1, 3): leave the %YAML line out"),
+        ("a: 1\0", "holds the character #x0000: save it as UTF-8 text without that"),
+        ("a: 1".encode("utf-16"), "cannot be read (not UTF-8 text): save it as UTF-8, or give the path of a YAML file"),
+        ("a: 1".encode("utf-16-le"), "holds the character #x0000: save it as UTF-8 text without that"),
     ],
 )
 def test_broken_yaml_is_one_line(tmp_path, text, expected):
     path = tmp_path / "p.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         load_params(path)
     assert str(path) in str(caught.value)
