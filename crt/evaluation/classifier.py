@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from crt.data.sampler import batch_rows
+from crt.errors import UserError
 from crt.evaluation.comparable import CLASSES, QUARTER_TURNS
 from crt.evaluation.features import deterministic_float32
 from crt.files import is_undamaged_archive, replacing
@@ -194,7 +195,12 @@ def train_classifier(
                 progress.update(step, loss=loss.item())
                 raise_if_stopped()
     progress.update(step)
-
+    # A value beyond float32 in any weight makes features that are no numbers.
+    if not all(parameter.isfinite().all() for parameter in [loss, *network.parameters()]):
+        raise UserError(
+            "evaluate.classifier: its training diverged, loss or weights are no numbers: lower "
+            "evaluate.classifier.learning_rate"
+        )
     _save(network, path)
     checkpoint.unlink(missing_ok=True)
 

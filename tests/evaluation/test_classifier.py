@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from crt.errors import UserError
 from crt.evaluation import classifier
 from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns
 from crt.evaluation.precision_recall import class_agreement
@@ -51,6 +52,13 @@ def test_any_number_of_steps_trains(digits, tmp_path, steps):
     path = digits.train_classifier(tmp_path / "classifier.safetensors", steps=steps, channels=4)
     features = ClassifierFeatures(path, "cpu")(digits.val[:8])
     assert np.isfinite(features).all()
+
+
+def test_training_that_diverges_is_one_line_and_leaves_no_weights(digits, tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    with pytest.raises(UserError, match=r"^evaluate.classifier: its training diverged, .*: lower evaluate.classifier."):
+        digits.train_classifier(path, steps=6, channels=4, learning_rate=1e20)
+    assert not path.exists()
 
 
 def test_weights_do_not_depend_on_the_number_of_threads(digits, tmp_path):
