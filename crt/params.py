@@ -23,8 +23,10 @@ Size = Annotated[int, Field(gt=0, le=2**16)]
 BatchSize = Annotated[int, Field(gt=0, le=2**31)]
 PositiveInt = Annotated[int, Field(gt=0, lt=MAX_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=MAX_INT)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Networks compute in float32: what they make of larger numbers overflows.
+MAX_FLOAT = 1e30
+PositiveFloat = Annotated[float, Field(gt=0, le=MAX_FLOAT, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MAX_FLOAT, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 MAX_CODEBOOK = 2**31
@@ -32,7 +34,9 @@ MAX_CODEBOOK = 2**31
 LPIPS_MIN_SIDE = 16
 # MS-SSIM halves the image four times, and needs a whole window of 11 pixels after that.
 MS_SSIM_MIN_SIDE = 176
-GuidanceScale = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+# Beyond these, logits overflow.
+MOST_GUIDANCE, LEAST_TEMPERATURE = 1e6, 1e-6
+GuidanceScale = Annotated[float, Field(ge=1, le=MOST_GUIDANCE, allow_inf_nan=False)]
 Betas = Annotated[list[Fraction], Field(min_length=2, max_length=2)]
 RegularizerContext = Literal["latents", "codes"]
 
@@ -229,7 +233,8 @@ class TrainTokenizer(Section):
     init_from: PathText | None
     steps: NonNegativeInt
     batch_size: BatchSize
-    min_crop: Annotated[float, Field(gt=0, le=1)]
+    # Images are enlarged so far that such a share is a crop.
+    min_crop: Annotated[float, Field(ge=0.01, le=1)]
     horizontal_flip: bool
     weight_ema_decay: Fraction
     precision: Literal["float32", "bf16"]
@@ -400,7 +405,7 @@ class Sample(Section):
     guidance_schedule: Literal["constant", "linear", "cosine"]
     guidance_interval: Annotated[list[Probability], Field(min_length=2, max_length=2)]
     guidance_sweep: list[GuidanceScale]
-    temperature: PositiveFloat
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=MAX_FLOAT, allow_inf_nan=False)]
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
     batch_size: BatchSize
@@ -475,7 +480,7 @@ class Params(Section):
     """The whole file."""
 
     # 'lambda' is a Python keyword: the attribute is lambda_, the key in the file is lambda.
-    lambda_: Annotated[float, Field(ge=0, allow_inf_nan=False, alias="lambda")]
+    lambda_: Annotated[float, Field(ge=0, le=MAX_FLOAT, allow_inf_nan=False, alias="lambda")]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     prepare_data: PrepareData
     train_tokenizer: TrainTokenizer

@@ -113,6 +113,18 @@ def test_shipped_files_are_complete_and_valid(path):
         ),
         ({"sample.top_k": 1000}, "exceeds train_tokenizer.quantizer.codebook_size 64"),
         ({"sample.guidance_scale": 0.5}, "sample.guidance_scale"),
+        # What the sampler would refuse, once all is trained.
+        (
+            {"sample.guidance_scale": 1e7},
+            "sample.guidance_scale: must be less than or equal to 1000000, got 10000000.0",
+        ),
+        ({"sample.guidance_sweep": [1.0, 1e7]}, "sample.guidance_sweep.1: must be less than or equal to 1000000"),
+        ({"sample.temperature": 1e-7}, "sample.temperature: must be greater than or equal to 0.000001, got 1e-07"),
+        *(
+            ({key: 1e38}, f"{key}: must be less than or equal to 1000000000000000")
+            for key in ("lambda", "train_ar.optimizer.learning_rate", "train_tokenizer.loss.pixel_weight")
+        ),
+        ({"train_tokenizer.min_crop": 1e-300}, "train_tokenizer.min_crop: must be greater than or equal to 0.01"),
         ({"sample.guidance_interval": [0.7, 0.3]}, "guidance_interval [0.7, 0.3] must ascend"),
         ({"sample.guidance_sweep": [1.5, 1.5]}, "guidance_sweep [1.5, 1.5] names a scale twice"),
         ({"sample.guidance_scale": 2.0, "sample.guidance_sweep": [2.0]}, "or guidance_scale 2 again"),
@@ -197,6 +209,7 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(values, section, ke
     [
         {"sample.top_k": 64},  # all codes
         {"sample.guidance_interval": [0.5, 0.5]},
+        {"sample.guidance_scale": 1e6, "sample.temperature": 1e-6},
         {"tokenize.views": ["ten_crop@1"]},
         {"tokenize.views": ["ten_crop@1", "ten_crop@4"], "prepare_data.storage": "encoded"},
         {"train_tokenizer.loss.lpips_weight": 1.0, "evaluate.lpips": True},  # at 16 px

@@ -38,6 +38,7 @@ from crt.ar.model import ARConfig, ARTransformer, load_model
 from crt.cpu import alone, is_cpu
 from crt.errors import UserError
 from crt.model_files import usable_device
+from crt.params import LEAST_TEMPERATURE, MOST_GUIDANCE
 from crt.randomness import numpy_generator
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from crt.ar.gpu_decoder import GPUDecoder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-# Beyond these, logits overflow.
-_MOST_GUIDANCE, _LEAST_TEMPERATURE = 1e6, 1e-6
 # Of an image: for fewer no kernels are compiled on a CPU, which takes 4 s; such a model draws hundreds of images in it.
 _LEAST_PRODUCTS = 2**28
 # Share of the guidance at a share x of the sequence.
@@ -312,16 +311,16 @@ class DrawSettings:
         Raises:
             UserError: a setting is out of range.
         """
-        if not 1 <= self.guidance <= _MOST_GUIDANCE:
-            raise UserError(f"guidance {self.guidance}: must be 1 (none) to {_MOST_GUIDANCE:g}")
+        if not 1 <= self.guidance <= MOST_GUIDANCE:
+            raise UserError(f"guidance {self.guidance}: must be 1 (none) to {MOST_GUIDANCE:g}")
         if self.schedule not in list(GUIDANCE_SCHEDULES):
             raise UserError(f"guidance schedule {self.schedule!r}: use one of {', '.join(GUIDANCE_SCHEDULES)}")
         start, stop = self.interval
         if not 0 <= start <= stop <= 1:
             raise UserError(f"guidance interval {list(self.interval)}: must be two ascending shares from 0 to 1")
-        if not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise UserError(
-                f"temperature {self.temperature}: must be finite, {_LEAST_TEMPERATURE:g} (the likeliest code) or more"
+                f"temperature {self.temperature}: must be finite, {LEAST_TEMPERATURE:g} (the likeliest code) or more"
             )
         if not 0 <= self.top_k <= codebook_size:
             raise UserError(f"top_k {self.top_k}: must be 0 (off) to the codebook's size {codebook_size}")
@@ -390,7 +389,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        # The likeliest code stays, also where p is 0 in float32.
+        ordered = ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     return logits.softmax(-1)
 

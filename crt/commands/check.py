@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from crt.errors import UserError
 from crt.params import Params, load_params
 from crt.pipeline import PARAMS_FILE
 
@@ -21,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: one line for each wrong key.
     """
     params = load_params(args.params)
+    if params.sample.num_images < 2:  # sample draws it, long before evaluate would refuse it
+        raise UserError(f"{args.params}: sample.num_images: evaluate needs two images at least, got 1: raise it")
     if params.train_tokenizer.init_from is not None or params.train_ar.init_from is not None:
         _check_initial_weights(params)
     print(f"{args.params}: valid")

@@ -122,6 +122,11 @@ def test_equal_logits_at_the_edge_of_top_k_are_all_kept() -> None:
     assert kept.tolist() == [True, True, True, False]
 
 
+def test_the_likeliest_code_stays_for_any_top_p() -> None:
+    kept = distribution(torch.tensor([[1.0, 3.0, 2.0]]), temperature=1.0, top_k=0, top_p=5e-324)[0] > 0
+    assert kept.tolist() == [False, True, False]
+
+
 def test_codes_that_reach_top_p_exactly_are_enough() -> None:
     kept = distribution(torch.zeros(1, 4), temperature=1.0, top_k=0, top_p=0.5)[0] > 0
     assert kept.tolist() == [True, True, False, False]
