@@ -417,6 +417,8 @@ class Sample(Section):
     def _check(self) -> Sample:
         if self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {self.guidance_interval} must ascend: swap its ends")
+        if len(set(self.export)) != len(self.export):
+            raise ValueError(f"export {self.export} names a format twice: name each once")
         if len(set(self.scales)) != len(self.scales):
             raise ValueError(
                 f"guidance_sweep {self.guidance_sweep} names a scale twice, or guidance_scale {self.guidance_scale:g} "

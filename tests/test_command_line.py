@@ -186,11 +186,18 @@ def test_a_stage_without_streams_writes_none_of_what_it_says_into_its_files(para
     assert replace(load_stages(ROOT)["prepare_data"], output=f"{tmp_path}/data").log == f"{tmp_path}/data.log"
 
 
-def test_check_refuses_what_only_the_last_stage_would(params_file, capsys):
-    path = params_file(sample__num_images=1)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sample__num_images": 1}, "num_images: evaluate needs two images at least, got 1: raise it"),
+        ({"sample__labels": [9, 10]}, "labels: 10 is not a class: digits has classes 0 to 9"),
+    ],
+)
+def test_check_refuses_what_only_the_last_stages_would(params_file, capsys, changes, expected):
+    path = params_file(**changes)
     assert main(["check", "--params", str(path)]) == 2
-    expected = f"error: {path}: sample.num_images: evaluate needs two images at least, got 1: raise it\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == f"error: {path}: sample.{expected}\n"
+    assert main(["check", "--params", str(params_file(sample__num_images=2, sample__labels=[9]))]) == 0
 
 
 def test_what_a_command_does_not_know_is_told_with_its_own_usage(capsys):

@@ -126,6 +126,7 @@ def test_shipped_files_are_complete_and_valid(path):
         ),
         ({"train_tokenizer.min_crop": 1e-300}, "train_tokenizer.min_crop: must be greater than or equal to 0.01"),
         ({"sample.guidance_interval": [0.7, 0.3]}, "guidance_interval [0.7, 0.3] must ascend"),
+        ({"sample.export": ["png", "png"]}, "sample: export ['png', 'png'] names a format twice: name each once"),
         ({"sample.guidance_sweep": [1.5, 1.5]}, "guidance_sweep [1.5, 1.5] names a scale twice"),
         ({"sample.guidance_scale": 2.0, "sample.guidance_sweep": [2.0]}, "or guidance_scale 2 again"),
         *(

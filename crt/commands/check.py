@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the file, all of it, and that the weights fit which it names to begin training with.
+    """Check the file, all of it, what only the last stages would refuse, and that the weights fit to begin with.
 
     Raises:
         UserError: one line for each wrong key.
@@ -24,10 +24,22 @@ def run(args: argparse.Namespace) -> int:
     params = load_params(args.params)
     if params.sample.num_images < 2:  # sample draws it, long before evaluate would refuse it
         raise UserError(f"{args.params}: sample.num_images: evaluate needs two images at least, got 1: raise it")
+    if params.sample.labels is not None:
+        _check_labels(params, args.params)
     if params.train_tokenizer.init_from is not None or params.train_ar.init_from is not None:
         _check_initial_weights(params)
     print(f"{args.params}: valid")
     return 0
+
+
+def _check_labels(params: Params, file: Path) -> None:
+    """Raises UserError for a label that is no class of the images, where the source tells how many they have."""
+    from crt.plan.work import known_classes
+
+    source, most = params.prepare_data.source, max(params.sample.labels or [0])
+    classes = known_classes(source)
+    if classes is not None and most >= classes:
+        raise UserError(f"{file}: sample.labels: {most} is not a class: {source} has classes 0 to {classes - 1}")
 
 
 def _check_initial_weights(params: Params) -> None:

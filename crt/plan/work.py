@@ -78,6 +78,11 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
     return DataSize(train, val, known_classes)
 
 
+def known_classes(source: str) -> int | None:
+    """Classes of a source of images; None where that differs from one to another."""
+    return _SOURCES[source][2] if source in _SOURCES else None
+
+
 def ar_config(params: Params, classes: int) -> ARConfig:
     """The stage-2 model, its codes taken from the tokenizer's params."""
     tokenizer = params.train_tokenizer
