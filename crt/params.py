@@ -377,7 +377,8 @@ class TrainAR(Section):
     validate_every: PositiveInt
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt
-    sample_images: NonNegativeInt
+    # Drawn all at once.
+    sample_images: Annotated[int, Field(ge=0, le=2**16)]
 
     @model_validator(mode="after")
     def _check(self) -> TrainAR:

@@ -62,6 +62,7 @@ def test_shipped_files_are_complete_and_valid(path):
                 ("train_tokenizer.batch_size", 2**31),
                 ("train_ar.batch_size", 2**31),
                 ("sample.batch_size", 2**31),
+                ("train_ar.sample_images", 2**16),
             )
         ),
         ({"sample.num_images": 2**63}, f"sample.num_images: must be less than {2**63}, got {2**63}"),
