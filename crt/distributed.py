@@ -52,6 +52,8 @@ def join_world() -> Iterator[World]:
     """Join the stage's processes (gloo on CPU, NCCL on GPUs) and leave them together.
 
     Leaving through a barrier matters: ranks that end at different times can abort in the backend's shutdown.
+    NCCL's shutdown waits for all processes: one that fails leaves without, as the others may wait for it in a
+    collective, and its mistake would not be heard before that gives up.
     """
     rank, size, local_rank = environment_rank()
     cuda = torch.cuda.is_available()
@@ -69,12 +71,14 @@ def join_world() -> Iterator[World]:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         timeout = timedelta(minutes=_COLLECTIVE_MINUTES)
         dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
+    failed = True
     try:
         yield World(rank, size, device)
         if started:
             dist.barrier()
+        failed = False
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not (failed and cuda and size > 1):
             dist.destroy_process_group()
 
 

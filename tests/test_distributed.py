@@ -116,6 +116,33 @@ def test_collectives_give_all_processes_the_same():
     assert ["agreed" in out for out, _ in said] == [True] * 2, said
 
 
+NCCL = """
+import sys, torch
+import torch.distributed as dist
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 2, lambda device: None
+join, leave = dist.init_process_group, dist.destroy_process_group
+dist.init_process_group = lambda backend, **place: join({"nccl": "gloo"}[backend], **place)
+def leave_together():
+    print("leaves with the others")
+    leave()
+dist.destroy_process_group = leave_together
+import crt.distributed as d
+from crt.errors import LocalError
+with d.join_world() as world:
+    if sys.argv[1] == str(world.rank):
+        raise LocalError("a damaged image")
+    d.barrier()
+"""
+
+
+@pytest.mark.parametrize("failing", ["", "1"])
+def test_a_process_that_fails_does_not_wait_in_nccls_shutdown(failing):
+    """Gloo in its place, whose shutdown waits for nobody. Oracle: NCCL's documentation, all processes must make it."""
+    said = _run_two(NCCL, failing)
+    assert ["leaves with the others" in out for out, _ in said] == [not failing] * 2, said
+    assert ("LocalError: a damaged image" in said[1][1]) == bool(failing), said
+
+
 def _run_two(script: str, argument: str) -> list[tuple[str, str]]:
     """What two processes of a script write to stdout and stderr."""
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
