@@ -161,10 +161,30 @@ def deterministic_float32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with (
+            _unfused(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Keep TorchScript from joining operations to kernels of its own, as it does on GPUs.
+
+    It first watches some calls, and the kernels round differently: features would depend on where a run was stopped.
+    (`torch.jit.fuser` does the same, and warns of a fuser that is gone.)
+    """
+    cpu, gpu = torch._C._jit_can_fuse_on_cpu(), torch._C._jit_can_fuse_on_gpu()
+    torch._C._jit_override_can_fuse_on_cpu(False)
+    torch._C._jit_override_can_fuse_on_gpu(False)
+    try:
+        yield
+    finally:
+        torch._C._jit_override_can_fuse_on_cpu(cpu)
+        torch._C._jit_override_can_fuse_on_gpu(gpu)
 
 
 def _fetch_inception(sha256: str) -> Path:

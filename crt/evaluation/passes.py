@@ -115,7 +115,9 @@ class Networks:
     @torch.inference_mode()
     def _lpips(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.lpips is not None
-        return self.lpips.network(to_unit_range(x), to_unit_range(y)).flatten().double()  # (B, 1, 1, 1) -> (B,)
+        with deterministic_float32():
+            distances = self.lpips.network(to_unit_range(x), to_unit_range(y))
+        return distances.flatten().double()  # (B, 1, 1, 1) -> (B,)
 
 
 @dataclass(frozen=True)

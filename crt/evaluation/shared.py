@@ -15,7 +15,7 @@ from typing import Any
 from crt.pipeline import canonical_json
 
 # Raised when the code changes what is kept.
-VERSION = 3
+VERSION = 4
 
 
 def shared_path(folder: Path, kind: str, recipe: Any) -> Path:

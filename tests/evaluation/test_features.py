@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import urllib.error
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 
 from crt.errors import UserError
 from crt.evaluation.classifier import ClassifierFeatures
-from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures
+from crt.evaluation.features import INCEPTION_FILE, InceptionFeatures, deterministic_float32
 from crt.evaluation.frechet import GaussianStatistics, frechet_distance
 from crt.evaluation.spatial import split_inception
 from crt.files import sha256_file
@@ -32,6 +33,30 @@ def as_folder(images: np.ndarray, folder) -> str:
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:04d}.png")
     return str(folder)
+
+
+NORMALIZED = """
+def normalized(x, mean, variance):
+    return torch.relu(torch.batch_norm(x, None, None, mean, variance, False, 0.0, 1e-3, False))
+"""
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_torchscript_computes_the_same_in_every_call(fixed):
+    """Oracle: its first call. TorchScript fuses here as it does on GPUs, where it differs without our setting."""
+    images, mean, variance = torch.randn(2, 8, 12, 12), torch.randn(8), torch.rand(8) + 0.5
+    network = torch.jit.CompilationUnit(NORMALIZED).normalized
+    needs_llvm, fuses = torch._C._jit_get_te_must_use_llvm_cpu(), torch._C._jit_can_fuse_on_cpu()
+    torch._C._jit_set_te_must_use_llvm_cpu(False)
+    torch._C._jit_override_can_fuse_on_cpu(True)
+    try:
+        with torch.inference_mode(), deterministic_float32() if fixed else nullcontext():
+            first, *others = (network(images, mean, variance) for _ in range(4))
+        assert torch._C._jit_can_fuse_on_cpu()
+    finally:
+        torch._C._jit_override_can_fuse_on_cpu(fuses)
+        torch._C._jit_set_te_must_use_llvm_cpu(needs_llvm)
+    assert all(torch.equal(first, other) for other in others) is fixed
 
 
 @pytest.mark.parametrize("resize", ["clean", "legacy_tensorflow"])

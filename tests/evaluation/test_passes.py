@@ -106,6 +106,20 @@ def test_distances_by_other_weights_are_taken_anew_and_missing_ones_added(tmp_pa
         assert copies.column("lpips").tolist() == [distance] * len(PIXELS)
 
 
+def test_distances_are_computed_in_true_float32(tmp_path):
+    """Oracle: the protocol's word in metrics.json. On a GPU convolutions take TF32 unless told otherwise."""
+    precisions = []
+
+    class Watched(Distance):
+        def network(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            precisions.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().network(x, y)
+
+    look(tmp_path, replace(NETWORKS, lpips=Watched(0.5)))
+    assert set(precisions) == {(False, False)}
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_what_nothing_has_changed_of_is_looked_at_once(tmp_path):
     before = look(tmp_path, NETWORKS)
     after = look(tmp_path, replace(NETWORKS, features=MeanColour(factor=2.0)))  # unnoticed: it says that it is the same
