@@ -56,6 +56,8 @@ def run(run: StageRun) -> None:
     params = run.params.sample
     remedy = "lower sample.batch_size, or set sample.precision to bf16"
     with join_world() as world, reported_once(world), gpu_memory(run.name, remedy):
+        # Left to itself cuDNN may take algorithms that add in varying order: a chunk made again would be another.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         generator = Generator.load(run.inputs["ar"], params.precision, world.device, params.compile)
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)

@@ -229,6 +229,21 @@ def test_too_little_gpu_memory_is_said_in_one_line(
     assert last_line(capsys) == line
 
 
+def test_images_are_decoded_by_algorithms_that_repeat(sample_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU cuDNN otherwise chooses by speed, and the same codes may become other pixels after a restart."""
+    settings = []
+
+    def decode(self: Tokenizer, *codes: Any) -> torch.Tensor:
+        settings.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        return decode_codes(self, *codes)
+
+    decode_codes = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
+        assert main(sample_run()) == 0
+    assert set(settings) == {(True, False)}
+
+
 def test_a_damaged_model_is_refused(sample_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = sample_run()
     weights = tmp_path / "ar" / "model.safetensors"
