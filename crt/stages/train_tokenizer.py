@@ -12,7 +12,9 @@ Raising `lambda` makes the codes easier to predict, at the cost of reconstructio
 
 Runs in one process or many (torchrun, srun), which agree to rounding at the same global batch (dropout apart, whose
 draws belong to the process). Stopped at any moment it continues from its last checkpoint, bit for bit at the same
-number of processes and threads: batches and every draw are functions of (seed, step).
+number of processes and threads: batches and every draw are functions of (seed, step). (On GPUs attention's backward
+pass, which the regularizer has too, may add in varying order: there a continued run agrees with an uninterrupted one to
+rounding.)
 
 Cost: the default digits run takes about a minute on two cores and ends near 25 dB; the paper's ImageNet tokenizer
 took 3 days on 8 A100 for 400,000 steps of 128 images.
