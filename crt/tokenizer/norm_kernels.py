@@ -239,15 +239,16 @@ def forward(
     mean, rstd = (torch.empty((cut.images, groups), dtype=torch.float32, device=x.device) for _ in range(2))
     sums = cut.partial_sums(x)
     tile = {"ROWS": cut.rows, "BLOCK_C": cut.block_c, "num_warps": _WARPS}
-    _moments[cut.images, cut.chunks](
-        x, sums, cut.pixels, cut.channels, cut.chunks, CHUNK_ROWS=cut.chunk_rows, **tile
-    )  # fmt: skip
-    _statistics[cut.images, groups](
-        x, sums, mean, rstd, eps, cut.pixels, cut.channels, cut.chunks, cut.group_width, **cut.small
-    )  # fmt: skip
-    _apply[cut.images, cut.tiles](
-        x, y, weight, bias, mean, rstd, cut.pixels, cut.channels, groups, cut.group_width, SILU=silu, **tile
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever its tensors are
+        _moments[cut.images, cut.chunks](
+            x, sums, cut.pixels, cut.channels, cut.chunks, CHUNK_ROWS=cut.chunk_rows, **tile
+        )  # fmt: skip
+        _statistics[cut.images, groups](
+            x, sums, mean, rstd, eps, cut.pixels, cut.channels, cut.chunks, cut.group_width, **cut.small
+        )  # fmt: skip
+        _apply[cut.images, cut.tiles](
+            x, y, weight, bias, mean, rstd, cut.pixels, cut.channels, groups, cut.group_width, SILU=silu, **tile
+        )  # fmt: skip
     return y, mean, rstd
 
 
@@ -268,13 +269,14 @@ def backward(
     totals = torch.empty((cut.images, 2, cut.channels), dtype=torch.float32, device=x.device)
     tile = {"SILU": silu, "ROWS": cut.rows, "BLOCK_C": cut.block_c, "num_warps": _WARPS}
     size = (cut.pixels, cut.channels, groups, cut.group_width)
-    _slope_sums[cut.images, cut.chunks](
-        x, slope, weight, bias, mean, rstd, sums, *size, cut.chunks, CHUNK_ROWS=cut.chunk_rows, **tile
-    )  # fmt: skip
-    _slope_statistics[cut.images, groups](
-        sums, weight, means, totals, cut.pixels, cut.channels, cut.chunks, cut.group_width, **cut.small
-    )  # fmt: skip
-    _apply_slopes[cut.images, cut.tiles](x, slope, out, weight, bias, mean, rstd, means, *size, **tile)
+    with torch.cuda.device_of(x):
+        _slope_sums[cut.images, cut.chunks](
+            x, slope, weight, bias, mean, rstd, sums, *size, cut.chunks, CHUNK_ROWS=cut.chunk_rows, **tile
+        )  # fmt: skip
+        _slope_statistics[cut.images, groups](
+            sums, weight, means, totals, cut.pixels, cut.channels, cut.chunks, cut.group_width, **cut.small
+        )  # fmt: skip
+        _apply_slopes[cut.images, cut.tiles](x, slope, out, weight, bias, mean, rstd, means, *size, **tile)
     return out, totals[:, 1].sum(0).to(weight.dtype), totals[:, 0].sum(0).to(bias.dtype)
 
 

@@ -3,9 +3,14 @@ crt/tokenizer/norm_kernels.py on a CPU, against torch in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from crt.tokenizer import norm_kernels
 
@@ -22,6 +27,7 @@ def main() -> None:
             check_against_torch(shape, silu, torch.float32, 1e-5)
     check_against_torch(SHAPES[1], True, torch.bfloat16, 5e-3)
     check_operators()
+    check_place()
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -69,6 +75,32 @@ def check_operators() -> None:
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b)
     assert eager[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def check_place() -> None:
+    """Kernels are launched where their tensors are, whichever GPU is the current one; the launches are only noted."""
+    x, weight, bias, groups = inputs(SHAPES[0], torch.float32)
+    here: list[Tensor | None] = [None]
+    launches = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        here[0] = tensor
+        yield
+        here[0] = None
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda first, *_, **__: launches.append(here[0] is x)
+
+    names = [n for n, value in vars(norm_kernels).items() if isinstance(value, InterpretedFunction)]
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(patch.object(norm_kernels, name, Noted()))
+        patches.enter_context(patch.object(torch.cuda, "device_of", device_of))
+        _, mean, rstd = norm_kernels.forward(x, weight, bias, groups, EPS, True)
+        norm_kernels.backward(x, x, weight, bias, mean, rstd, groups, True)
+    assert launches == [True] * 6, launches
 
 
 if __name__ == "__main__":
