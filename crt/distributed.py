@@ -71,14 +71,17 @@ def join_world() -> Iterator[World]:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         timeout = timedelta(minutes=_COLLECTIVE_MINUTES)
         dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
-    failed = True
+    together = False
     try:
         yield World(rank, size, device)
         if started:
             dist.barrier()
-        failed = False
+        together = True
+    except interrupt.Stopped:  # at all of them
+        together = True
+        raise
     finally:
-        if dist.is_initialized() and not (failed and cuda and size > 1):
+        if dist.is_initialized() and (together or size == 1 or not cuda):
             dist.destroy_process_group()
 
 

@@ -131,16 +131,18 @@ from crt.errors import LocalError
 with d.join_world() as world:
     if sys.argv[1] == str(world.rank):
         raise LocalError("a damaged image")
+    if sys.argv[1] == "stopped":
+        raise d.interrupt.Stopped(15)
     d.barrier()
 """
 
 
-@pytest.mark.parametrize("failing", ["", "1"])
-def test_a_process_that_fails_does_not_wait_in_nccls_shutdown(failing):
+@pytest.mark.parametrize("how", ["done", "stopped", "1"])
+def test_a_process_that_fails_does_not_wait_in_nccls_shutdown(how):
     """Gloo in its place, whose shutdown waits for nobody. Oracle: NCCL's documentation, all processes must make it."""
-    said = _run_two(NCCL, failing)
-    assert ["leaves with the others" in out for out, _ in said] == [not failing] * 2, said
-    assert ("LocalError: a damaged image" in said[1][1]) == bool(failing), said
+    said = _run_two(NCCL, how)
+    assert ["leaves with the others" in out for out, _ in said] == [how != "1"] * 2, said
+    assert ("LocalError: a damaged image" in said[1][1]) == (how == "1"), said
 
 
 def _run_two(script: str, argument: str) -> list[tuple[str, str]]:

@@ -37,6 +37,7 @@ from crt.data.sampler import rank_slice
 from crt.data.transforms import to_unit_range
 from crt.distributed import (
     World,
+    barrier,
     gpu_memory,
     join_world,
     mean_over_ranks,
@@ -140,7 +141,7 @@ def _train(run: StageRun, world: World) -> None:
         if world.is_main and fresh and (last or signum or step % params.checkpoint_every == 0):
             state.save(checkpoint, step)
         if signum:
-            sum_over_ranks(torch.zeros(1, device=world.device))  # nobody leaves before rank 0 has saved
+            barrier()  # nobody leaves before rank 0 has saved; for other collectives of NCCL the host does not wait
             raise Stopped(signum)
         if last:
             break
