@@ -75,7 +75,7 @@ def join_world() -> Iterator[World]:
     try:
         yield World(rank, size, device)
         if started:
-            dist.barrier()
+            barrier()
         together = True
     except interrupt.Stopped:  # at all of them
         together = True
@@ -93,7 +93,9 @@ def world_size() -> int:
 def barrier() -> None:
     """Wait until all processes are here. A collective call: all processes must make it."""
     if world_size() > 1:
-        dist.barrier()
+        # Of itself NCCL takes the GPU that the rank suggests where nothing was sent before, which may be another's.
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 def all_reduce(number: int, world: World, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> int:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from crt import distributed
 from crt.distributed import World, reported_once
 from crt.errors import LocalError, UserError
 from crt.processes import free_port
@@ -114,6 +115,21 @@ print("agreed")
 def test_collectives_give_all_processes_the_same():
     said = _run_two(COLLECTIVES, "")
     assert ["agreed" in out for out, _ in said] == [True] * 2, said
+
+
+def test_nccl_is_told_which_gpu_waits(monkeypatch):
+    """Else its first collective takes GPU rank % count: where Slurm deals ranks out in turn that is another task's."""
+    told = []
+
+    def wait(device_ids: list[int]) -> None:
+        told.extend(device_ids)
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed.dist, "barrier", wait)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    distributed.barrier()
+    assert told == [1]
 
 
 NCCL = """
