@@ -19,6 +19,7 @@ from crt.ar.deepspeed_config import deepspeed_config
 from crt.ar.model import ARConfig, ARTransformer, count_parameters
 from crt.ar.one_process import skip_partitioning, updates_in_place
 from crt.distributed import World
+from crt.errors import UserError
 from crt.params import Optimizer, TrainAR
 from crt.randomness import seed_torch
 
@@ -82,7 +83,7 @@ def deepspeed_engine(
         deepspeed.DeepSpeedEngine; calling it is calling the model.
 
     Raises:
-        UserError: the batch does not divide among the processes.
+        UserError: the batch does not divide among the processes, or as `build_optimizer`.
     """
     import deepspeed
 
@@ -158,6 +159,9 @@ def build_optimizer(
     """AdamW with weight decay on matrices and embedding tables, none on the norms' scales.
 
     Its learning rate is 0 until `set_learning_rate`.
+
+    Raises:
+        UserError: there is nothing to compile the optimizer with that offload needs.
     """
     decayed: list[torch.nn.Parameter] = []
     free: list[torch.nn.Parameter] = []
@@ -172,7 +176,14 @@ def build_optimizer(
     if offload != "none" and device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, adamw_mode=True)
+        try:
+            return DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, adamw_mode=True)
+        except RuntimeError as error:  # it is compiled at first use
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(
+                f"train_ar.offload: DeepSpeed's optimizer for the host cannot be compiled ({reason}): install a C++ "
+                "compiler, such as g++, and ninja, or set train_ar.offload to none"
+            ) from None
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, gradient_norm, set_learning_rate
-from crt.distributed import join_world
+from crt.ar.engine import (
+    build_optimizer,
+    deepspeed_engine,
+    deepspeed_session,
+    gather_weights,
+    gradient_norm,
+    set_learning_rate,
+)
+from crt.distributed import World, join_world
+from crt.errors import UserError
 from crt.params import load_params
 from tests.ar.conftest import small_config
 from tests.conftest import ROOT
@@ -38,6 +46,20 @@ def test_gradients_are_clipped(zero_stage: int, precision: str) -> None:
 
     assert largest_change(1e9) == pytest.approx(1e-2, rel=0.02)
     assert largest_change(1e-12) < 1e-4
+
+
+def test_offload_without_a_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs alone: DeepSpeed compiles the optimizer at first use."""
+    params = load_params(ROOT / "params.yaml").train_ar
+    with deepspeed_session(World(0, 1, torch.device("cpu"))):
+        from deepspeed.ops import adam
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("requires the cpu_adam op") from RuntimeError("Ninja is required\nto load it")
+
+        monkeypatch.setattr(adam, "DeepSpeedCPUAdam", fail)
+        with pytest.raises(UserError, match=r"^train_ar\.offload: .*\(Ninja is required\): install a C\+\+ compiler"):
+            build_optimizer(torch.nn.Linear(2, 2), params.optimizer, "optimizer", torch.device("cuda", 0))
 
 
 def test_the_first_weights_are_those_of_the_seed() -> None:
