@@ -1,8 +1,8 @@
 """Images whose labels stand in a file beside them: a table with their names, or `dataset.json` of StyleGAN's tool.
 
 The table is a .csv or .tsv file with a line of column names, or .jsonl, as Kaggle and the Hugging Face Hub's image
-folders have it. Images lie in the file's folder or below, and are called by their path from there, or by name alone,
-with their ending or without. Those that the file does not name are left out.
+folders have it. Images lie in the file's folder or below, and are called by their path, or by name alone, with their
+ending or without. Those that the file does not name are left out. A column of splits' names counts, if there is one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from crt.data.class_folders import is_image, listing_of
 from crt.data.listing import first_three, printable
 from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS
-from crt.data.shards import LABEL_NAMES, classes_of_labels
+from crt.data.shards import LABEL_NAMES, classes_of_labels, names_split, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, folder_tree
 from crt.errors import UserError
 
 _IMAGE_NAMES = ("file_name", "filename", "file", "filepath", "path", "image", "image_id", "image_name", "img", "id")
-_NO_LABELS = ("text", "caption", "prompt", "url")
+_SPLIT_NAMES = ("split", "subset", "partition", "usage", "fold", "is_valid")
+_NO_LABELS = ("text", "caption", "prompt", "url", *_SPLIT_NAMES)
+_SEPARATORS = ",;\t"  # of .csv files: spreadsheets write semicolons where the comma is for decimals
+
+
+class _Line(NamedTuple):
+    image: str
+    label: str | None
+    split: str = ""
+    """As the file has it; empty if it has none."""
 
 
 def is_label_file(path: Path) -> bool:
@@ -38,24 +47,28 @@ def open_label_file(path: Path) -> Source:
     Raises:
         UserError: it cannot be read, does not say which column is what, or names an image that is not there or twice.
     """
-    labels = _read(path)
-    if not labels:
+    notes: list[str] = []
+    lines = _read(path, notes)
+    if not lines:
         raise UserError(f"{path}: names no images: fix it or get it again")
-    tree, notes = folder_tree(path.parent), list[str]()
+    tree = folder_tree(path.parent)
     places = _rows_by_name(tree)
-    found: dict[int, str | None] = {}
+    found: dict[int, _Line] = {}
     missing = []
-    for name, label in labels:
-        rows = places.get(name.removeprefix("./"), [])
+    for line in lines:
+        rows = next((places[name] for name in _calls(line.image, path.parent) if name in places), [])
         if len(rows) > 1:
             raise UserError(
-                f"{path}: {printable(name)} may be {first_three([tree.files[row] for row in rows])}: write its path "
-                f"from {path.parent}"
+                f"{path}: {printable(line.image)} may be {first_three([tree.files[row] for row in rows])}: write its "
+                f"path from {path.parent}, or move the others out of it"
             )
         if not rows:
-            missing.append(name)
-        elif found.setdefault(rows[0], label) != label:
-            raise UserError(f"{path}: gives {printable(name)} two labels, {found[rows[0]]} and {label}: leave one")
+            missing.append(line.image)
+            continue
+        first = found.setdefault(rows[0], line)
+        for what, one, other in (("labels", first.label, line.label), ("splits", first.split, line.split)):
+            if one != other:
+                raise UserError(f"{path}: gives {printable(line.image)} two {what}, {one} and {other}: leave one")
     if missing:
         raise UserError(
             f"{path}: names {len(missing)} images that do not lie in {path.parent} or below: {first_three(missing)}: "
@@ -63,11 +76,30 @@ def open_label_file(path: Path) -> Source:
         )
     if left := sum(map(is_image, tree.files)) - len(found):
         notes.append(f"{path}: {left} images that it does not name are left out")
-    samples = [(tree.files[row], label) for row, label in found.items()]
-    classes = classes_of_labels(path, {"all": samples}, f"column {' or '.join(LABEL_NAMES)}", notes)
+    split_of = {"": "all"}
+    if named := sorted({line.split for line in found.values()} - {""}):
+        split_of = splits_of_shards(path, named, notes)
+    rows_of: dict[str, list[int]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
+    for row, line in found.items():
+        if split := split_of[line.split]:
+            rows_of[split].append(row)
+    samples = {split: [(tree.files[row], found[row].label) for row in rows] for split, rows in rows_of.items()}
+    classes = classes_of_labels(path, samples, f"column {' or '.join(LABEL_NAMES)}", notes)
     index = {name: number for number, name in enumerate(classes)}
-    listing = listing_of(tree, list(found), [index[label] if label is not None else 0 for _, label in samples])
-    return Source(classes, class_names(classes), [tree.container], {"all": listing}, notes)
+    listings = {
+        split: listing_of(tree, rows, [index.get(found[row].label or "", 0) for row in rows])
+        for split, rows in rows_of.items()
+    }
+    return Source(classes, class_names(classes), [tree.container], listings, notes)
+
+
+def _calls(name: str, folder: Path) -> Iterator[str]:
+    """What an image may be called in `_rows_by_name`, by what a file in `folder` calls it, the likeliest first."""
+    for path in (name, name.replace("\\", "/")):  # as Windows writes it
+        yield path.removeprefix("./")
+        for root in (folder.absolute(), folder.resolve(), folder.absolute().name):
+            if path.startswith(f"{root}/"):
+                yield path.removeprefix(f"{root}/")
 
 
 def _rows_by_name(tree: Tree) -> dict[str, list[int]]:
@@ -81,8 +113,8 @@ def _rows_by_name(tree: Tree) -> dict[str, list[int]]:
     return found | {name: [row] for name, row in images.items()}
 
 
-def _read(path: Path) -> list[tuple[str, str | None]]:
-    """(name, label) of each image.
+def _read(path: Path, notes: list[str]) -> list[_Line]:
+    """What the file says of each image.
 
     Raises:
         UserError: as of `open_label_file`.
@@ -92,17 +124,26 @@ def _read(path: Path) -> list[tuple[str, str | None]]:
             labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
             if labels is None:
                 images = folder_tree(path.parent).files
-                return [(name, None) for name in images if is_image(name)]
-            return [(str(name), str(int(label))) for name, label in labels]
+                return [_Line(name, None) for name in images if is_image(name)]
+            return [_Line(str(name), str(int(label))) for name, label in labels]
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".jsonl":
                 lines = [json.loads(line) for line in file if line.strip()]
                 names = list(lines[0]) if lines else []
             else:
-                table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+                first = file.readline()
+                file.seek(0)
+                is_tsv = path.suffix.lower() == ".tsv"
+                table = csv.DictReader(file, delimiter="\t" if is_tsv else max(_SEPARATORS, key=first.count))
                 lines, names = list(table), list(table.fieldnames or [])
             image, label = _columns(path, names)
-            return [(str(line[image]).strip(), _text(line.get(label))) for line in lines]
+            splits = _splits(path, names, lines, notes)
+            return [
+                _Line(str(line[image]).strip(), _text(line.get(label)), split)
+                for line, split in zip(lines, splits, strict=True)
+            ]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text: save it as UTF-8, also called Unicode (UTF-8)") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError):
         raise UserError(f"{path}: cannot be read as a list of images and labels: fix it or get it again") from None
     except OSError as error:
@@ -123,6 +164,20 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[str, str]:
             f"images {_IMAGE_NAMES[1]}, that of labels {LABEL_NAMES[0]}"
         )
     return image, label
+
+
+def _splits(path: Path, names: Sequence[str], lines: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
+    """The split that each line names in its column of splits; empty for all where one does not."""
+    column = next((name for name in names if str(name).strip().lower() in _SPLIT_NAMES), None)
+    splits = [str(line.get(column)).strip() if column is not None else "" for line in lines]
+    if column is not None and not all(map(names_split, splits)):
+        strange = next(split for split in splits if not names_split(split))
+        notes.append(
+            f"{path}: column {printable(column.strip())} is not read, for {printable(strange)!r} is none of train, val "
+            "and test: write those to have its splits"
+        )
+        return [""] * len(lines)
+    return splits
 
 
 def _text(label: Any) -> str | None:

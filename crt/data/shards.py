@@ -63,13 +63,13 @@ def splits_of_shards(folder: Path, shards: list[str], notes: list[str]) -> dict[
     Raises:
         UserError: some shards name a split, and others none.
     """
-    named = {shard: _split_in(shard) for shard in shards}
+    named = {shard: names_split(shard) for shard in shards}
     present = set(named.values())
     held_out = next((split for split in ("val", "test") if split in present), None)
     if "train" not in present or held_out is None:
         if present != {""}:
             names = ", ".join(sorted(split or "no split" for split in present))
-            notes.append(f"{folder}: shards of {names} only: validation images are set aside from all of them")
+            notes.append(f"{folder}: images of {names} only: validation images are set aside from all of them")
         return dict.fromkeys(shards, "all")
     strange = next((shard for shard, split in named.items() if not split), None)
     if strange is not None:
@@ -77,13 +77,13 @@ def splits_of_shards(folder: Path, shards: list[str], notes: list[str]) -> dict[
             f"{folder}: {printable(strange)} names no split, other shards do: name it after train or val, or move it"
         )
     if held_out == "val" and "test" in present:
-        notes.append(f"{folder}: the shards of test are not used, validation images are those of val")
+        notes.append(f"{folder}: the images of test are not used, validation images are those of val")
     roles = {"train": "train", held_out: "val"}
     return {shard: roles.get(split, "") for shard, split in named.items()}
 
 
-def _split_in(shard: str) -> str:
-    """The split that a path names last, which says it most closely, or ""."""
+def names_split(shard: str) -> str:
+    """The split that a path, or another text, names last, which says it most closely, or ""."""
     ends = {split: [found.end() for found in name.finditer(shard.lower())] for split, name in _SPLITS.items()}
     return max((split for split in ends if ends[split]), key=lambda split: ends[split][-1], default="")
 

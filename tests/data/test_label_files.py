@@ -54,6 +54,10 @@ def test_labels_are_those_of_the_file(prepare, make, tmp_path, capfd, name):
         ("spaces.csv", "filename , label\n 000.png ,cat\n001.png, dog\n"),
         ("other.csv", "picture,label\n000,cat\n001,dog\n"),
         ("several.csv", "id,file_name,label\n001,000.png,cat\n000,001.png,dog\n"),
+        ("semicolons.csv", "filename;label\n000.png;cat\n001.png;dog\n"),
+        ("tabs.csv", "filename\tlabel\n000.png\tcat\n001.png\tdog\n"),
+        ("windows.csv", "filename,label\ntrain\\000.png,cat\n.\\train\\001.png,dog\n"),
+        ("from above.csv", "filename,label\npets/train/000.png,cat\npets/train/001.png,dog\n"),
         ("blank.jsonl", '{"path": "000.png", "cls": "cat"}\n\n{"path": "001.png", "cls": "dog"}\n'),
     ],
 )
@@ -63,6 +67,66 @@ def test_images_are_found_by_what_the_file_calls_them(make, tmp_path, name, cont
     source = open_label_file(make.write(root / name, content.encode()))
     assert source.class_ids == ["cat", "dog"]
     assert source.splits["all"].ids == ["train/000.png", "train/001.png"]
+
+
+def test_images_may_be_called_by_absolute_paths_also_through_links(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets")
+    (tmp_path / "link").symlink_to(root)
+    for folder in (root, tmp_path / "link"):
+        make.write(root / "a.csv", f"path,label\n{root}/train/000.png,cat\n{folder}/train/001.png,dog\n".encode())
+        assert open_label_file(folder / "a.csv").splits["all"].ids == ["train/000.png", "train/001.png"]
+
+
+def test_a_path_that_is_there_counts_before_what_else_it_may_mean(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets", ("pets/0.png", "0.png"))
+    source = open_label_file(make.write(root / "a.csv", b"filename,label\npets/0.png,cat\n"))
+    assert source.splits["all"].ids == ["pets/0.png"]
+
+
+SPLIT_LINES = list(zip(["train", "train", "valid", "valid", "test", "Train"], LABELS, strict=False))
+
+
+def split_table(column: str, lines: list[tuple[str, str]] = SPLIT_LINES) -> bytes:
+    rows = [f"{row:03d}.png,{label},{split}" for row, (split, label) in enumerate(lines)]
+    return "\n".join([f"filename,label,{column}", *rows, ""]).encode()
+
+
+def test_a_column_of_splits_tells_the_splits(prepare, make, tmp_path, capfd):
+    root = folder_of(make, tmp_path / "pets")
+    status, out = prepare(path=make.write(root / "a.csv", split_table("Split")))
+    assert status == 0
+    parts = [PackedImages(out, split) for split in ("train", "val")]
+    found = [{part.source_id(row)[-7:-4] for row in range(len(part))} for part in parts]
+    assert found == [{"000", "001", "005"}, {"002", "003"}]
+    assert stored(out)["train/005.png"] == "dog"
+    assert "the images of test are not used, validation images are those of val" in capfd.readouterr().err
+
+
+def test_labels_that_unused_images_lack_are_no_matter(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets")
+    lines = [(split, "" if split == "test" else label) for split, label in SPLIT_LINES]
+    source = open_label_file(make.write(root / "a.csv", split_table("subset", lines)))
+    assert source.class_ids == ["cat", "dog"] and len(source.splits["val"]) == 2
+
+
+def test_images_of_training_and_test_alone(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets")
+    lines = [(split, label) for split, label in SPLIT_LINES if split != "valid"]
+    source = open_label_file(make.write(root / "a.csv", split_table("split", lines)))
+    assert {split: listing.ids for split, listing in source.splits.items()} == {
+        "train": [f"train/{row:03d}.png" for row in (0, 1, 3)],
+        "val": ["train/002.png"],
+    }
+
+
+@pytest.mark.parametrize("values", [["0", "1", "2"], ["train", "", "train"]])
+def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
+    root = folder_of(make, tmp_path / "pets")
+    table = split_table("partition ", [(value, "cat") for value in values])
+    source = open_label_file(make.write(root / "a.csv", table))
+    assert list(source.splits) == ["all"]
+    strange = next(value for value in values if value != "train")
+    assert any(f"column partition is not read, for {strange!r} is none of train" in note for note in source.notes)
 
 
 def test_label_files_are_tables_and_the_one_of_stylegans_tool(make, tmp_path):
@@ -95,6 +159,10 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
         ("a.csv", "filename,label\n000.png,cat\n900.png,dog\n", "names 1 images that do not lie in"),
         ("a.csv", "filename,label\n000.png,cat\n001.png,\n", "train/001.png has no label"),
         ("a.csv", "filename,label\ntwin,cat\n", "twin may be train/twin.png, twin.png: write its path from"),
+        ("a.csv", "filename,label\ntwin,cat\n", "or move the others out of it"),
+        ("a.csv", "image_id,partition\n000.png,0\n", "columns are image_id, partition: the first line must name them"),
+        ("a.csv", "image,label,split\n000,a,train\n000,a,test\n", "gives 000 two splits, train and test: leave one"),
+        ("a.csv", "filename,label\n000.png,\udce4\n", "is not UTF-8 text: save it as UTF-8"),
         ("a.csv", "filename,label\n", "a.csv: names no images: "),
         ("dataset.json", '{"labels": []}', "dataset.json: names no images: "),
         ("a.csv", "filename,breed,caption\n000.png,cat,a cat\n", "columns are filename, breed, caption: the first"),
@@ -113,5 +181,5 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
 def test_files_that_are_not_right_are_refused(refused, make, tmp_path, name, content, told):
     root = folder_of(make, tmp_path / "pets")
     folder_of(make, root, ("train/twin.png", "twin.png"))
-    make.write(root / name, content.encode())
+    make.write(root / name, content.encode("utf-8", "surrogateescape"))
     assert told in refused(path=root / name)

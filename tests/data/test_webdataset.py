@@ -188,7 +188,7 @@ def test_the_split_named_last_in_a_path_counts(prepare, make, tmp_path, capfd):
     (folder / "train_val/train-0.tar").rename(folder / "train_val/val-1.tar")
     capfd.readouterr()
     assert prepare(path=folder, out=tmp_path / "other", val_fraction=0.5, **SHARDS)[0] == 0
-    assert "shards of val only: validation images are set aside" in capfd.readouterr().err
+    assert "images of val only: validation images are set aside" in capfd.readouterr().err
 
 
 def test_samples_without_an_image_are_counted(tmp_path):
