@@ -18,7 +18,9 @@ import numpy as np
 from crt.data.decode import Undecodable
 from crt.data.listing import Listing, first_three, printable, read_entry, sorted_listing
 from crt.data.no_classes import (
+    LABEL_FILES,
     ONE_CLASS,
+    is_pictures,
     note_labels_beside,
     note_order_of_numbers,
     refuse_annotations,
@@ -40,11 +42,14 @@ EXTENSIONS = (
 _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # Names that mean a split also where other folders stand beside it, or none.
+_PLAIN_TRAIN = ("train",)
 _PLAIN_VAL = ("val", "valid", "validation", "test")
 # Further names that are given to splits: train2017, training_set, devset, eval-images.
 _LIKE_SPLIT = re.compile(
     "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
 )
+# Endings of files in which labels may be, and which are not read.
+_LISTS = (".txt", ".json", ".xml", ".xls", ".xlsx", ".ods")
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
 # name and its class first.
 _ANNOTATIONS = "val_annotations.txt"
@@ -62,8 +67,14 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         UserError: it is missing, damaged, empty, or laid out otherwise; class folders look like splits; or
             validation has a class that training lacks.
     """
-    if os.path.isfile(path) and not path.name.lower().endswith(ARCHIVES) and (other := read_otherwise([path.name])):
-        raise UserError(f"{path}: no folder or archive of image files: {other}")
+    if os.path.isfile(path) and not path.name.lower().endswith(ARCHIVES):
+        if path.suffix.lower() in _LISTS:
+            raise UserError(
+                f"{path}: labels are read from {', '.join(LABEL_FILES)} files alone: write it as one, with the columns "
+                "filename and label"
+            )
+        if other := read_otherwise([path.name]):
+            raise UserError(f"{path}: no folder or archive of image files: {other}")
     tree = open_tree(path, "prepare_data.path", work)
     if not tree.files and not tree.folders:
         raise UserError(f"{path}: empty: put images there, or set prepare_data.path to the folder that holds them")
@@ -143,13 +154,15 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         hint = read_otherwise([name for name in tree.files if name.startswith(root)])
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
-            f"or set prepare_data.path to the folder that holds them{hint and f', or {hint}'}"
+            f"or set prepare_data.path to the folder that holds them{hint and f', or {tree.unpack_first}{hint}'}"
         )
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:
+        full = {name: rows for name, rows in found.items() if rows}
+        refuse_no_classes(tree, root, full)  # what it tells to do often makes an empty folder no matter
         raise UserError(
             f"{tree.name}: class folder {printable(root + empty[0])} holds no images ({', '.join(EXTENSIONS)}): "
-            f"add some, or delete the folder{_deeper(tree, root, found)}"
+            f"add some, or move the folder away{_deeper(tree, root, full)}"
         )
     if ignored:
         unread = [kind for kind in sorted(ignored) if kind in UNREAD_PICTURES]
@@ -188,13 +201,14 @@ def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:
     return found
 
 
-def _deeper(tree: Tree, root: str, found: dict[str, list[int]]) -> str:
+def _deeper(tree: Tree, root: str, full: dict[str, list[int]]) -> str:
     """A further remedy, where the one folder with images holds folders: downloads often put others beside it."""
-    full = [name for name, rows in found.items() if rows]
-    if len(full) != 1 or any("/" not in tree.files[row][len(root) + len(full[0]) + 1 :] for row in found[full[0]]):
+    name, *others = full
+    is_nested = all("/" in path for path in _below_class(tree, root, name, full[name]))
+    if others or not (is_nested or is_pictures(name)):
         return ""
-    first = tree.unpack_first
-    return f"; or {first}set prepare_data.path to its folder {root}{full[0]}, if the class folders are in there"
+    why = "if the class folders are in there" if is_nested else "whose images are then one class"
+    return f"; or {tree.unpack_first}set prepare_data.path to its folder {root}{name}, {why}"
 
 
 def _refuse_flat_val(tree: Tree, root: str, train: str) -> None:
@@ -267,7 +281,7 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
                 f"{tree.name}: training images are those of {train[0]}/, validation images those of {val[0]}/{unused}"
             )
             return {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
-        plain = "train" in top and not top.isdisjoint(_PLAIN_VAL)
+        plain = _named(top, _PLAIN_TRAIN) and _named(top, _PLAIN_VAL)
         if plain or (train and val and top == {*train, *val}):
             strange = min(top - {train[0], *val})
             raise UserError(
@@ -343,14 +357,18 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
         UserError: such class folders look like splits, by their names or since all hold the same folders.
     """
     like_split = [name for name in sorted(by_class) if _LIKE_SPLIT.fullmatch(name.lower())]
-    below: dict[str, list[str]] = {}
-    for name, rows in by_class.items():
-        below[name] = [tree.files[row][len(root) + len(name) + 1 :] for row in rows]
-        if not all("/" in path for path in below[name]):
-            if len(like_split) == len(by_class):
-                shown = ", ".join(map(printable, like_split))
-                notes.append(f"{tree.name}: the classes are {shown}: if those are splits, name them train and val")
-            return
+    below = {name: _below_class(tree, root, name, rows) for name, rows in by_class.items()}
+    flat = [name for name, paths in below.items() if not all("/" in path for path in paths)]
+    if flat:
+        if len(like_split) == len(by_class):
+            shown = ", ".join(map(printable, like_split))
+            notes.append(f"{tree.name}: the classes are {shown}: if those are splits, name them train and val")
+        elif set(flat) <= set(like_split):
+            notes.append(
+                f"{tree.name}: class {printable(flat[0])} may be a split, since other folders hold folders of images: "
+                "if it is, move it away"
+            )
+        return
     inner = {name: {path.partition("/")[0] for path in paths} for name, paths in below.items()}
     several = sorted(set().union(*inner.values()))
     while len(several) == 1 and all(path.count("/") > 1 for paths in below.values() for path in paths):
@@ -363,13 +381,20 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
     if not is_in_split and (len(like_split) > 1 or (len(several) > 1 and (like_split or is_alike))):
         raise UserError(
             f"{tree.name}: folders {names} look like splits, since their images lie in folders {inside} of each: "
-            "name them train and val; or, if they are the classes, move their images out of their inner folders"
+            "name them train and val; or, if they are the classes, move their images out of their inner folders; or, "
+            f"if they are versions of one set, {tree.unpack_first}set prepare_data.path to one, such as "
+            f"{root}{min(inner)}"
         )
     if len(several) > 1:  # one name alone, such as images, tells nothing
         notes.append(
             f"{tree.name}: the classes are the {len(inner)} upper folders {names}, whose images lie in folders "
             f"{inside}: to have the inner ones, put those into one folder and set prepare_data.path to it"
         )
+
+
+def _below_class(tree: Tree, root: str, name: str, rows: Sequence[int]) -> list[str]:
+    """Paths of a class folder's images, relative to it."""
+    return [tree.files[row][len(root) + len(name) + 1 :] for row in rows]
 
 
 def _folders_in(tree: Tree, root: str) -> set[str]:

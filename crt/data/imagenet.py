@@ -99,6 +99,7 @@ def _open_val(folder: Path, classes: list[str], notes: list[str]) -> tuple[Listi
     if tree.folders == {"val"}:
         return _flat_val(folder, tree, classes, notes), tree.container
     by_class = images_by_class(tree, "val/", notes)
+    check_classes(f"{folder}/val", sorted(by_class), list(imagenet_names()))
     check_val_classes(str(folder), classes, sorted(by_class), notes)
     return listing_by_class(tree, by_class, classes), tree.container
 

@@ -17,9 +17,9 @@ from crt.errors import UserError
 _SUFFIX = "(data|images?|set|split)?[ab]?([^a-z].*)?"
 _TRAIN = re.compile(f"(.*[^a-z])?train(ing)?{_SUFFIX}")
 _HELD_OUT = re.compile(f"(.*[^a-z])?(val(id(ation)?)?|test(ing)?){_SUFFIX}")
-_PICTURES = re.compile("images?|imgs?|jpe?gs?|jpegimages|photos?|pictures?")
+_PICTURES = re.compile("(.*[^a-z])?(images?|imgs?)|jpe?gs?|jpegimages|photos?|pictures?")
 _ANNOTATIONS = re.compile(
-    "annotations?|labels?|(.*[^a-z])?masks?|segmentations?|segmentation(class|object)(aug)?|trimaps?|"
+    "annotations?|labels?|(.*[^a-z])?(masks?|anno)|segmentations?|segmentation(class|object)(aug)?|trimaps?|"
     "ground_?truths?|gts?|edges?|depths?"
 )
 # Images in each numbered part: of FFHQ and StyleGAN's tool, and of img2dataset.
@@ -77,7 +77,7 @@ def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
     Raises:
         UserError: as said.
     """
-    pictures = [name for name in names if _PICTURES.fullmatch(name.lower())]
+    pictures = [name for name in names if is_pictures(name)]
     drawn = [name for name in names if _ANNOTATIONS.fullmatch(name.lower())]
     if len(pictures) == 1 and drawn and len(names) == 1 + len(drawn):
         first = tree.unpack_first
@@ -86,6 +86,11 @@ def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
             f"annotations, not like classes: {first}move {drawn[0]} elsewhere, or set prepare_data.path to "
             f"{root}{pictures[0]}; or, if they are the classes, give them other names"
         )
+
+
+def is_pictures(name: str) -> bool:
+    """Whether a folder is called after what it holds, pictures, so that its name is no class."""
+    return bool(_PICTURES.fullmatch(name.lower()))
 
 
 def note_labels_beside(tree: Tree, notes: list[str]) -> None:

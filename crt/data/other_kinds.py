@@ -13,11 +13,12 @@ _CONVERT = (
 UNREAD_PICTURES = (".jxl", ".dcm", ".nii", ".svg", ".psd", ".exr")
 """Endings of pictures in formats that are not read."""
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_TAR = r".*\.tar"
 # By patterns of files' names in lower case; the first that any name has counts.
 _KINDS = {
     r"ilsvrc2012_img_.*\.tar": "set prepare_data.source to imagenet to read ImageNet's own archives",
     r"n\d{8}\.tar": "unpack each class archive (nXXXXXXXX.tar) into a folder of its name",
-    r".*\.tar": "set prepare_data.source to webdataset to read images inside these files",
+    _TAR: "set prepare_data.source to webdataset to read images inside these files",
     r".*\.parquet": "set prepare_data.source to parquet to read images inside these files",
     r".*\.(mdb|lmdb)": "set prepare_data.source to lmdb to read LMDB files",
     r".*\.(npz|npy|h5|hdf5)|.*-idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read arrays of images in "
@@ -39,10 +40,11 @@ def read_otherwise(files: Sequence[str]) -> str:
         files: their paths; of a folder's files, or one alone.
     """
     names = [PurePosixPath(name).name.lower() for name in files]
-    for pattern, remedy in _KINDS.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            return remedy
     archives = [name for name in files if name.lower().endswith(ARCHIVES)]
+    packed = [name for name in archives if not name.lower().endswith(".tar")]  # beside which a .tar is hardly a shard
+    for pattern, remedy in _KINDS.items():
+        if any(re.fullmatch(pattern, name) for name in names) and not (pattern == _TAR and packed):
+            return remedy
     if archives:
-        return f"set prepare_data.path to the archive itself, such as {archives[0]}, or unpack it"
+        return f"set prepare_data.path to the archive itself, such as {(packed or archives)[0]}, or unpack it"
     return ""

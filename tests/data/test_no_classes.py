@@ -16,6 +16,14 @@ def images(make, root: Path, names: list[str]) -> Path:
     return root
 
 
+def files(make, root: Path, names: list[str]) -> Path:
+    """The same, and text in those that are no .png files."""
+    for name in names:
+        if not name.endswith(".png"):
+            make.write(root / name, b"text")
+    return images(make, root, [name for name in names if name.endswith(".png")])
+
+
 FFHQ = [f"{part:05d}/{part + number:05d}.png" for part in (0, 1000, 2000) for number in (0, 1, 999)]
 STYLEGAN = [f"{part:05d}/img{1000 * part + number:08d}.png" for part in (0, 1) for number in (0, 1, 2, 3, 999)]
 IMG2DATASET = [f"{part:05d}/{10000 * part + number:09d}.jpg" for part in (0, 1) for number in (0, 1, 2, 3, 9999)]
@@ -68,6 +76,14 @@ def test_classes_called_by_numbers_are_classes(prepare, make, tmp_path, names):
     ("names", "told"),
     [
         (
+            ["CelebA-HQ-img/0.png", "CelebAMask-HQ-mask-anno/0/00000_hair.png", "mapping.txt"],
+            "move CelebAMask-HQ-mask-anno elsewhere, or set prepare_data.path to CelebA-HQ-img",
+        ),
+        (
+            ["VOC/JPEGImages/a.png", "VOC/SegmentationClass/a.png", "VOC/Annotations/a.xml", "VOC/ImageSets/a.txt"],
+            "move SegmentationClass elsewhere, or set prepare_data.path to VOC/JPEGImages",
+        ),
+        (
             ["images/a.png", "annotations/trimaps/a.png"],
             "move annotations elsewhere, or set prepare_data.path to images",
         ),
@@ -83,7 +99,38 @@ def test_classes_called_by_numbers_are_classes(prepare, make, tmp_path, names):
     ],
 )
 def test_pictures_beside_their_masks_are_no_classes(refused, make, tmp_path, names, told):
-    assert told in refused(path=images(make, tmp_path / "pets", names))
+    assert told in refused(path=files(make, tmp_path / "pets", names))
+
+
+@pytest.mark.parametrize("splits", [("train2017", "val2017"), ("cars_train", "cars_test")])
+def test_splits_beside_a_folder_without_images_are_told_of_before_that_one(prepare, refused, make, tmp_path, splits):
+    """Since under their right names it is no matter."""
+    names = [f"{split}/{row}.png" for split in splits for row in range(3)]
+    root = files(make, tmp_path / "images", [*names, "devkit/x.mat"])
+    assert "look like splits: name them train and val" in refused(path=root)
+    for name, split in zip(splits, ("train", "val"), strict=True):
+        (root / name).rename(root / split)
+    status, out = prepare(path=root)
+    assert status == 0 and [len(PackedImages(out, split)) for split in ("train", "val")] == [3, 3]
+
+
+def test_pictures_beside_a_folder_of_other_annotations_are_pointed_at(prepare, refused, make, tmp_path):
+    pictures = [f"{split}/images/{row}.png" for split in ("train", "valid") for row in range(8)]
+    root = files(make, tmp_path / "yolo", [*pictures, "train/labels/0.txt", "valid/labels/0.txt"])
+    told = "or set prepare_data.path to its folder train/images, whose images are then one class"
+    assert refused(path=root).endswith(told)
+    status, out = prepare(path=root / "train" / "images")
+    assert status == 0 and PackedImages(out, "train").num_classes == 1
+
+
+def test_a_split_beside_folders_of_class_folders_is_noted(prepare, make, tmp_path, capfd):
+    """As Places365 is unpacked, large."""
+    names = [f"data_large/{name}/{row}.png" for name in ("a/airfield", "b/bar") for row in range(4)]
+    root = images(make, tmp_path / "places", [*names, *(f"val_large/{row}.png" for row in range(4))])
+    assert prepare(path=root)[0] == 0
+    assert "class val_large may be a split, since other folders hold folders of images: if it is, move it away" in (
+        capfd.readouterr().err
+    )
 
 
 def test_classes_may_be_called_images_and_masks_beside_others(prepare, make, tmp_path):

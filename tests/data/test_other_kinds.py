@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 KINDS = [
@@ -35,6 +37,22 @@ def test_cifar100_and_archives_in_folders(refused, make, tmp_path):
     assert "set prepare_data.path to the archive itself, such as faces.zip, or unpack it" in refused(
         path=tmp_path / "b"
     )
+
+
+def test_archives_in_an_archive_are_to_be_unpacked(refused, make, tmp_path):
+    """Caltech-101 is one of these."""
+    for name in ("101_ObjectCategories.tar.gz", "Annotations.tar", "show_annotation.m"):
+        make.write(tmp_path / "x" / "caltech" / name, b"data")
+    archive = shutil.make_archive(str(tmp_path / "caltech"), "zip", tmp_path / "x")
+    told = "set prepare_data.path to the archive itself, such as caltech/101_ObjectCategories.tar.gz, or unpack it"
+    assert refused(path=archive).endswith(f"or unpack it and {told}")
+    assert refused(path=tmp_path / "x").endswith(f"or {told}")
+
+
+@pytest.mark.parametrize("name", ["list_attr_celeba.txt", "instances.json", "labels.xlsx"])
+def test_lists_of_labels_in_other_formats_are_told_what_to_become(refused, make, tmp_path, name):
+    told = "labels are read from .csv, .tsv, .jsonl files alone: write it as one, with the columns filename and label"
+    assert told in refused(path=make.write(tmp_path / name, b"labels"))
 
 
 def test_pictures_that_are_not_read_among_others_are_noted(prepare, make, tmp_path, capfd):

@@ -239,6 +239,16 @@ def test_imagenet_from_kaggle(prepare, make, tmp_path, below):
     check_imagenet(out, make)
 
 
+def test_validation_folders_that_are_no_classes_are_refused_as_such(refused, make, tmp_path):
+    """As of Tiny ImageNet, which another source reads."""
+    folder = official(tmp_path / "imagenet", make)
+    make.write(folder / "val" / "images" / "val_0.JPEG", val_image(make, 0))
+    (folder / "ILSVRC2012_img_val.tar").unlink()
+    message = refused(path=folder, **IMAGENET)
+    assert "val: folder images is not a class of this source" in message
+    assert message.endswith("remove it, or set prepare_data.source to imagefolder")
+
+
 def test_kaggles_labels_may_lie_beside_the_images_or_be_damaged(prepare, refused, make, tmp_path):
     root = kaggle(tmp_path / "kaggle", make)
     folder = (root / "ILSVRC/Data/CLS-LOC").rename(tmp_path / "imagenet")
@@ -670,7 +680,7 @@ def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, 
     assert ("unpack it and set" if kind == "zip" else "or set") + " prepare_data.path to its folder images" in error
     if kind == "folder":
         make.class_folders(root / "photos", {"pizza": 2}, first_seed=50)
-        assert refused(path=root).endswith("add some, or delete the folder")  # two may hold them
+        assert refused(path=root).endswith("add some, or move the folder away")  # two may hold them
 
 
 def test_an_empty_class_folder_in_a_folder_around_them_is_refused(refused, make, tmp_path):
@@ -683,6 +693,13 @@ def test_images_beside_splits_in_a_folder_around_them_are_refused(refused, make,
     make.class_folders(tmp_path / "around", {f"all/{folder}/a": 2 for folder in ("train", "val", "more")})
     told = "folder all/more beside train/ and val/: neither split nor class: move it"
     assert told in refused(path=tmp_path / "around")
+
+
+def test_folders_beside_train_and_test_in_upper_case_are_refused(refused, make, tmp_path):
+    """As Kaggle has the traffic signs of GTSRB."""
+    make.class_folders(tmp_path / "signs", {"Train/0": 2, "Train/1": 2, "Test": 2, "Meta": 2})
+    told = "folder Meta beside Train/ and Test/: neither split nor class: move it"
+    assert told in refused(path=tmp_path / "signs")
 
 
 def test_a_class_may_be_called_train(prepare, make, tmp_path):
@@ -707,6 +724,11 @@ def test_splits_under_other_names_are_no_classes(refused, make, tmp_path, folder
     names = ", ".join(sorted({folder.removeprefix("wrapper/").partition("/")[0] for folder in folders}))
     message = refused(path=path)
     assert f"folders {names} look like splits" in message and "name them train and val; or, if they are" in message
+    unpack, first = "unpack it and " if kind == "zip" else "", min(folders).rpartition("/")[0]
+    if "look like splits, since" in message:
+        assert message.endswith(
+            f"if they are versions of one set, {unpack}set prepare_data.path to one, such as {first}"
+        )
 
 
 @pytest.mark.parametrize(
