@@ -1,9 +1,10 @@
 """Arrays of images: .npz, .npy and HDF5 files, as MedMNIST, Keras, ADM and PCam have them, and MNIST's idx files.
 
-Images are an array called images, x, data or arr_0, and labels the one called labels, y or arr_1 beside it, with a
-split's name before or behind (`train_images`, `x_train`) or in the file's name. "Called" is a .npy file's own name, and
-an array's name inside the others; HDF5 files may hold the labels of one in another (`train_x.h5`, `train_y.h5`). idx
-files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same of t10k, also gzipped. Nothing is unpickled.
+Images are an array called images, imgs, x, data or arr_0, and labels the one called labels, y or arr_1 beside it, with
+a split's name before or behind (`train_images`, `x_train`) or in the file's name. "Called" is a .npy file's own name,
+and an array's name inside the others. One file may hold the labels of another (`train_x.h5` and `train_y.h5`; arr_0 of
+KMNIST's `train-imgs.npz` and of `train-labels.npz`). idx files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`
+and the same of t10k, also gzipped. Nothing is unpickled.
 Pixels are first copied to the stage's working folder, since those in archives cannot be read singly.
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import printable, sorted_listing
+from crt.data.listing import first_three, printable, sorted_listing
 from crt.data.shards import classes_of_labels, splits_of_shards
 from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
@@ -38,8 +39,8 @@ from crt.progress import Progress
 _HDF5 = (".h5", ".hdf5")
 # What may be the path by itself.
 _ALONE = (".npz", ".npy", *_HDF5)
-_FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images-idx3-ubyte(\.gz)?)")
-_WORDS = {"images": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
+_FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images[-.]idx3-ubyte(\.gz)?)")
+_WORDS = {"images": "labels", "imgs": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
 _IDX_HEADER_BYTES = {b"\0\0\x08\x03": 16, b"\0\0\x08\x01": 8}  # of uint8 with three axes, or with one
 _SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k")
 # How HDF5 says that it looked for a plugin.
@@ -72,7 +73,7 @@ def open_arrays(path: Path, work: Path) -> Source:
     copies.mkdir(exist_ok=True)
     containers, places, labels = [], dict[str, np.ndarray](), dict[str, list[str | None]]()
     with ExitStack() as opened:
-        for number, (images, of_images) in enumerate(_image_arrays(path, folder, files, opened)):
+        for number, (images, of_images) in enumerate(_image_arrays(path, folder, files, opened, notes)):
             name, where = images.name, printable(f"{folder}/{images.name}")
             with _reading(where):
                 pixels, texts = images.read(), None if of_images is None else of_images.read()
@@ -116,7 +117,7 @@ def _files(path: Path) -> tuple[Path, list[str]]:
 
 
 def _image_arrays(
-    path: Path, folder: Path, files: list[str], opened: ExitStack
+    path: Path, folder: Path, files: list[str], opened: ExitStack, notes: list[str]
 ) -> Iterator[tuple[_Array, _Array | None]]:
     """The arrays of images, each with that of its labels if there is one.
 
@@ -125,6 +126,7 @@ def _image_arrays(
         folder: of the files.
         files: that may hold arrays.
         opened: keeps files open that are read in pieces.
+        notes: gets a line on arrays that may be labels, where some images have none.
 
     Raises:
         UserError: a file cannot be read, holds neither images nor labels of some, or is of another data set.
@@ -137,8 +139,11 @@ def _image_arrays(
                 arrays |= {array.name: array for array in _arrays(folder, file, opened)}
         else:
             pairs.append(_idx_pair(folder, file))
-    pairs += [(array, _labels_of(array, word, arrays)) for array in arrays.values() if (word := _image_word(array.key))]
-    used = {array.file for pair in pairs for array in pair if array is not None}
+    for array in arrays.values():
+        if (word := _image_word(array.key)) and not _is_labels_alone(array, arrays):
+            pairs.append((array, _labels_of(array, word, arrays)))
+    paired = [array for pair in pairs for array in pair if array is not None]
+    used = {array.file for array in paired}
     for file in files:
         if file not in used:
             keys = ", ".join(printable(array.key) for array in arrays.values() if array.file == file)
@@ -146,6 +151,12 @@ def _image_arrays(
                 f"{printable(f'{folder}/{file}')}: holds the arrays {keys}: call that of images {', '.join(_WORDS)}, "
                 f"that of labels {', '.join(dict.fromkeys(_WORDS.values()))}, or move the file away"
             )
+    others = sorted(arrays.keys() - {array.name for array in paired})
+    if others and any(labels is None for _, labels in pairs):
+        notes.append(
+            f"{path}: arrays {first_three(others)} are not read: if one holds the labels, call it "
+            f"{' or '.join(dict.fromkeys(_WORDS.values()))}"
+        )
     kinds = {_data_set(images.file): images.file for images, _ in pairs}
     if len(kinds) > 1:
         raise UserError(
@@ -158,7 +169,7 @@ def _image_arrays(
 def _data_set(file: str) -> tuple[str, ...]:
     """What files of one data set have in common: their path without the splits' names, and without their numbers."""
     *folders, name = PurePosixPath(file.lower()).parts
-    return (*(part for part in folders if not _SPLIT.fullmatch(part)), re.sub("[^a-z]", "", _SPLIT.sub("", name)))
+    return (*filter(None, (_SPLIT.sub("", part) for part in folders)), re.sub("[^a-z]", "", _SPLIT.sub("", name)))
 
 
 def _arrays(folder: Path, file: str, opened: ExitStack) -> Iterator[_Array]:
@@ -181,7 +192,7 @@ def _arrays(folder: Path, file: str, opened: ExitStack) -> Iterator[_Array]:
 
 def _idx_pair(folder: Path, file: str) -> tuple[_Array, _Array]:
     """MNIST's images, and the labels that must lie beside them."""
-    labels_file = re.sub("images-idx3", "labels-idx1", file, flags=re.IGNORECASE)
+    labels_file = re.sub("images([-.])idx3", r"labels\1idx1", file, flags=re.IGNORECASE)
     if not (folder / labels_file).exists():
         raise UserError(f"{folder / labels_file}: not found: put it beside the images that it labels")
     images, labels = (
@@ -192,9 +203,19 @@ def _idx_pair(folder: Path, file: str) -> tuple[_Array, _Array]:
 
 def _image_word(key: str) -> str | None:
     """The word by which an array's name tells that it holds images."""
-    if any(_word(labels).search(key) for labels in _WORDS.values()):
+    if _tells_labels(key):
         return None
     return next((images for images in _WORDS if _word(images).search(key)), None)
+
+
+def _tells_labels(name: str) -> bool:
+    return any(_word(labels).search(name) for labels in _WORDS.values())
+
+
+def _is_labels_alone(array: _Array, arrays: dict[str, _Array]) -> bool:
+    """Whether an array without a name of its own, alone in its file, is called labels by that file's name."""
+    alone = array.key == "arr_0" and f"{array.file}/arr_1" not in arrays
+    return alone and _tells_labels(PurePosixPath(array.file).name)
 
 
 def _labels_of(images: _Array, word: str, arrays: dict[str, _Array]) -> _Array | None:
@@ -204,6 +225,9 @@ def _labels_of(images: _Array, word: str, arrays: dict[str, _Array]) -> _Array |
         names = [str(path.with_name(swapped(path.name))), swapped(images.file)]
     else:
         names = [f"{file}/{swapped(images.key)}" for file in (images.file, swapped(images.file))]
+    if images.key == "arr_0":
+        beside = [str(path.with_name(_word(words).sub(_WORDS[words], path.name))) for words in _WORDS]
+        names += [f"{file}/{images.key}" for file in beside if file != images.file]
     found = {name.lower(): array for name, array in arrays.items()}
     return next((found[name.lower()] for name in names if name.lower() in found), None)
 
@@ -270,19 +294,26 @@ def _shape(array: Any) -> str:
 
 
 def _parts(images: Any, channels_first: bool, where: str) -> Iterator[np.ndarray]:
-    """The images in turn, some at once: (n, height, width, 3) uint8."""
+    """The images in turn, some at once: (n, height, width, 3) uint8.
+
+    Raises:
+        UserError: they cannot be read, or are of two values that nobody could see.
+    """
     progress = Progress(f"copy {where}", len(images), "images")
-    rows = max(1, _PART_BYTES // math.prod(images.shape[1:]))
+    rows, highest = max(1, _PART_BYTES // math.prod(images.shape[1:])), 0
     for start in range(0, len(images), rows):
         interrupt.raise_if_stopped()
         with _reading(where):
             part = images[start : start + rows]
+        highest = max(highest, int(part.max()))
         if part.ndim == 3:
             part = part[..., None]
         elif channels_first:
             part = part.transpose(0, 2, 3, 1)
         yield np.repeat(part, 3, axis=-1) if part.shape[-1] == 1 else part
         progress.update(start + len(part))
+    if highest == 1:
+        raise UserError(f"{where}: holds zeros and ones alone, which would all be black: write it times 255")
 
 
 def _texts(labels: Any, num_images: int, where: str) -> list[str | None]:

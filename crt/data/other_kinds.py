@@ -21,8 +21,8 @@ _KINDS = {
     _TAR: "set prepare_data.source to webdataset to read images inside these files",
     r".*\.parquet": "set prepare_data.source to parquet to read images inside these files",
     r".*\.(mdb|lmdb)": "set prepare_data.source to lmdb to read LMDB files",
-    r".*\.(npz|npy|h5|hdf5)|.*-idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read arrays of images in "
-    ".npz, .npy, HDF5 and idx files",
+    r".*\.(npz|npy|h5|hdf5)|.*[-.]idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read arrays of "
+    "images in .npz, .npy, HDF5 and idx files",
     r"(data_batch_\d|test_batch)(\.bin)?": "set prepare_data.source to cifar10 to read CIFAR-10's binary version",
     r"fine_label_names\.txt|file\.txt~": "get CIFAR-100 as Parquet files from the Hugging Face Hub and set "
     "prepare_data.source to parquet: its own versions are not read",

@@ -52,6 +52,47 @@ def test_mnist(prepare, make, tmp_path, packed):
     check(out, "val", *made["t10k"])
 
 
+@pytest.mark.parametrize("form", ["{}.idx{}-ubyte", "{}-idx{}-ubyte/{}-idx{}-ubyte"])
+def test_mnist_as_kaggle_has_it(prepare, make, tmp_path, form):
+    made = {
+        name: (pixels(seed, 11, 8, 8), np.arange(11, dtype=np.uint8)) for seed, name in enumerate(("train", "t10k"))
+    }
+    for name, arrays in made.items():
+        for kind, values in zip((("images", 3), ("labels", 1)), arrays, strict=True):
+            make.write(tmp_path / "mnist" / form.format(*(f"{name}-{kind[0]}", kind[1]) * 2), idx(values))
+    status, out = prepare(path=tmp_path / "mnist", **ARRAYS)
+    assert status == 0
+    check(out, "train", *made["train"])
+    check(out, "val", *made["t10k"])
+
+
+@pytest.mark.parametrize("saved", [np.savez, np.savez_compressed])
+def test_kmnist(prepare, tmp_path, saved):
+    made = {name: (pixels(seed, 11, 8, 8), np.arange(11)) for seed, name in enumerate(("train", "test"))}
+    for name, arrays in made.items():
+        for kind, values in zip(("imgs", "labels"), arrays, strict=True):
+            saved(tmp_path / f"kmnist-{name}-{kind}.npz", values)
+    status, out = prepare(path=tmp_path, **ARRAYS)
+    assert status == 0
+    check(out, "train", *made["train"])
+    check(out, "val", *made["test"])
+
+
+def test_a_file_called_labels_may_hold_both(tmp_path):
+    np.savez(tmp_path / "with_labels.npz", RGB, np.array(list("baaba")))
+    assert open_arrays(tmp_path, tmp_path).class_ids == ["a", "b"]
+
+
+@pytest.mark.parametrize(("beside", "told"), [({}, True), ({"labels": np.arange(5)}, False)])
+def test_arrays_that_may_be_labels_are_told_of_where_images_have_none(tmp_path, beside, told):
+    """As of Galaxy10, where they are called ans."""
+    with h5py.File(tmp_path / "galaxies.h5", "w") as file:
+        for name, values in {"images": RGB, "ans": np.arange(5), **beside}.items():
+            file[name] = values
+    note = "arrays galaxies.h5/ans are not read: if one holds the labels, call it labels or y or arr_1"
+    assert any(note in line for line in open_arrays(tmp_path, tmp_path).notes) == told
+
+
 @pytest.mark.parametrize("names", [("{}_images", "{}_labels"), ("x_{}", "y_{}")])
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_splits_in_an_npz_file(prepare, tmp_path, names, held_out):
@@ -224,8 +265,9 @@ RGB = np.zeros((5, 8, 8, 3), np.uint8)
         ({"images": RGB, "labels": np.zeros(4, np.int64)}, "5 images, their labels are int64 (4)"),
         (
             {"faces": RGB},
-            "holds the arrays faces: call that of images images, x, data, arr_0, that of labels labels, y, arr_1, or",
+            "arrays faces: call that of images images, imgs, x, data, arr_0, that of labels labels, y, arr_1, or move",
         ),
+        ({"imgs": RGB + (np.arange(5) % 2).astype(np.uint8)[:, None, None, None]}, "a.npz/imgs: holds zeros and ones"),
         ({"images": np.array([{}], object)}, "damaged, or holds Python objects, which are not read: get it again"),
     ],
 )
