@@ -26,8 +26,7 @@ _KINDS = {
     r"(data_batch_\d|test_batch)(\.bin)?": "set prepare_data.source to cifar10 to read CIFAR-10's binary version",
     r"fine_label_names\.txt|file\.txt~": "get CIFAR-100 as Parquet files from the Hugging Face Hub and set "
     "prepare_data.source to parquet: its own versions are not read",
-    r".*\.arrow": "write the data set with Dataset.to_parquet and set prepare_data.source to parquet: Arrow files are "
-    "not read",
+    r".*\.arrow": "set prepare_data.source to arrow to read images inside these files",
     r".*\.(mat|tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
     rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",
 }

@@ -1,11 +1,12 @@
-"""Parquet files of images, as the Hugging Face Hub serves its data sets.
+"""Parquet files of images, as the Hugging Face Hub serves its data sets, and Arrow files, as its library saves them.
 
 A folder holds the files, below folders or not; a file belongs to the split that its path names
-(`data/train-00000-of-00294.parquet`). Images are a column of encoded files, which the Hub's metadata or its type
-tells; labels are the column of class labels that the metadata names, else one called label, labels, cls or class.
+(`data/train-00000-of-00294.parquet`, `train/data-00000-of-00002.arrow`). Images are a column of encoded files, which
+the Hub's metadata or its type tells; labels are the column of class labels that the metadata names, else one called
+label, labels, cls or class.
 
-Images inside a Parquet file can only be read in groups of hundreds, but a data set is stored by class. So they are
-first copied behind each other into one plain file per Parquet file, under the stage's working folder, which needs
+Images inside such a file can only be read in groups of hundreds, but a data set is stored by class. So they are
+first copied behind each other into one plain file for each, under the stage's working folder, which needs
 as much space as they have; a killed run continues behind the last whole file.
 """
 
@@ -33,32 +34,47 @@ from crt.files import write_json
 from crt.progress import Progress
 
 if TYPE_CHECKING:
-    from pyarrow import DataType, RecordBatch
+    from pyarrow import DataType, RecordBatch, Schema
     from pyarrow.parquet import ParquetFile
 
 _BATCH_ROWS = 64
 _LFS_POINTER = b"version https://git-lfs"
+ARROW = ".arrow"
+# How an Arrow file for random access begins, and how a stream ends, which a file that is cut short between two of its
+# batches does not.
+_ARROW_MAGIC, _ARROW_END = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
+# What the Hugging Face library leaves beside a data set's own Arrow files: results of its map, filter and shuffle.
+_ARROW_CACHE = "cache-"
 
 
-def open_parquet(path: Path, work: Path) -> Source:
+def open_arrow(path: Path, work: Path) -> Source:
+    """The images of a folder of Arrow files, or of one; see `open_parquet`."""
+    return open_parquet(path, work, ARROW)
+
+
+def open_parquet(path: Path, work: Path, ending: str = ".parquet") -> Source:
     """The images of a folder of Parquet files, or of one.
 
     Args:
         path: the folder or file.
         work: for the copied images; those of whole files that an earlier run left there are used again.
+        ending: of the files in a folder.
 
     Raises:
         UserError: there is none, one is damaged or has no images, files differ, or only some images have labels.
     """
     notes: list[str] = []
-    folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ".parquet", notes))
+    folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ending, notes))
+    if cached := [shard for shard in shards if ending == ARROW and posixpath.basename(shard).startswith(_ARROW_CACHE)]:
+        notes.append(f"{path}: cached results of other steps are left out: {first_three(cached)}")
+        shards = [shard for shard in shards if shard not in cached] or cached
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     _note_configurations(path, split_of, notes)
     columns = _common_columns(folder, used)
     if len(columns.label_columns) > 1:
         notes.append(f"{path}: labels are those of {columns.label} (there are {', '.join(columns.label_columns)})")
-    copies = work / "parquet"
+    copies = work / ending.removeprefix(".")
     copies.mkdir(exist_ok=True)
     containers = []
     samples: dict[str, list[tuple[str, str | None]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
@@ -129,7 +145,7 @@ class _Copy:
 
     path: Path
     modified: int
-    """When the Parquet file was last changed (ns)."""
+    """When the file was last changed (ns)."""
     sizes: np.ndarray
     """(rows,) int64: bytes of each image, 0 for none."""
     labels: list[str | None]
@@ -137,22 +153,60 @@ class _Copy:
     """Rows that name a file instead of holding it."""
 
 
+@dataclass(frozen=True)
+class _ArrowFile:
+    """An open Arrow file, with what is used of `ParquetFile`."""
+
+    schema_arrow: Schema
+    batches: Iterator[RecordBatch]
+
+    def iter_batches(self, batch_size: int, columns: Sequence[str]) -> Iterator[RecordBatch]:
+        """All rows, so many at once; other columns too, since here that costs nothing.
+
+        Raises:
+            ArrowInvalid: a batch is damaged.
+        """
+        for batch in self.batches:
+            batch.validate(full=True)  # pyarrow itself would follow wrong offsets out of its memory
+            for start in range(0, len(batch), batch_size):
+                yield batch.slice(start, batch_size)
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[ParquetFile]:
-    """A Parquet file; whatever of it cannot be read is a UserError."""
+def _arrow_file(path: Path) -> Iterator[_ArrowFile]:
+    """An Arrow file of either kind: a stream, as the Hugging Face library writes, or one for random access."""
+    from pyarrow import ArrowInvalid, OSFile, ipc
+
+    with OSFile(str(path)) as file:
+        if file.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC:
+            reader = ipc.open_file(file)
+            yield _ArrowFile(reader.schema, map(reader.get_batch, range(reader.num_record_batches)))
+            return
+        file.seek(max(file.size() - len(_ARROW_END), 0))
+        if file.read() != _ARROW_END:
+            raise ArrowInvalid("it has no end")
+        file.seek(0)
+        reader = ipc.open_stream(file)
+        yield _ArrowFile(reader.schema, iter(reader))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ParquetFile | _ArrowFile]:
+    """A Parquet file, or an Arrow file by its name; whatever of it cannot be read is a UserError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    where = printable(str(path))
+    where, is_arrow = printable(str(path)), path.suffix.lower() == ARROW
     try:
         with open(path, "rb") as file:
             if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(f"{where}: only a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
-        with ParquetFile(path) as parquet:
-            yield parquet
+        with _arrow_file(path) if is_arrow else ParquetFile(path) as opened:
+            yield opened
     except ArrowException as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{where}: no Parquet file, or damaged ({reason}): fetch it again") from None
+        kind = "Arrow" if is_arrow else "Parquet"
+        raise UserError(f"{where}: no {kind} file, or damaged ({reason}): fetch it again") from None
     except OSError as error:
         if error.errno is None:  # pyarrow says so of pages that end early
             raise UserError(f"{where}: damaged or cut short: fetch it again") from None
@@ -180,7 +234,7 @@ def _common_columns(folder: Path, shards: Sequence[str]) -> _Columns:
     return first
 
 
-def _columns(parquet: ParquetFile, where: str) -> _Columns:
+def _columns(parquet: ParquetFile | _ArrowFile, where: str) -> _Columns:
     schema = parquet.schema_arrow
     features = _hub_features(schema.metadata or {})
     described = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}

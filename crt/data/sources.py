@@ -14,7 +14,7 @@ from crt.data.imagenet import open_imagenet
 from crt.data.label_files import is_label_file, open_label_file
 from crt.data.listing import read_entry, sorted_listing
 from crt.data.lmdb import open_lmdb_files
-from crt.data.parquet import open_parquet
+from crt.data.parquet import open_arrow, open_parquet
 from crt.data.source import Source, raw_container
 from crt.data.tree import Tree, open_tree
 from crt.data.webdataset import open_webdataset
@@ -27,6 +27,12 @@ _CIFAR_TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
 _CIFAR_VAL_FILE = "test_batch"
 _CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
 _READ_IN_PLACE = {"imagenet": open_imagenet, "webdataset": open_webdataset, "lmdb": open_lmdb_files}
+_READ_WITH_COPIES = {
+    "imagefolder": open_class_folders,
+    "parquet": open_parquet,
+    "arrow": open_arrow,
+    "arrays": open_arrays,
+}
 
 
 def open_source(params: PrepareData, work: Path) -> Source:
@@ -49,8 +55,7 @@ def open_source(params: PrepareData, work: Path) -> Source:
         return _READ_IN_PLACE[params.source](path)
     if params.source == "imagefolder" and is_label_file(path):
         return open_label_file(path)
-    readers = {"imagefolder": open_class_folders, "parquet": open_parquet, "arrays": open_arrays}
-    return readers[params.source](path, work)
+    return _READ_WITH_COPIES[params.source](path, work)
 
 
 def _open_digits(work: Path) -> Source:

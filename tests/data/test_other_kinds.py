@@ -13,10 +13,7 @@ KINDS = [
     ("train_32x32.mat", "write the images as files into a folder for each class, or get the data set as Parquet files"),
     ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
     ("bedroom_train_lmdb/data.mdb", "set prepare_data.source to lmdb"),
-    (
-        "train/data-00000-of-00001.arrow",
-        "write the data set with Dataset.to_parquet and set prepare_data.source to parquet",
-    ),
+    ("train/data-00000-of-00001.arrow", "set prepare_data.source to arrow to read images inside these files"),
     ("a/photo.jxl", "convert them to PNG or JPEG"),
 ]
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -345,6 +346,69 @@ def test_a_file_cut_short_is_refused(refused, make, tmp_path):
     assert "damaged" in refused(path=path.parent, **FILES)
     path.write_bytes(whole[:-50])
     assert "no Parquet file, or damaged" in refused(path=path.parent, **FILES)
+
+
+ARROW = {**FILES, "source": "arrow"}
+
+
+def arrow_file(path: Path, make, labels: dict[int, int], writer=pyarrow.ipc.new_stream) -> Path:
+    """The same rows as of `hub_file`, as the Hub's library saves them to disk."""
+    table = pyarrow.parquet.read_table(hub_file(path.with_suffix(".tmp"), make, labels)).combine_chunks()
+    path.with_suffix(".tmp").unlink()
+    with writer(str(path), table.schema) as out:
+        out.write_table(table, max_chunksize=4)
+    return path
+
+
+@pytest.mark.parametrize("writer", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_arrow_files_as_the_hubs_library_saves_them(prepare, make, tmp_path, monkeypatch, capfd, writer):
+    monkeypatch.setattr(parquet, "_BATCH_ROWS", 3)
+    folder, train = tmp_path / "saved", {number: (2, 0)[number % 2] for number in range(14)}
+    parts = [{number: label for number, label in train.items() if number // 7 == part} for part in (0, 1)]
+    for number, labels in enumerate(parts):
+        arrow_file(folder / "train" / f"data-{number:05d}-of-00002.arrow", make, labels, writer)
+    arrow_file(folder / "test" / "data-00000-of-00001.arrow", make, {50: 0, 51: 2}, writer)
+    arrow_file(folder / "train" / "cache-0123456789abcdef.arrow", make, dict.fromkeys(range(7), 1), writer)
+    for name in ("dataset_dict.json", "train/state.json", "train/dataset_info.json"):
+        make.write(folder / name, b"{}")
+    status, out = prepare(path=folder, **ARROW)
+    assert status == 0
+    assert read_index(out)["classes"] == [{"id": "0", "name": "tench"}, {"id": "2", "name": "great white shark"}]
+    assert found_in(out, "train") == expected(make, train)
+    assert found_in(out, "val") == expected(make, {50: 0, 51: 2})
+    told = capfd.readouterr().err
+    assert "cached results of other steps are left out: train/cache-0123456789abcdef.arrow" in told
+
+
+def test_one_arrow_file_alone_whatever_it_is_called(prepare, make, tmp_path):
+    path = arrow_file(tmp_path / "cache-0.ARROW", make, {number: number % 2 for number in range(10)})
+    for source in (path, path.parent):
+        status, out = prepare(path=source, out=tmp_path / "out" / source.name, **ARROW)
+        assert status == 0 and len(found_in(out, "train") | found_in(out, "val")) == 10
+
+
+def test_arrow_files_that_are_not_whole_are_refused(refused, make, tmp_path):
+    """A stream that ends between two batches would be read as one of fewer images."""
+    path = arrow_file(tmp_path / "f" / "0.arrow", make, dict.fromkeys(range(9), 0))
+    whole = path.read_bytes()
+    ends = [len(whole) - 8, len(whole) // 2, 8, 0]
+    for content in (*(whole[:end] for end in ends), b"text" * 100, whole[:40] + bytes(400) + whole[440:]):
+        path.write_bytes(content)
+        message = refused(path=path.parent, **ARROW)
+        assert "0.arrow: " in message and "damaged" in message
+    offsets = np.cumsum([0, *(len(image(make, number)) for number in range(4))], dtype="<i4").tobytes()
+    assert whole.count(offsets) == 1
+    path.write_bytes(whole.replace(offsets, offsets[:4] + np.array([2**30], "<i4").tobytes() + offsets[8:]))
+    assert "0.arrow: no Arrow file, or damaged (" in refused(path=path.parent, **ARROW)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x\n")
+    assert "git lfs pull" in refused(path=path.parent, **ARROW)
+
+
+@pytest.mark.parametrize(("source", "other"), [("arrow", "parquet"), ("parquet", "arrow")])
+def test_the_other_kind_of_files_is_pointed_at(refused, make, tmp_path, source, other):
+    make.write(tmp_path / "f" / f"0.{other}", b"x")
+    told = f"set prepare_data.source to {other} to read images inside these files"
+    assert refused(path=tmp_path / "f", **{**FILES, "source": source}).endswith(f"or {told}")
 
 
 def test_columns_the_metadata_does_not_name_are_found_by_their_types(prepare, make, tmp_path):
