@@ -152,9 +152,10 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
     if not any(found.values()):
         hint = read_otherwise([name for name in tree.files if name.startswith(root)])
+        hint = tree.unpack_first + hint if hint.startswith("set prepare_data.") else hint
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
-            f"or set prepare_data.path to the folder that holds them{hint and f', or {tree.unpack_first}{hint}'}"
+            f"or set prepare_data.path to the folder that holds them{hint and f', or {hint}'}"
         )
     empty = sorted(name for name, rows in found.items() if not rows)
     if empty:

@@ -143,7 +143,7 @@ def _read(path: Path, notes: list[str]) -> list[_Line]:
                 for line, split in zip(lines, splits, strict=True)
             ]
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text: save it as UTF-8, also called Unicode (UTF-8)") from None
+        raise UserError(f"{path}: is not UTF-8 text: save it as UTF-8") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error, RecursionError):
         raise UserError(f"{path}: cannot be read as a list of images and labels: fix it or get it again") from None
     except OSError as error:

@@ -44,6 +44,10 @@ def test_archives_in_an_archive_are_to_be_unpacked(refused, make, tmp_path):
     told = "set prepare_data.path to the archive itself, such as caltech/101_ObjectCategories.tar.gz, or unpack it"
     assert refused(path=archive).endswith(f"or unpack it and {told}")
     assert refused(path=tmp_path / "x").endswith(f"or {told}")
+    shutil.rmtree(tmp_path / "x")
+    make.write(tmp_path / "x" / "train_32x32.mat", b"data")
+    archive = shutil.make_archive(str(tmp_path / "svhn"), "zip", tmp_path / "x")
+    assert "or write the images as files into a folder for each class" in refused(path=archive)
 
 
 @pytest.mark.parametrize("name", ["list_attr_celeba.txt", "instances.json", "labels.xlsx"])
