@@ -23,6 +23,7 @@ from crt.data.no_classes import (
     is_pictures,
     note_labels_beside,
     note_order_of_numbers,
+    note_parts,
     refuse_annotations,
     refuse_no_classes,
     without_parts,
@@ -106,6 +107,7 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         refuse_no_classes(tree, root, by_class)
         _note_upper_folders(tree, root, by_class, notes)
         note_order_of_numbers(tree, classes, notes)
+        note_parts(tree, classes, notes)
     if "val" in found:
         check_val_classes(tree.name, classes, sorted(found["val"]), notes)
     splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}

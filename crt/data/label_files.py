@@ -169,7 +169,7 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[str, str]:
 def _splits(path: Path, names: Sequence[str], lines: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
     """The split that each line names in its column of splits; empty for all where one does not."""
     column = next((name for name in names if str(name).strip().lower() in _SPLIT_NAMES), None)
-    splits = [str(line.get(column)).strip() if column is not None else "" for line in lines]
+    splits = [str(line.get(column) or "").strip() if column is not None else "" for line in lines]
     if column is not None and not all(map(names_split, splits)):
         strange = next(split for split in splits if not names_split(split))
         notes.append(

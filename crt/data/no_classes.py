@@ -22,6 +22,8 @@ _ANNOTATIONS = re.compile(
     "annotations?|labels?|(.*[^a-z])?(masks?|anno)|segmentations?|segmentation(class|object)(aug)?|trimaps?|"
     "ground_?truths?|gts?|edges?|depths?"
 )
+# What numbered parts of one set are called: HAM10000_images_part_1, images_001.
+_PART = re.compile("(.*[^a-z])?(images?|imgs?|photos?|pictures?|parts?|batch|chunk|shard)[^a-z]*[0-9]+")
 # Images in each numbered part: of FFHQ and StyleGAN's tool, and of img2dataset.
 _PART_SIZES = (1000, 10000)
 ONE_CLASS = "images"
@@ -102,7 +104,7 @@ def note_labels_beside(tree: Tree, notes: list[str]) -> None:
             "labels from the .tar files"
         )
         return
-    tables = [str(path) for path in paths if path.suffix.lower() in LABEL_FILES or path.name == STYLEGAN_LABELS]
+    tables = _tables(tree)
     matlab = [str(path) for path in paths if path.suffix.lower() == ".mat"]
     if tables:
         first = tree.unpack_first
@@ -115,6 +117,20 @@ def note_labels_beside(tree: Tree, notes: list[str]) -> None:
             f"{tree.name}: one class, for {first_three(matlab)} {_are(matlab)} not read: if labels are in there, put "
             "images into a folder for each class, or write a .csv file with the columns filename and label"
         )
+
+
+def note_parts(tree: Tree, classes: Sequence[str], notes: list[str]) -> None:
+    """Note classes that are called alike but for their numbers, and like parts of one set."""
+    if len({re.sub("[0-9]+", "", name) for name in classes}) > 1 or not all(
+        _PART.fullmatch(x.lower()) for x in classes
+    ):
+        return
+    tables = _tables(tree)
+    labels = f", or, if labels are in {first_three(tables)}, set prepare_data.path to that file" if tables else ""
+    notes.append(
+        f"{tree.name}: the classes {first_three(classes)} are called like parts of one set: if they are, "
+        f"{tree.unpack_first}put their images into one folder{labels}"
+    )
 
 
 def note_order_of_numbers(tree: Tree, classes: Sequence[str], notes: list[str]) -> None:
@@ -145,6 +161,13 @@ def _are_parts(tree: Tree, by_class: Mapping[str, list[int]]) -> bool:
     return any(
         all(number // size * step == folder for folder, number in numbers) for size in _PART_SIZES for step in (1, size)
     )
+
+
+def _tables(tree: Tree) -> list[str]:
+    """Files that may hold labels and can be read."""
+    return [
+        name for name in tree.files if name.lower().endswith(LABEL_FILES) or PurePosixPath(name).name == STYLEGAN_LABELS
+    ]
 
 
 def _are(names: Sequence[str]) -> str:

@@ -125,6 +125,7 @@ def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
     table = split_table("partition ", [(value, "cat") for value in values])
     source = open_label_file(make.write(root / "a.csv", table))
     assert list(source.splits) == ["all"]
+    assert len(source.splits["all"]) == 3
     strange = next(value for value in values if value != "train")
     assert any(f"column partition is not read, for {strange!r} is none of train" in note for note in source.notes)
 

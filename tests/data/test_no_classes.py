@@ -175,6 +175,20 @@ def test_labels_that_are_not_read_are_noted(prepare, make, tmp_path, capfd, name
     assert told in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("stem", "beside"), [("HAM10000_images_part_", True), ("images_00", False), ("v_00", None)])
+def test_folders_called_like_parts_are_noted(prepare, make, tmp_path, capfd, stem, beside):
+    root = make.class_folders(tmp_path / "x", {f"{stem}{number}": 4 for number in (1, 2)})
+    if beside:
+        make.write(root / "HAM10000_metadata.csv", b"image_id,dx\n")
+    assert prepare(path=root)[0] == 0
+    told = (
+        f"the classes {stem}1, {stem}2 are called like parts of one set: if they are, put their images into one folder"
+    )
+    labels = ", or, if labels are in HAM10000_metadata.csv, set prepare_data.path to that file"
+    error = capfd.readouterr().err
+    assert (told in error) == (beside is not None) and (told + labels in error) == bool(beside)
+
+
 def test_the_order_of_numbers_is_noted(prepare, make, tmp_path, capfd):
     assert prepare(path=make.class_folders(tmp_path / "a", {str(number): 3 for number in range(11)}))[0] == 0
     assert "class index 2 is folder 10; to have them by size" in capfd.readouterr().err
