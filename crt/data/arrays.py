@@ -110,10 +110,15 @@ def _files(path: Path) -> tuple[Path, list[str]]:
         state = f"is neither a folder nor a file {', '.join(_ALONE)}" if os.path.exists(path) else "not found"
         raise UserError(f"{path}: {state}: set prepare_data.path to such a file, or to the folder of MNIST's idx files")
     found = [name for name in folder_tree(path).files if _FILES.fullmatch(name.lower())]
-    files = [name for name in found if name.removesuffix(".gz") == name or name.removesuffix(".gz") not in found]
+    files = [name for name in found if (twin := _twin(name)) == name or twin not in found]
     if not files:
         raise UserError(f"{path}: holds no files {', '.join(_ALONE)} or *-images-idx3-ubyte: give the folder that does")
     return path, files
+
+
+def _twin(name: str) -> str:
+    """Where downloads have a file once more: unpacked, or in Kaggle's MNIST outside the folder called like it."""
+    return re.sub(r"([^/]+)-(idx3-ubyte)/\1-\2$", r"\1.\2", name.removesuffix(".gz"))
 
 
 def _image_arrays(

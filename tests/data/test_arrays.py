@@ -52,14 +52,18 @@ def test_mnist(prepare, make, tmp_path, packed):
     check(out, "val", *made["t10k"])
 
 
-@pytest.mark.parametrize("form", ["{}.idx{}-ubyte", "{}-idx{}-ubyte/{}-idx{}-ubyte"])
-def test_mnist_as_kaggle_has_it(prepare, make, tmp_path, form):
+KAGGLE_FORMS = ["{}.idx{}-ubyte", "{}-idx{}-ubyte/{}-idx{}-ubyte"]
+
+
+@pytest.mark.parametrize("forms", [KAGGLE_FORMS, KAGGLE_FORMS[:1], KAGGLE_FORMS[1:]])
+def test_mnist_as_kaggle_has_it(prepare, make, tmp_path, forms):
     made = {
         name: (pixels(seed, 11, 8, 8), np.arange(11, dtype=np.uint8)) for seed, name in enumerate(("train", "t10k"))
     }
     for name, arrays in made.items():
         for kind, values in zip((("images", 3), ("labels", 1)), arrays, strict=True):
-            make.write(tmp_path / "mnist" / form.format(*(f"{name}-{kind[0]}", kind[1]) * 2), idx(values))
+            for form in forms:
+                make.write(tmp_path / "mnist" / form.format(*(f"{name}-{kind[0]}", kind[1]) * 2), idx(values))
     status, out = prepare(path=tmp_path / "mnist", **ARRAYS)
     assert status == 0
     check(out, "train", *made["train"])
