@@ -53,10 +53,12 @@ def open_label_file(path: Path) -> Source:
         raise UserError(f"{path}: names no images: fix it or get it again")
     tree = folder_tree(path.parent)
     places = _rows_by_name(tree)
+    here = path.parent.absolute()
+    roots = [f"{root}/" for root in (here, here.resolve(), here.name)]
     found: dict[int, _Line] = {}
     missing = []
     for line in lines:
-        rows = next((places[name] for name in _calls(line.image, path.parent) if name in places), [])
+        rows = next((places[name] for name in _calls(line.image, roots) if name in places), [])
         if len(rows) > 1:
             raise UserError(
                 f"{path}: {printable(line.image)} may be {first_three([tree.files[row] for row in rows])}: write its "
@@ -93,13 +95,16 @@ def open_label_file(path: Path) -> Source:
     return Source(classes, class_names(classes), [tree.container], listings, notes)
 
 
-def _calls(name: str, folder: Path) -> Iterator[str]:
-    """What an image may be called in `_rows_by_name`, by what a file in `folder` calls it, the likeliest first."""
+def _calls(name: str, roots: Sequence[str]) -> Iterator[str]:
+    """What an image may be called in `_rows_by_name`, the likeliest first.
+
+    Args:
+        name: what the file calls it.
+        roots: how paths may begin that are not from the file's own folder.
+    """
     for path in (name, name.replace("\\", "/")):  # as Windows writes it
         yield path.removeprefix("./")
-        for root in (folder.absolute(), folder.resolve(), folder.absolute().name):
-            if path.startswith(f"{root}/"):
-                yield path.removeprefix(f"{root}/")
+        yield from (path.removeprefix(root) for root in roots if path.startswith(root))
 
 
 def _rows_by_name(tree: Tree) -> dict[str, list[int]]:
@@ -169,15 +174,17 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[str, str]:
 def _splits(path: Path, names: Sequence[str], lines: Sequence[dict[str, Any]], notes: list[str]) -> list[str]:
     """The split that each line names in its column of splits; empty for all where one does not."""
     column = next((name for name in names if str(name).strip().lower() in _SPLIT_NAMES), None)
-    splits = [str(line.get(column) or "").strip() if column is not None else "" for line in lines]
-    if column is not None and not all(map(names_split, splits)):
-        strange = next(split for split in splits if not names_split(split))
-        notes.append(
-            f"{path}: column {printable(column.strip())} is not read, for {printable(strange)!r} is none of train, val "
-            "and test: write those to have its splits"
-        )
+    if column is None:
         return [""] * len(lines)
-    return splits
+    splits = [str(line.get(column) or "").strip() for line in lines]
+    strange = next((split for split in dict.fromkeys(splits) if not names_split(split)), None)
+    if strange is None:
+        return splits
+    notes.append(
+        f"{path}: column {printable(column.strip())} is not read, for {printable(strange)!r} is none of train, val "
+        "and test: write those to have its splits"
+    )
+    return [""] * len(lines)
 
 
 def _text(label: Any) -> str | None:
