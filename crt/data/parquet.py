@@ -65,9 +65,10 @@ def open_parquet(path: Path, work: Path, ending: str = ".parquet") -> Source:
     """
     notes: list[str] = []
     folder, shards = (path.parent, [path.name]) if path.is_file() else (path, list_shards(path, ending, notes))
-    if cached := [shard for shard in shards if ending == ARROW and posixpath.basename(shard).startswith(_ARROW_CACHE)]:
+    cached = [shard for shard in shards if ending == ARROW and posixpath.basename(shard).startswith(_ARROW_CACHE)]
+    if 0 < len(cached) < len(shards):
         notes.append(f"{path}: cached results of other steps are left out: {first_three(cached)}")
-        shards = [shard for shard in shards if shard not in cached] or cached
+        shards = [shard for shard in shards if not posixpath.basename(shard).startswith(_ARROW_CACHE)]
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     _note_configurations(path, split_of, notes)

@@ -380,11 +380,12 @@ def test_arrow_files_as_the_hubs_library_saves_them(prepare, make, tmp_path, mon
     assert "cached results of other steps are left out: train/cache-0123456789abcdef.arrow" in told
 
 
-def test_one_arrow_file_alone_whatever_it_is_called(prepare, make, tmp_path):
+def test_one_arrow_file_alone_whatever_it_is_called(prepare, make, tmp_path, capfd):
     path = arrow_file(tmp_path / "cache-0.ARROW", make, {number: number % 2 for number in range(10)})
     for source in (path, path.parent):
         status, out = prepare(path=source, out=tmp_path / "out" / source.name, **ARROW)
         assert status == 0 and len(found_in(out, "train") | found_in(out, "val")) == 10
+    assert "left out" not in capfd.readouterr().err
 
 
 def test_arrow_files_that_are_not_whole_are_refused(refused, make, tmp_path):
