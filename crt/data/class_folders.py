@@ -42,6 +42,7 @@ EXTENSIONS = (
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
 _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
+SPLIT_FOLDERS = (*_TRAIN_FOLDERS, *_VAL_FOLDERS)
 # Names that mean a split also where other folders stand beside it, or none.
 _PLAIN_TRAIN = ("train",)
 _PLAIN_VAL = ("val", "valid", "validation", "test")

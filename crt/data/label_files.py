@@ -2,7 +2,8 @@
 
 The table is a .csv or .tsv file with a line of column names, or .jsonl, as Kaggle and the Hugging Face Hub's image
 folders have it. Images lie in the file's folder or below, and are called by their path, or by name alone, with their
-ending or without. Those that the file does not name are left out. A column of splits' names counts, if there is one.
+ending or without. Those that the file does not name are left out. Splits are those that a column names, or the folders
+that the images lie in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crt.data.class_folders import is_image, listing_of
+from crt.data.class_folders import SPLIT_FOLDERS, is_image, listing_of
 from crt.data.listing import first_three, printable
 from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS
 from crt.data.shards import LABEL_NAMES, classes_of_labels, names_split, splits_of_shards
@@ -78,12 +79,14 @@ def open_label_file(path: Path) -> Source:
         )
     if left := sum(map(is_image, tree.files)) - len(found):
         notes.append(f"{path}: {left} images that it does not name are left out")
-    split_of = {"": "all"}
-    if named := sorted({line.split for line in found.values()} - {""}):
-        split_of = splits_of_shards(path, named, notes)
+    splits = {row: line.split for row, line in found.items()}
+    if not any(splits.values()):
+        splits = _split_folders(path, tree, list(found), notes)
+    named = sorted(set(splits.values()) - {""})
+    split_of = splits_of_shards(path, named, notes) if named else {"": "all"}
     rows_of: dict[str, list[int]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
-    for row, line in found.items():
-        if split := split_of[line.split]:
+    for row in found:
+        if split := split_of[splits[row]]:
             rows_of[split].append(row)
     samples = {split: [(tree.files[row], found[row].label) for row in rows] for split, rows in rows_of.items()}
     classes = classes_of_labels(path, samples, f"column {' or '.join(LABEL_NAMES)}", notes)
@@ -93,6 +96,16 @@ def open_label_file(path: Path) -> Source:
         for split, rows in rows_of.items()
     }
     return Source(classes, class_names(classes), [tree.container], listings, notes)
+
+
+def _split_folders(path: Path, tree: Tree, rows: Sequence[int], notes: list[str]) -> dict[int, str]:
+    """The split whose folder each image lies in; empty for all where some lie elsewhere, or all in the same."""
+    folders = {row: tree.files[row].rpartition("/")[0].partition("/")[0] for row in rows}
+    names = sorted(set(folders.values()))
+    if len(names) < 2 or not all(name.lower() in SPLIT_FOLDERS for name in names):
+        return dict.fromkeys(rows, "")
+    notes.append(f"{path}: splits are those of the images' folders, {', '.join(names)}")
+    return folders
 
 
 def _calls(name: str, roots: Sequence[str]) -> Iterator[str]:

@@ -119,6 +119,25 @@ def test_images_of_training_and_test_alone(make, tmp_path):
     }
 
 
+@pytest.mark.parametrize(("folder", "splits"), [("valid", {"train", "val"}), ("more", {"all"}), ("", {"all"})])
+def test_folders_of_splits_tell_them_where_no_column_does(make, tmp_path, folder, splits):
+    """As the Hugging Face library splits image folders with one table for all."""
+    names = [*(f"train/{row}.png" for row in range(3)), *(f"{folder}/{row}.png".lstrip("/") for row in range(3, 6))]
+    root = folder_of(make, tmp_path / "pets", names)
+    table = "".join(f"{name},{label}\n" for name, label in zip(names, LABELS, strict=False))
+    source = open_label_file(make.write(root / "metadata.csv", f"file_name,label\n{table}".encode()))
+    assert set(source.splits) == splits
+    if "val" in splits:
+        assert source.splits["val"].ids == ["valid/4.png", "valid/3.png", "valid/5.png"]
+        assert any("splits are those of the images' folders, train, valid" in note for note in source.notes)
+
+
+def test_a_column_of_splits_counts_before_folders(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets", ("train/0.png", "val/1.png"))
+    table = b"image,label,split\n0,a,val\n1,a,train\n"
+    assert open_label_file(make.write(root / "a.csv", table)).splits["val"].ids == ["train/0.png"]
+
+
 @pytest.mark.parametrize("values", [["0", "1", "2"], ["train", "", "train"]])
 def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
     root = folder_of(make, tmp_path / "pets")
