@@ -49,6 +49,8 @@ _ARROW_CACHE = "cache-"
 
 def open_arrow(path: Path, work: Path) -> Source:
     """The images of a folder of Arrow files, or of one; see `open_parquet`."""
+    if path.is_file() and path.suffix.lower() != ARROW:
+        raise UserError(f"{path}: no {ARROW} file: set prepare_data.path to one, or to the folder of some")
     return open_parquet(path, work, ARROW)
 
 

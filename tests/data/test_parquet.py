@@ -388,6 +388,11 @@ def test_one_arrow_file_alone_whatever_it_is_called(prepare, make, tmp_path, cap
     assert "left out" not in capfd.readouterr().err
 
 
+def test_a_file_beside_arrow_files_is_none(refused, make, tmp_path):
+    path = make.write(tmp_path / "saved" / "state.json", b"{}")
+    assert "state.json: no .arrow file: set prepare_data.path to one, or to the folder" in refused(path=path, **ARROW)
+
+
 def test_arrow_files_that_are_not_whole_are_refused(refused, make, tmp_path):
     """A stream that ends between two batches would be read as one of fewer images."""
     path = arrow_file(tmp_path / "f" / "0.arrow", make, dict.fromkeys(range(9), 0))
