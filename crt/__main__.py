@@ -241,7 +241,8 @@ def _system_message(error: BaseException, out: Path | None) -> str | None:
         code = _write_error(out.parent)
     if code not in _SYSTEM_ERRORS:
         return None
-    where = getattr(error, "filename", None) or out or "output"
+    # Of a copy, the file that it goes to comes second.
+    where = getattr(error, "filename2", None) or getattr(error, "filename", None) or out or "output"
     return f"{where}: {os.strerror(code)}: {_SYSTEM_ERRORS[code]} and run the same command again; finished work is kept"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,23 @@ def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_
     monkeypatch.setattr("crt.stages.prepare_data.run", full)
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
     assert "data: No space left on device: free some space and run" in capsys.readouterr().err
+
+
+def test_a_copy_that_finds_no_space_names_the_file_that_it_writes(params_file, tmp_path, monkeypatch, capsys):
+    """As DeepSpeed copies a script of its own beside each checkpoint. A limit of sizes is as a full disk."""
+    (tmp_path / "from").write_bytes(bytes(2**14))
+
+    def full(run):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, before[1]))
+        try:
+            shutil.copyfile(tmp_path / "from", tmp_path / "to")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", full)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert f"error: {tmp_path / 'to'}: File too large: raise the limit" in capsys.readouterr().err
 
 
 def test_a_file_that_hdf5_could_not_write_does_not_crash_the_process(params_file, tmp_path):
