@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_labels(params: Params, file: Path) -> None:
     """Raises UserError for a label that is no class of the images, where the source tells how many they have."""
-    from crt.plan.work import known_classes
+    from crt.plan.work import source_classes
 
     source, most = params.prepare_data.source, max(params.sample.labels or [0])
-    classes = known_classes(source)
+    classes = source_classes(source)
     if classes is not None and most >= classes:
         raise UserError(f"{file}: sample.labels: {most} is not a class: {source} has classes 0 to {classes - 1}")
 

@@ -70,7 +70,7 @@ def open_parquet(path: Path, work: Path, ending: str = ".parquet") -> Source:
     cached = [shard for shard in shards if ending == ARROW and posixpath.basename(shard).startswith(_ARROW_CACHE)]
     if 0 < len(cached) < len(shards):
         notes.append(f"{path}: cached results of other steps are left out: {first_three(cached)}")
-        shards = [shard for shard in shards if not posixpath.basename(shard).startswith(_ARROW_CACHE)]
+        shards = [shard for shard in shards if shard not in cached]
     split_of = splits_of_shards(folder, shards, notes)
     used = [shard for shard in shards if split_of[shard]]
     _note_configurations(path, split_of, notes)

@@ -78,7 +78,7 @@ def data_size(params: Params, images: int | None, classes: int | None) -> DataSi
     return DataSize(train, val, known_classes)
 
 
-def known_classes(source: str) -> int | None:
+def source_classes(source: str) -> int | None:
     """Classes of a source of images; None where that differs from one to another."""
     return _SOURCES[source][2] if source in _SOURCES else None
 
