@@ -27,6 +27,7 @@ from crt.data.decode import Undecodable, decode
 from crt.data.listing import printable
 from crt.errors import LocalError, UserError
 from crt.files import refuse_unreadable
+from crt.hdf5_frame import hdf5_frame
 
 INDEX = "index.json"
 SCHEMA = 1
@@ -216,12 +217,13 @@ def create_shard(
     offsets = np.concatenate([[0], np.cumsum(payload_bytes, dtype=np.int64)])
     texts = [text.encode("utf-8", "backslashreplace") for text in source_ids]
     text_type = h5py.string_dtype("utf-8", max(len(text) for text in texts))
-    with h5py.File(path, "w", libver="v110") as file:
+    columns = {"labels": labels.astype(np.int32), "source_ids": np.array(texts, text_type), "sha256": digests}
+    least_bytes = int(offsets[-1]) + sum(column.nbytes for column in columns.values())
+    with hdf5_frame(path, least_bytes, libver="v110") as file:
         file.attrs["schema"] = SCHEMA
         file.attrs["split"], file.attrs["storage"] = np.bytes_(split), np.bytes_(storage)
-        file.create_dataset("labels", data=labels.astype(np.int32))
-        file.create_dataset("source_ids", data=np.array(texts, text_type), dtype=text_type)
-        file.create_dataset("sha256", data=digests)
+        for name, column in columns.items():
+            file.create_dataset(name, data=column)
         if storage == "pixels":
             name, shape = "pixels", [len(labels), image_size, image_size, 3]
         else:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from crt.distributed import World, gpu_memory, join_world, reported_once
 from crt.errors import UserError
 from crt.evaluation.export import export_samples
 from crt.files import replacing
+from crt.hdf5_frame import hdf5_frame
 from crt.params import Sample
 from crt.progress import Progress
 from crt.stage import StageRun
@@ -185,20 +185,29 @@ def _write_samples(path: Path, run: StageRun, config: ARConfig, scale: float) ->
     names = config.class_names or tuple(map(str, range(config.num_classes)))
     num_images = params.num_images
     code_type = np.uint16 if config.codebook_size <= 2**16 else np.uint32
-    with replacing(path) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-        file.attrs["schema"] = SCHEMA
-        file.attrs["class_names"] = json.dumps(names, ensure_ascii=False)
-        file.attrs["seed"] = run.params.seed
-        file.attrs["guidance_scale"] = scale
-        for name in ("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "precision"):
-            file.attrs[name] = getattr(params, name)
-        size = next(chunks.parts("images")).shape[1:]
-        images = file.create_dataset("images", (num_images, *size), np.uint8)
-        codes = file.create_dataset("codes", (num_images, config.num_tokens), code_type)
-        file.create_dataset("labels", data=labels_of(np.arange(num_images), params, config))
+    size = next(chunks.parts("images")).shape[1:]
+    rows = {"images": np.dtype((np.uint8, size)), "codes": np.dtype((code_type, config.num_tokens))}
+    least_bytes = num_images * sum(row.itemsize for row in rows.values())
+    with replacing(path) as temporary:
+        offsets = {}
+        with hdf5_frame(temporary, least_bytes, libver=("v110", "v110")) as file:
+            file.attrs["schema"] = SCHEMA
+            file.attrs["class_names"] = json.dumps(names, ensure_ascii=False)
+            file.attrs["seed"] = run.params.seed
+            file.attrs["guidance_scale"] = scale
+            for name in ("guidance_schedule", "guidance_interval", "temperature", "top_k", "top_p", "precision"):
+                file.attrs[name] = getattr(params, name)
+            for name, row in rows.items():
+                file.create_dataset(name, (num_images, *row.shape), row.base)
+            file.create_dataset("labels", data=labels_of(np.arange(num_images), params, config))
+            for name in rows:
+                file[name][0] = 0  # gives the array its place in the file
+                offsets[name] = file[name].id.get_offset()
+            file.attrs["complete"] = True
         progress = Progress(f"write {path.name}", num_images, "images")
-        parts = zip(chunks.bounds, chunks.parts("images"), chunks.parts("codes"), strict=True)
-        for (start, stop), pixels, raster in parts:
-            images[start:stop], codes[start:stop] = pixels, raster
-            progress.update(stop)
-        file.attrs["complete"] = True
+        with open(temporary, "r+b") as target:
+            for (start, stop), *parts in zip(chunks.bounds, *map(chunks.parts, rows), strict=True):
+                for (name, row), values in zip(rows.items(), parts, strict=True):
+                    target.seek(offsets[name] + start * row.itemsize)
+                    target.write(values.astype(row.base).tobytes())
+                progress.update(stop)
