@@ -11,18 +11,19 @@ import importlib
 import io
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.files import make_folder
+from crt.files import REMEDIES, make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_briefly
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
@@ -51,24 +52,6 @@ COMMANDS = {
     "inspect": "show what a token cache holds, in figures and a picture",
     "verify": "check every block of a token cache",
     "import_codes": "turn a LlamaGen code folder into a token cache",
-}
-_SYSTEM_ERRORS = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some of your quota",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "change its permissions, or choose another folder",
-    errno.EPERM: "change its permissions, or choose another folder",
-    errno.EBUSY: "end what uses it, or choose another folder",
-    errno.EIO: "check its disk or network",
-    errno.ESTALE: "check its network file system",
-    errno.ENOLCK: "choose a folder on a file system with locks",
-    errno.EMFILE: "raise the limit (`ulimit -n`)",
-    errno.ENFILE: "end what has so many files open",
-    errno.EFBIG: "raise the limit (`ulimit -f`), or choose a file system that takes larger files",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "move the file away that stands in place of a folder",
-    errno.EISDIR: "move the folder away that stands in place of a file",
-    # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.
 }
 # Errors whose frames hold HDF5's objects: it crashes where those of a file that it could not write are destroyed.
 _kept: list[Exception] = []
@@ -177,7 +160,7 @@ def _leave_as_is(run: StageRun, params_file: Path) -> int:
     """Exit status for a result that is current."""
     publish_metrics(run)
     check_unchanged(run, params_file)
-    print(f"{run.name}: {run.out} is current; to make it anew, delete it and run again", file=sys.stderr)
+    _print(f"{run.name}: {run.out} is current; to make it anew, delete it and run again")
     return 0
 
 
@@ -226,34 +209,46 @@ def _system_message(error: BaseException, out: Path | None) -> str | None:
 
     None for other errors.
     """
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    text = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return (
             "out of memory: free some, or raise its limit (`ulimit -v`, the job's) and run the same command again; "
             "finished work is kept"
         )
     # torch raises anew, without a number, while it closes the file that could not be written.
     code = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
+    # What Matplotlib says in its own words was raised while it looked for such a folder.
+    if "No usable temporary directory" in f"{text} {error.__context__}":
+        return (
+            "no folder for temporary files can be written: free some space in /tmp, or set TMPDIR to another, "
+            "and run the same command again; finished work is kept"
+        )
+    if text == "can't start new thread":
+        code = errno.EAGAIN
     if code is None:
         # h5py, safetensors and torch put the number only into their text.
-        match = re.search(r"(?:errno = |os error |Errno )(\d+)", str(error))
+        match = re.search(r"(?:errno = |os error |Errno )(\d+)", text)
         code = int(match.group(1)) if match else None
-    if code is None and re.search("PytorchStreamWriter|inline_container", str(error)) and out is not None:
+    if code is None and re.search("PytorchStreamWriter|inline_container|iostream error", text) and out is not None:
         code = _write_error(out.parent)
-    if code not in _SYSTEM_ERRORS:
+    if code not in REMEDIES:
         return None
-    # Of a copy, the file that it goes to comes second.
+    # The second is where something was copied or renamed to.
     where = getattr(error, "filename2", None) or getattr(error, "filename", None) or out or "output"
-    return f"{where}: {os.strerror(code)}: {_SYSTEM_ERRORS[code]} and run the same command again; finished work is kept"
+    return f"{where}: {os.strerror(code)}: {REMEDIES[code]} and run the same command again; finished work is kept"
 
 
 def _write_error(folder: Path) -> int | None:
-    """The number of the error that writing a file in `folder` ends with at the moment; None if it succeeds."""
+    """The number of the error that writing a file in `folder` ends with at the moment; None if it succeeds.
+
+    Not that of a limit of sizes, which only a large file meets: where there is one it is taken to be the cause.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**20))
     except OSError as error:
         return error.errno
-    return None
+    return errno.EFBIG if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY else None
 
 
 def _append(path: Path, text: str) -> bool:
@@ -269,6 +264,12 @@ def _report(message: str) -> None:
     if logger.handlers:
         logger.error(message)
     else:
+        _print(message)
+
+
+def _print(message: str) -> None:
+    """To stderr; the exit status tells enough where that is a file on a full disk."""
+    with suppress(OSError):
         print(message, file=sys.stderr)
 
 

@@ -19,12 +19,32 @@ from crt.errors import UserError
 
 NUMPY_ERRORS = (ValueError, EOFError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises where a .npy or .npz file is damaged, beside the system's errors."""
-_UNREADABLE = {
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "change its permissions",
     errno.EPERM: "change its permissions",
+    errno.EBUSY: "end what uses it, or choose another folder",
     errno.EIO: "check its disk or network",
     errno.ESTALE: "check its network file system",
+    errno.ENOLCK: "choose a folder on a file system with locks",
+    errno.EMFILE: "raise the limit (`ulimit -n`)",
+    errno.ENFILE: "end what has so many files open",
+    errno.EFBIG: "raise the limit (`ulimit -f`), or choose a file system that takes larger files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "move the file away that stands in place of a folder",
+    errno.EISDIR: "move the folder away that stands in place of a file",
+    errno.ENOMEM: "free some memory, or raise its limit (`ulimit -v`, the job's)",
+    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
+    # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.
 }
+"""What to do about an error of the system's, by its number."""
+# After which a file may still be there, and sound.
+_UNREADABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
 
 
 def make_folder(folder: Path) -> None:
@@ -96,7 +116,7 @@ def refuse_unreadable(path: str | Path, error: BaseException) -> None:
     """
     number = getattr(error, "errno", None)
     if number in _UNREADABLE:
-        raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {_UNREADABLE[number]}") from None
+        raise UserError(f"{path}: cannot be read ({os.strerror(number)}): {REMEDIES[number]}") from None
 
 
 def flush(path: Path) -> None:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from crt import slurm
@@ -126,8 +127,9 @@ def leave(status: int) -> NoReturn:
     """
     if environment_rank()[1] > 1 or status:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # which has been told, or cannot be
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

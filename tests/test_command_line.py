@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from crt.__main__ import COMMANDS, STAGES, main
 from crt.manifest import check_content, read_manifest
@@ -78,6 +80,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stag
         (errno.ENOLCK, "No locks available: choose a folder on a file system with locks"),
         (errno.ENOTDIR, "Not a directory: move the file away that stands in place of a folder"),
         (errno.EISDIR, "Is a directory: move the folder away that stands in place of a file"),
+        (errno.ENOMEM, "Cannot allocate memory: free some memory, or raise its limit (`ulimit -v`, the job's)"),
+        (errno.EAGAIN, "Resource temporarily unavailable: raise the limit of processes (`ulimit -u`)"),
     ],
 )
 def test_what_a_file_system_refuses_is_one_line(params_file, tmp_path, monkeypatch, capsys, code, remedy):
@@ -162,6 +166,76 @@ def test_a_disk_that_torch_writes_by_itself_is_asked_what_is_wrong(
     monkeypatch.setattr("crt.__main__.tempfile.TemporaryFile", refused)
     assert main(command) == 2
     assert f"error: {tmp_path / 'data'}: {name}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_torch_could_not_close_on_a_full_disk_is_one_line(params_file, tmp_path, monkeypatch, capsys):
+    """As when the disk is full before the last bytes, which its writer keeps until then."""
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    monkeypatch.setattr("crt.stages.prepare_data.run", lambda run: torch.save(torch.zeros(9), "/dev/full"))
+    monkeypatch.setattr("crt.__main__._write_error", lambda folder: errno.ENOSPC)
+    assert main(command) == 2
+    assert f"error: {tmp_path / 'data'}: No space left on device: free" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_limit_of_sizes_that_torch_met_by_itself_is_told(tmp_path):
+    code = f"""if True:
+        import resource
+        from pathlib import Path
+        from crt.__main__ import _write_error
+        print(_write_error(Path({str(tmp_path)!r})))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, 2**24))
+        print(_write_error(Path({str(tmp_path)!r})))"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert said.split() == ["None", str(errno.EFBIG)]
+
+
+def test_of_a_copy_that_found_no_room_the_place_is_named_and_not_the_origin(params_file, tmp_path, monkeypatch, capsys):
+    """As where DeepSpeed puts programs of its own beside a checkpoint."""
+
+    def full(run):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "origin", None, "place")
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", full)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert "error: place: No space left on device: free some space" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_folder_for_temporary_files_is_one_line(params_file, tmp_path, monkeypatch, capsys):
+    """None is left where the disk is full that holds /tmp and the project both; torch and Matplotlib ask for one."""
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    monkeypatch.setattr("crt.stages.prepare_data.run", lambda run: tempfile.mkdtemp())
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    assert main(command) == 2
+    told = "error: no folder for temporary files can be written: free some space in /tmp, or set TMPDIR to another, and"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+    def as_matplotlib_does(run):
+        try:
+            tempfile.mkdtemp()
+        except OSError as error:
+            raise OSError("Matplotlib requires access to a writable cache directory") from error
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", as_matplotlib_does)
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [("check --params nowhere", 2), ("check --params params.yaml >/dev/full", 2), ("check --params params.yaml", 0)],
+)
+def test_messages_for_which_a_disk_has_no_room_do_not_change_the_status(arguments, status):
+    command = f"{sys.executable} -m crt {arguments} 2>/dev/full"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, check=False).returncode == status
+
+
+def test_a_current_result_is_current_though_there_is_no_room_to_say_so(params_file, tmp_path):
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    assert main(command) == 0
+    with open("/dev/full", "w") as full:
+        again = [sys.executable, "-m", "crt", *command]
+        assert subprocess.run(again, cwd=ROOT, stderr=full, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

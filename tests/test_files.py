@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -73,28 +74,44 @@ READS = {
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged_nor_missing(params_file, tmp_path: Path) -> None:
     """Its remedy must not be to delete it. Root may read all, so a process without its powers reads."""
+    powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    if powerless and not shutil.which("setpriv"):
+        pytest.skip("root without setpriv")
+    reason = "cannot be read (Permission denied): change its permissions"
+    assert read_all(params_file, tmp_path, *powerless) == [f"{tmp_path / 'data' / name}: {reason}" for name in READS]
+
+
+def test_a_file_for_which_there_is_no_descriptor_is_not_called_damaged_nor_missing(params_file, tmp_path: Path) -> None:
+    reason = "cannot be read (Too many open files): raise the limit (`ulimit -n`)"
+    lines = read_all(params_file, tmp_path, "env", "NO_DESCRIPTORS=1")
+    assert [line.partition(": ")[2] for line in lines] == [reason] * len(READS)
+
+
+def read_all(params_file, tmp_path: Path, *prefix: str) -> list[str]:
+    """What each of READS says in a process that may not read, started with a prefix to the command."""
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 0
     write_model(tmp_path / "data", {}, {})
     (tmp_path / "data" / "metrics.json").write_text("{}")
     np.savez(tmp_path / "data" / "adm.npz", np.zeros((2, 8, 8, 3), np.uint8))
     header = make_header(split="val")
     write_cache(tmp_path / "data", header, *random_codes(header))
-    powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
-    if powerless and not shutil.which("setpriv"):
-        pytest.skip("root without setpriv")
-    command = [*powerless, sys.executable, "-m", "tests.test_files", str(tmp_path / "data")]
+    command = [*prefix, sys.executable, "-m", "tests.test_files", str(tmp_path / "data")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [
-        f"{tmp_path / 'data' / name}: cannot be read (Permission denied): change its permissions" for name in READS
-    ], done.stderr
+    assert not done.stderr
+    return done.stdout.splitlines()
 
 
 if __name__ == "__main__":
     for name, read in READS.items():
         path = Path(sys.argv[1]) / name
         path.chmod(0)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if "NO_DESCRIPTORS" in os.environ:
+            path.chmod(0o644)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
             read(path.parent)
         except UserError as error:
             print(error)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         path.chmod(0o644)
