@@ -53,6 +53,10 @@ COMMANDS = {
     "verify": "check every block of a token cache",
     "import_codes": "turn a LlamaGen code folder into a token cache",
 }
+# What torch says for want of memory, and what the system says of a library for which there is none.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory|failed to map segment from shared object"
+# What gloo and NCCL say where the process at the other end is gone.
+_PEER_GONE = "Connection (closed|reset) by (remote )?peer|ncclRemoteError"
 # Errors whose frames hold HDF5's objects: it crashes where those of a file that it could not write are destroyed.
 _kept: list[Exception] = []
 
@@ -205,15 +209,20 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ar
 
 
 def _system_message(error: BaseException, out: Path | None) -> str | None:
-    """One line for a disk that is full or cannot be written, or memory that is full, whichever library met it.
+    """One line for a disk that is full or cannot be written, memory that is full, or a process that met such.
 
     None for other errors.
     """
     text = str(error)
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, text):
         return (
             "out of memory: free some, or raise its limit (`ulimit -v`, the job's) and run the same command again; "
             "finished work is kept"
+        )
+    if environment_rank()[1] > 1 and re.search(_PEER_GONE, text):
+        return (
+            "another process of this stage has ended: do what its own message says, and run the "
+            "same command again; finished work is kept"
         )
     # torch raises anew, without a number, while it closes the file that could not be written.
     code = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)

@@ -22,6 +22,7 @@ import torch
 from crt.__main__ import COMMANDS, STAGES, main
 from crt.manifest import check_content, read_manifest
 from crt.pipeline import load_stages
+from crt.processes import free_port
 from crt.snakemake_records import MAKE_ANEW
 from crt.stage import exclusive, open_run, publish
 from tests.conftest import ROOT
@@ -198,6 +199,51 @@ def test_of_a_copy_that_found_no_room_the_place_is_named_and_not_the_origin(para
     monkeypatch.setattr("crt.stages.prepare_data.run", full)
     assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
     assert "error: place: No space left on device: free some space" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_disk_that_is_full_for_one_process_of_several_is_no_error_of_the_program_in_the_others(params_file, tmp_path):
+    """They meet the end of that one's connections, in the library's words."""
+    code = """if True:
+        import errno, os, sys, torch
+        from crt.__main__ import main
+        from crt.distributed import join_world
+        from crt.launch import leave
+        import crt.stages.prepare_data
+
+        def run(run):
+            with join_world() as world:
+                torch.distributed.all_reduce(torch.zeros(1))
+                if not world.is_main:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+                torch.distributed.all_reduce(torch.zeros(1))
+
+        crt.stages.prepare_data.run = run
+        leave(main(sys.argv[1:]))"""
+    command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *command],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    last = [process.communicate()[1].splitlines()[-1] for process in both]
+    assert last[0].startswith("error: another process of this stage has ended: do what its own message says")
+    assert last[1].startswith("[rank 1] error: file: No space left on device: free some space")
+    assert [process.returncode for process in both] == [2, 2]
+
+
+def test_a_library_for_which_there_is_no_memory_is_one_line(params_file, tmp_path, monkeypatch, capsys):
+    def full(run):
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", full)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory: free some, or raise its limit")
 
 
 def test_no_folder_for_temporary_files_is_one_line(params_file, tmp_path, monkeypatch, capsys):
