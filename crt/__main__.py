@@ -6,15 +6,11 @@ Exit status: 0 done (or already current), 2 bad input with one line that says so
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
 import os
-import re
-import resource
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -23,11 +19,12 @@ from pathlib import Path
 
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
-from crt.files import REMEDIES, make_folder
+from crt.files import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_briefly
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import StageRun, check_unchanged, clear_work, exclusive, open_run, publish, publish_metrics
+from crt.system_errors import system_message
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -53,10 +50,6 @@ COMMANDS = {
     "verify": "check every block of a token cache",
     "import_codes": "turn a LlamaGen code folder into a token cache",
 }
-# What torch says for want of memory, and what the system says of a library for which there is none.
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory|failed to map segment from shared object"
-# What gloo and NCCL say where the process at the other end is gone.
-_PEER_GONE = "Connection (closed|reset) by (remote )?peer|ncclRemoteError"
 # Errors whose frames hold HDF5's objects: it crashes where those of a file that it could not write are destroyed.
 _kept: list[Exception] = []
 
@@ -95,7 +88,7 @@ def _run_command(arguments: list[str]) -> int:
             slurm.continue_later(stop.signum, _report)
         return stop.exit_status
     except Exception as error:
-        message = _system_message(error, getattr(args, "out", None))
+        message = system_message(error, getattr(args, "out", None))
         if message:
             _report(f"error: {message}")
             _kept.append(error)
@@ -208,58 +201,6 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ar
     return parser, dict(commands.choices)
 
 
-def _system_message(error: BaseException, out: Path | None) -> str | None:
-    """One line for a disk that is full or cannot be written, memory that is full, or a process that met such.
-
-    None for other errors.
-    """
-    text = str(error)
-    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, text):
-        return (
-            "out of memory: free some, or raise its limit (`ulimit -v`, the job's) and run the same command again; "
-            "finished work is kept"
-        )
-    if environment_rank()[1] > 1 and re.search(_PEER_GONE, text):
-        return (
-            "another process of this stage has ended: do what its own message says, and run the "
-            "same command again; finished work is kept"
-        )
-    # torch raises anew, without a number, while it closes the file that could not be written.
-    code = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
-    # What Matplotlib says in its own words was raised while it looked for such a folder.
-    if "No usable temporary directory" in f"{text} {error.__context__}":
-        return (
-            "no folder for temporary files can be written: free some space in /tmp, or set TMPDIR to another, "
-            "and run the same command again; finished work is kept"
-        )
-    if text == "can't start new thread":
-        code = errno.EAGAIN
-    if code is None:
-        # h5py, safetensors and torch put the number only into their text.
-        match = re.search(r"(?:errno = |os error |Errno )(\d+)", text)
-        code = int(match.group(1)) if match else None
-    if code is None and re.search("PytorchStreamWriter|inline_container|iostream error", text) and out is not None:
-        code = _write_error(out.parent)
-    if code not in REMEDIES:
-        return None
-    # The second is where something was copied or renamed to.
-    where = getattr(error, "filename2", None) or getattr(error, "filename", None) or out or "output"
-    return f"{where}: {os.strerror(code)}: {REMEDIES[code]} and run the same command again; finished work is kept"
-
-
-def _write_error(folder: Path) -> int | None:
-    """The number of the error that writing a file in `folder` ends with at the moment; None if it succeeds.
-
-    Not that of a limit of sizes, which only a large file meets: where there is one it is taken to be the cause.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**20))
-    except OSError as error:
-        return error.errno
-    return errno.EFBIG if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY else None
-
-
 def _append(path: Path, text: str) -> bool:
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -307,7 +248,7 @@ if __name__ == "__main__":
         sys.stdout.flush()  # here, where a closed pipe can be met, and not while the interpreter ends
     except OSError as error:
         # Whoever read has seen enough (`| head`), or what is printed goes to a file on a full disk.
-        message = None if isinstance(error, BrokenPipeError) else _system_message(error, None)
+        message = None if isinstance(error, BrokenPipeError) else system_message(error, None)
         if not message and not isinstance(error, BrokenPipeError):
             raise
         # What is left goes nowhere, so that ending writes no error either.

@@ -16,30 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from crt.errors import UserError
+from crt.system_errors import REMEDIES
 
 NUMPY_ERRORS = (ValueError, EOFError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises where a .npy or .npz file is damaged, beside the system's errors."""
-REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some of your quota",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "change its permissions",
-    errno.EPERM: "change its permissions",
-    errno.EBUSY: "end what uses it, or choose another folder",
-    errno.EIO: "check its disk or network",
-    errno.ESTALE: "check its network file system",
-    errno.ENOLCK: "choose a folder on a file system with locks",
-    errno.EMFILE: "raise the limit (`ulimit -n`)",
-    errno.ENFILE: "end what has so many files open",
-    errno.EFBIG: "raise the limit (`ulimit -f`), or choose a file system that takes larger files",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "move the file away that stands in place of a folder",
-    errno.EISDIR: "move the folder away that stands in place of a file",
-    errno.ENOMEM: "free some memory, or raise its limit (`ulimit -v`, the job's)",
-    errno.EAGAIN: "raise the limit of processes (`ulimit -u`)",
-    # Not ENOENT or EEXIST: those may as well be errors of the program, whose traceback tells more.
-}
-"""What to do about an error of the system's, by its number."""
 # After which a file may still be there, and sound.
 _UNREADABLE = (
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),

@@ -173,7 +173,7 @@ def test_a_file_that_torch_could_not_close_on_a_full_disk_is_one_line(params_fil
     """As when the disk is full before the last bytes, which its writer keeps until then."""
     command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
     monkeypatch.setattr("crt.stages.prepare_data.run", lambda run: torch.save(torch.zeros(9), "/dev/full"))
-    monkeypatch.setattr("crt.__main__._write_error", lambda folder: errno.ENOSPC)
+    monkeypatch.setattr("crt.system_errors._write_error", lambda folder: errno.ENOSPC)
     assert main(command) == 2
     assert f"error: {tmp_path / 'data'}: No space left on device: free" in capsys.readouterr().err.splitlines()[-1]
 
@@ -182,23 +182,12 @@ def test_a_limit_of_sizes_that_torch_met_by_itself_is_told(tmp_path):
     code = f"""if True:
         import resource
         from pathlib import Path
-        from crt.__main__ import _write_error
+        from crt.system_errors import _write_error
         print(_write_error(Path({str(tmp_path)!r})))
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, 2**24))
         print(_write_error(Path({str(tmp_path)!r})))"""
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert said.split() == ["None", str(errno.EFBIG)]
-
-
-def test_of_a_copy_that_found_no_room_the_place_is_named_and_not_the_origin(params_file, tmp_path, monkeypatch, capsys):
-    """As where DeepSpeed puts programs of its own beside a checkpoint."""
-
-    def full(run):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "origin", None, "place")
-
-    monkeypatch.setattr("crt.stages.prepare_data.run", full)
-    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
-    assert "error: place: No space left on device: free some space" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_disk_that_is_full_for_one_process_of_several_is_no_error_of_the_program_in_the_others(params_file, tmp_path):

@@ -25,6 +25,7 @@ from crt.data.sampler import batch_rows, rank_slice
 from crt.data.transforms import center_crop, crop_at
 from crt.errors import LocalError, UserError
 from crt.randomness import numpy_generator
+from crt.system_errors import NO_SHARED_MEMORY, RUN_AGAIN, system_message
 
 MAX_WORKERS = 16
 # What a killed process takes to be gone, with its memory.
@@ -177,16 +178,25 @@ def made_by_workers(dataset: Dataset[torch.Tensor], requests: Iterable[Any], wor
 
 
 class _Answers(Dataset[Any]):
-    """A data set's answers, with errors among them: into the text of a raised one PyTorch would put a traceback."""
+    """A data set's answers, with errors among them: into the text of a raised one PyTorch would put a traceback.
+
+    In shared memory at once: where that is full, the thread that sends an answer would drop it, and the reader wait for
+    ever.
+    """
 
     def __init__(self, dataset: Dataset[torch.Tensor]) -> None:
         self.dataset = dataset
 
     def __getitem__(self, request: Any) -> torch.Tensor | UserError:
         try:
-            return self.dataset[request]
+            return self.dataset[request].share_memory_()
         except UserError as error:
             return error
+        except (OSError, RuntimeError, MemoryError) as error:
+            message = system_message(error, None)
+            if message is None:
+                raise
+            return LocalError(message)
 
 
 class _ExplainedHandler:
@@ -222,10 +232,7 @@ def _explained(error: Exception) -> Exception:
     if not is_killed:
         return error
     if "Bus error" in text:
-        return LocalError(
-            "a worker process found no room in shared memory (/dev/shm): enlarge that and run the same command again; "
-            "finished work is kept"
-        )
+        return LocalError(NO_SHARED_MEMORY + RUN_AGAIN)
     return LocalError(WORKER_KILLED)
 
 

@@ -18,12 +18,10 @@ from typing import TypeVar
 
 from crt import interrupt
 from crt.errors import UserError
+from crt.system_errors import RUN_AGAIN
 
 _NO_QUOTA = 2**16
-WORKER_KILLED = (
-    "a worker process was killed, most likely out of memory: free some and run the same command again; "
-    "finished work is kept"
-)
+WORKER_KILLED = "a worker process was killed, most likely out of memory: free some" + RUN_AGAIN
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

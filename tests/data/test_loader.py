@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -17,6 +18,8 @@ from crt.data.packed import PackedImages
 from crt.data.sampler import batch_rows
 from crt.data.transforms import center_crop
 from crt.errors import UserError
+from crt.system_errors import NO_SHARED_MEMORY
+from tests.test_command_line import on_a_disk_of_its_own
 
 COMMON = {"image_size": 16, "batch_size": 12, "min_crop": 0.7, "horizontal_flip": True, "seed": 3}
 
@@ -190,6 +193,27 @@ def test_what_pytorch_says_of_a_killed_worker_is_explained_and_nothing_else(erro
     monkeypatch.setattr(loader, "_DYING_SECONDS", 0)
     explained = loader._explained(error)
     assert explained is error if message is None else isinstance(explained, UserError) and message in str(explained)
+
+
+@pytest.mark.parametrize("size", ["4k", "64k"])
+def test_no_room_in_shared_memory_is_one_line_and_no_hang(encoded, tmp_path, size):
+    """Room for no semaphore of the workers, or for their start and not for a batch."""
+    (tmp_path / "read.py").write_text(f"""
+from crt.data.loader import training_batches
+from crt.data.packed import PackedImages
+from crt.launch import leave
+from crt.system_errors import system_message
+images = PackedImages({str(encoded.folder)!r}, "train")
+try:
+    list(training_batches(images, first_step=0, steps=5, rank=0, world_size=1, **{COMMON | {"image_size": 64}}))
+except Exception as error:
+    print(system_message(error, None) or error)
+    leave(2)
+""")
+    run = f"PYTHONPATH=. timeout 100 {sys.executable} {tmp_path}/read.py"
+    said = on_a_disk_of_its_own(f"mount -t tmpfs -o size={size} none /dev/shm || exit 99; {run}", tmp_path / "own")
+    reasons = {"4k": "/dev/shm: No space left on device: free some space", "64k": NO_SHARED_MEMORY}
+    assert said == f"{reasons[size]} and run the same command again; finished work is kept\n"
 
 
 def test_workers_share_the_cpus_of_a_node(monkeypatch):
