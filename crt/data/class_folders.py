@@ -40,9 +40,8 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
-_TRAIN_FOLDERS = ("train", "training")
-_VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
-SPLIT_FOLDERS = (*_TRAIN_FOLDERS, *_VAL_FOLDERS)
+TRAIN_FOLDERS = ("train", "training")
+VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 # Names that mean a split also where other folders stand beside it, or none.
 _PLAIN_TRAIN = ("train",)
 _PLAIN_VAL = ("val", "valid", "validation", "test")
@@ -273,7 +272,7 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     root = ""
     while True:
         top = _folders_in(tree, root)
-        train, val = _named(top, _TRAIN_FOLDERS), _named(top, _VAL_FOLDERS)
+        train, val = _named(top, TRAIN_FOLDERS), _named(top, VAL_FOLDERS)
         if train and val and top > {*train, *val}:
             top = _without_bare(tree, root, top, [*train, *val], notes)
         if len(train) == 1 and top == {*train, *val} and (val or train == ["train"]):
@@ -333,7 +332,7 @@ def _wraps(tree: Tree, root: str, top: set[str]) -> bool:
             return False
         if len(folders) > 1:
             return not is_nested or folders == {name.partition("/")[0] for name in images}
-        if _named(folders, _TRAIN_FOLDERS):
+        if _named(folders, TRAIN_FOLDERS):
             return True
         is_nested = True
     return False
@@ -381,7 +380,7 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
         several = sorted(set().union(*inner.values()))
     names, inside = (first_three(some) for some in (sorted(inner), several))
     is_alike = all(folders == set(several) for folders in inner.values())
-    is_in_split = PurePosixPath(root).name.lower() in _TRAIN_FOLDERS
+    is_in_split = PurePosixPath(root).name.lower() in TRAIN_FOLDERS
     if not is_in_split and (len(like_split) > 1 or (len(several) > 1 and (like_split or is_alike))):
         raise UserError(
             f"{tree.name}: folders {names} look like splits, since their images lie in folders {inside} of each: "

@@ -3,7 +3,7 @@
 The table is a .csv or .tsv file with a line of column names, or .jsonl, as Kaggle and the Hugging Face Hub's image
 folders have it. Images lie in the file's folder or below, and are called by their path, or by name alone, with their
 ending or without. Those that the file does not name are left out. Splits are those that a column names, or the folders
-that the images lie in.
+that the images lie in, or that files of one name lie in: train/metadata.csv and val/metadata.csv.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from crt.data.class_folders import SPLIT_FOLDERS, is_image, listing_of
-from crt.data.listing import first_three, printable
+import numpy as np
+
+from crt.data.class_folders import TRAIN_FOLDERS, VAL_FOLDERS, is_image
+from crt.data.listing import PLACE, first_three, printable, sorted_listing
 from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS
 from crt.data.shards import LABEL_NAMES, classes_of_labels, names_split, splits_of_shards
 from crt.data.source import Source
@@ -42,13 +44,62 @@ def is_label_file(path: Path) -> bool:
     return (path.suffix.lower() in LABEL_FILES or path.name == STYLEGAN_LABELS) and os.path.isfile(path)
 
 
+class _Table(NamedTuple):
+    """Images of a folder, by a file that lies in it."""
+
+    path: Path
+    tree: Tree
+    lines: dict[int, _Line]
+    """By the tree's rows."""
+
+
+class _NoColumns(UserError):
+    """A file whose columns do not tell images and labels."""
+
+
 def open_label_file(path: Path) -> Source:
-    """The images that a file of labels names.
+    """The images that a file of labels names, and for a file in train/ those that one of its name in val/ names.
 
     Raises:
         UserError: it cannot be read, does not say which column is what, or names an image that is not there or twice.
     """
     notes: list[str] = []
+    tables = [_read_table(path, notes)]
+    if any(line.split for line in tables[0].lines.values()):
+        splits = [{row: line.split for row, line in tables[0].lines.items()}]
+    elif beside := _tables_beside(path, notes):
+        tables += beside
+        splits = [dict.fromkeys(table.lines, table.path.parent.name) for table in tables]
+    else:
+        splits = [_split_folders(path, tables[0].tree, list(tables[0].lines), notes)]
+    named = sorted({split for of_rows in splits for split in of_rows.values()} - {""})
+    split_of = splits_of_shards(path, named, notes) if named else {"": "all"}
+    rows_of: dict[str, list[tuple[int, int]]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
+    for number, of_rows in enumerate(splits):
+        for row, name in of_rows.items():
+            if split := split_of[name]:
+                rows_of[split].append((number, row))
+    samples = {
+        split: [(tables[number].tree.files[row], tables[number].lines[row].label) for number, row in rows]
+        for split, rows in rows_of.items()
+    }
+    classes = classes_of_labels(path, samples, f"column {' or '.join(LABEL_NAMES)}", notes)
+    index = {name: number for number, name in enumerate(classes)}
+    listings = {}
+    for split, rows in rows_of.items():
+        labels = np.array([index.get(label or "", 0) for _, label in samples[split]], np.int64)
+        places = np.array([tables[number].tree.places[row] for number, row in rows], PLACE)
+        places["container"] = [number for number, _ in rows]
+        listings[split] = sorted_listing([name for name, _ in samples[split]], labels, places)
+    return Source(classes, class_names(classes), [table.tree.container for table in tables], listings, notes)
+
+
+def _read_table(path: Path, notes: list[str]) -> _Table:
+    """The images that a file of labels names, found in its folder.
+
+    Raises:
+        UserError: as of `open_label_file`.
+    """
     lines = _read(path, notes)
     if not lines:
         raise UserError(f"{path}: names no images: fix it or get it again")
@@ -79,30 +130,34 @@ def open_label_file(path: Path) -> Source:
         )
     if left := sum(map(is_image, tree.files)) - len(found):
         notes.append(f"{path}: {left} images that it does not name are left out")
-    splits = {row: line.split for row, line in found.items()}
-    if not any(splits.values()):
-        splits = _split_folders(path, tree, list(found), notes)
-    named = sorted(set(splits.values()) - {""})
-    split_of = splits_of_shards(path, named, notes) if named else {"": "all"}
-    rows_of: dict[str, list[int]] = {split: [] for split in sorted(set(split_of.values()) - {""})}
-    for row in found:
-        if split := split_of[splits[row]]:
-            rows_of[split].append(row)
-    samples = {split: [(tree.files[row], found[row].label) for row in rows] for split, rows in rows_of.items()}
-    classes = classes_of_labels(path, samples, f"column {' or '.join(LABEL_NAMES)}", notes)
-    index = {name: number for number, name in enumerate(classes)}
-    listings = {
-        split: listing_of(tree, rows, [index.get(found[row].label or "", 0) for row in rows])
-        for split, rows in rows_of.items()
-    }
-    return Source(classes, class_names(classes), [tree.container], listings, notes)
+    return _Table(path, tree, found)
+
+
+def _tables_beside(path: Path, notes: list[str]) -> list[_Table]:
+    """The files of the same name in the folders of other splits, for a file in that of training images."""
+    folder = path.parent.absolute()
+    if folder.name.lower() not in TRAIN_FOLDERS:
+        return []
+    found = []
+    for other in sorted(folder.parent.iterdir()):
+        if other.name.lower() in VAL_FOLDERS and (other / path.name).is_file():
+            try:
+                found.append(_read_table(other / path.name, notes))
+            except _NoColumns as error:
+                notes.append(
+                    f"{str(error).partition(': the first line')[0]}: not read, since labels are not among them"
+                )
+    if found:
+        names = ", ".join(table.path.parent.name for table in found)
+        notes.append(f"{path}: beside it {path.name} of {names} is read: splits are those of the folders")
+    return found
 
 
 def _split_folders(path: Path, tree: Tree, rows: Sequence[int], notes: list[str]) -> dict[int, str]:
     """The split whose folder each image lies in; empty for all where some lie elsewhere, or all in the same."""
     folders = {row: tree.files[row].rpartition("/")[0].partition("/")[0] for row in rows}
     names = sorted(set(folders.values()))
-    if len(names) < 2 or not all(name.lower() in SPLIT_FOLDERS for name in names):
+    if len(names) < 2 or not all(name.lower() in (*TRAIN_FOLDERS, *VAL_FOLDERS) for name in names):
         return dict.fromkeys(rows, "")
     notes.append(f"{path}: splits are those of the images' folders, {', '.join(names)}")
     return folders
@@ -177,7 +232,7 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[str, str]:
     if len(names) == 2 and len(others) == 1:
         image, label = image or others[0], label or others[0]
     if image is None or label is None:
-        raise UserError(
+        raise _NoColumns(
             f"{path}: columns are {first_three([str(name) for name in names])}: the first line must name them, that of "
             f"images {_IMAGE_NAMES[1]}, that of labels {LABEL_NAMES[0]}"
         )

@@ -138,6 +138,44 @@ def test_a_column_of_splits_counts_before_folders(make, tmp_path):
     assert open_label_file(make.write(root / "a.csv", table)).splits["val"].ids == ["train/0.png"]
 
 
+def test_tables_of_one_name_in_the_folders_of_splits_are_read_together(prepare, make, tmp_path, capfd):
+    """As the Hugging Face library finds them; images of different splits may be called alike."""
+    root = folder_of(make, tmp_path / "pets", [f"{split}/{row}.png" for split in ("train", "val") for row in range(4)])
+    for split, labels in (("train", "abab"), ("val", "bbaa")):
+        lines = "".join(f"{row}.png,{label}\n" for row, label in enumerate(labels))
+        make.write(root / split / "metadata.csv", f"file_name,label\n{lines}".encode())
+    make.write(root / "test" / "metadata.csv", b"file_name\n0.png\n")
+    status, out = prepare(path=root / "train" / "metadata.csv", storage="encoded", image_size=None)
+    assert status == 0
+    for split, labels in (("train", "abab"), ("val", "bbaa")):
+        part = PackedImages(out, split)
+        found = {part.source_id(row): (part.class_names[part.labels[row]], part.image(row)) for row in range(4)}
+        assert {name: label for name, (label, _) in found.items()} == {f"{n}.png": x for n, x in enumerate(labels)}
+        seeds = {f"{row}.png": row + 4 * (split == "val") for row in range(4)}
+        assert all((image == make.noise(seeds[name])).all() for name, (_, image) in found.items())
+    said = capfd.readouterr().err
+    assert f"{root}/train/metadata.csv: beside it metadata.csv of val is read: splits are those of the folders" in said
+    assert f"{root}/test/metadata.csv: columns are file_name: not read, since labels are not among them" in said
+
+
+@pytest.mark.parametrize("folder", ["val", "cats"])
+def test_only_a_table_of_training_images_has_others_read(make, tmp_path, folder):
+    root = folder_of(make, tmp_path / "pets", [f"{name}/{row}.png" for name in (folder, "valid") for row in range(2)])
+    for name in (folder, "valid"):
+        make.write(root / name / "a.csv", b"image,label\n0,a\n1,b\n")
+    source = open_label_file(root / folder / "a.csv")
+    assert list(source.splits) == ["all"] and len(source.splits["all"]) == 2
+
+
+def test_a_table_with_a_column_of_splits_is_read_alone(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets", [f"{name}/{row}.png" for name in ("train", "val") for row in range(2)])
+    for name in ("train", "val"):
+        make.write(root / name / "a.csv", b"image,label,split\n0,a,train\n1,a,val\n")
+    source = open_label_file(root / "train" / "a.csv")
+    assert [source.splits[split].ids for split in ("train", "val")] == [["0.png"], ["1.png"]]
+    assert len(source.containers) == 1
+
+
 @pytest.mark.parametrize("values", [["0", "1", "2"], ["train", "", "train"]])
 def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
     root = folder_of(make, tmp_path / "pets")
