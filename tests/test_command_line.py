@@ -164,7 +164,7 @@ def test_a_disk_that_torch_writes_by_itself_is_asked_what_is_wrong(
     command = ["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]
     monkeypatch.setattr("crt.stages.prepare_data.run", full)
     assert main(command) == 1
-    monkeypatch.setattr("crt.__main__.tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("crt.system_errors.tempfile.TemporaryFile", refused)
     assert main(command) == 2
     assert f"error: {tmp_path / 'data'}: {name}" in capsys.readouterr().err.splitlines()[-1]
 
