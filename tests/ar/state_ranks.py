@@ -27,14 +27,6 @@ from tests.ar.conftest import small_config
 LOOKS = 5
 
 
-def live_tensors() -> dict[int, torch.Tensor]:
-    """A tensor for each distinct storage that Python knows, by the storage's address."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-
-
 def measure(params_file: str, world: World) -> int:
     """Bytes that this process holds for a run, between the backward pass of its second step and the update."""
     params = load_params(params_file).train_ar
@@ -42,7 +34,8 @@ def measure(params_file: str, world: World) -> int:
     config = small_config(layers=model.layers, heads=model.heads, width=model.width, ffn_multiple=model.ffn_multiple)
     micro, accumulation = micro_batches(params, world.size)
     codes, labels = torch.zeros(micro, config.num_tokens, dtype=torch.int64), torch.zeros(micro, dtype=torch.int64)
-    before = live_tensors()  # kept alive, so that no address is used again
+    gc.collect()
+    gc.freeze()  # what is there already is not looked at again
     with deepspeed_engine(params, config, 0, world) as engine:
         set_learning_rate(engine, 1e-3)
         for step in range(2):
@@ -50,13 +43,17 @@ def measure(params_file: str, world: World) -> int:
                 engine.backward(engine(codes, labels).mean())
                 if step == 0 or index < accumulation - 1:
                     engine.step()
-        return min(fresh_bytes(before) for _ in range(LOOKS))
+        return min(live_bytes() for _ in range(LOOKS))
 
 
-def fresh_bytes(before: dict[int, torch.Tensor]) -> int:
-    """Bytes of the tensors that have come since `before`, a moment from now: gloo's threads let go of sums late."""
+def live_bytes() -> int:
+    """Bytes of the tensors that have come since the freeze, a moment from now: gloo's threads let go of sums late."""
     time.sleep(0.2)
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in live_tensors().items() if key not in before)
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 if __name__ == "__main__":
