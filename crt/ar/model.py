@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -322,6 +323,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+@cache  # a plan asks for each layout of a cluster
 def count_parameters(config: ARConfig) -> int:
     """Number of parameters, without allocating them."""
     with torch.device("meta"):
