@@ -23,7 +23,16 @@ from crt.files import make_folder
 from crt.launch import environment_rank, launch_command, leave, wait_briefly
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
-from crt.stage import StageRun, check_unchanged, clear_work, exclusive, open_run, publish, publish_metrics
+from crt.stage import (
+    StageRun,
+    check_unchanged,
+    clear_work,
+    deletion_told,
+    exclusive,
+    open_run,
+    publish,
+    publish_metrics,
+)
 from crt.system_errors import system_message
 
 # What each stage does and the folders it reads, by the name of their option; dvc.yaml states which folder that is.
@@ -140,14 +149,16 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         plural = "" if processes == 1 else "es"
         logger.info("%s: starts, recipe %s, %d process%s%s", name, run.fingerprint[:16], processes, plural, job)
         make_folder(run.staging)
-        try:
-            importlib.import_module(f"crt.stages.{name}").run(run)
-        except BaseException:
+        with deletion_told(run):
+            try:
+                importlib.import_module(f"crt.stages.{name}").run(run)
+            except BaseException:
+                if rank == 0:
+                    run.note_seconds()
+                raise
             if rank == 0:
-                run.note_seconds()
-            raise
+                publish(run)
         if rank == 0:
-            publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
             check_unchanged(run, args.params)
     return 0

@@ -286,6 +286,22 @@ def exclusive(run: StageRun) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def deletion_told(run: StageRun) -> Iterator[None]:
+    """For the work up to the result: whatever fails for want of the working folder, that is why.
+
+    Raises:
+        UserError: somebody deleted it meanwhile.
+    """
+    try:
+        yield
+    except Exception:
+        # With the result's last rename it is gone too.
+        if run.staging.exists() or run.is_current():
+            raise
+        raise UserError(f"{run.work}: was deleted while {run.name} ran: run the same command again") from None
+
+
 def _lock_file(run: StageRun) -> Path:
     return run.target.parent / ".work" / f"{run.target.name}.lock"
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -69,6 +70,36 @@ def test_a_folder_that_cannot_be_written_is_one_line(params_file, tmp_path, stag
     assert "status 2" in text
     assert "Read-only file system: choose a folder that can be written" in text
     assert "Traceback" not in text
+
+
+def test_a_folder_that_somebody_deletes_while_a_stage_trains_is_one_line(params_file, tmp_path):
+    """DVCLive and its libraries, at work in that folder, have nothing to add. To them a rename is as a deletion."""
+    params, data, out = params_file(train_tokenizer__steps=10_000), tmp_path / "data", tmp_path / "out" / "tokenizer"
+    assert main(["prepare_data", "--params", str(params), "--out", str(data)]) == 0
+    command = ["train_tokenizer", "--params", str(params), "--data", str(data), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "crt", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("out/.work/tokenizer-*/checkpoint.pt")):
+        time.sleep(0.05)
+    (work,) = tmp_path.glob("out/.work/tokenizer-*")
+    (tmp_path / "out").rename(tmp_path / "gone")
+    lines = process.communicate()[1].splitlines()
+    assert process.returncode == 2
+    assert lines[-1] == f"error: {work}: was deleted while train_tokenizer ran: run the same command again"
+    assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize(("place", "is_told"), [("crt.stage.write_json", True), ("crt.stage.publish_metrics", False)])
+def test_a_deleted_folder_is_told_up_to_the_result_and_not_after_it(counted, monkeypatch, capsys, place, is_told):
+    """With its last rename the folder is gone as well."""
+    command, runs = counted
+
+    def fails(*_arguments):
+        shutil.rmtree(runs[0] / "staging", ignore_errors=True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place, fails)
+    assert main(command) == 2
+    assert ("was deleted" if is_told else "No space left") in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
