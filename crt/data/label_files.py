@@ -69,7 +69,7 @@ def open_label_file(path: Path) -> Source:
         splits = [{row: line.split for row, line in tables[0].lines.items()}]
     elif beside := _tables_beside(path, notes):
         tables += beside
-        splits = [dict.fromkeys(table.lines, table.path.parent.name) for table in tables]
+        splits = [dict.fromkeys(table.lines, table.path.absolute().parent.name) for table in tables]
     else:
         splits = [_split_folders(path, tables[0].tree, list(tables[0].lines), notes)]
     named = sorted({split for of_rows in splits for split in of_rows.values()} - {""})
@@ -154,8 +154,8 @@ def _tables_beside(path: Path, notes: list[str]) -> list[_Table]:
 
 
 def _split_folders(path: Path, tree: Tree, rows: Sequence[int], notes: list[str]) -> dict[int, str]:
-    """The split whose folder each image lies in; empty for all where some lie elsewhere, or all in the same."""
-    folders = {row: tree.files[row].rpartition("/")[0].partition("/")[0] for row in rows}
+    """The split whose folder each image lies in or below; empty for all where some lie elsewhere or all in one."""
+    folders = {row: tree.files[row].partition("/")[0] for row in rows}
     names = sorted(set(folders.values()))
     if len(names) < 2 or not all(name.lower() in (*TRAIN_FOLDERS, *VAL_FOLDERS) for name in names):
         return dict.fromkeys(rows, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_labels_are_those_of_the_file(prepare, make, tmp_path, capfd, name):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("paths.csv", "id,label\ntrain/000,cat\ntrain/001,dog\n"),
+        ("paths.csv", "id,label\ntrain/000,cat\ntrain/001,dog\n000.png,cat\n"),
         ("spaces.csv", "filename , label\n 000.png ,cat\n001.png, dog\n"),
         ("other.csv", "picture,label\n000,cat\n001,dog\n"),
         ("several.csv", "id,file_name,label\n001,000.png,cat\n000,001.png,dog\n"),
@@ -67,6 +68,7 @@ def test_images_are_found_by_what_the_file_calls_them(make, tmp_path, name, cont
     source = open_label_file(make.write(root / name, content.encode()))
     assert source.class_ids == ["cat", "dog"]
     assert source.splits["all"].ids == ["train/000.png", "train/001.png"]
+    assert source.notes == [f"{root / name}: 6 images that it does not name are left out"]
 
 
 def test_images_may_be_called_by_absolute_paths_also_through_links(make, tmp_path):
@@ -78,9 +80,10 @@ def test_images_may_be_called_by_absolute_paths_also_through_links(make, tmp_pat
 
 
 def test_a_path_that_is_there_counts_before_what_else_it_may_mean(make, tmp_path):
-    root = folder_of(make, tmp_path / "pets", ("pets/0.png", "0.png"))
-    source = open_label_file(make.write(root / "a.csv", b"filename,label\npets/0.png,cat\n"))
-    assert source.splits["all"].ids == ["pets/0.png"]
+    root = folder_of(make, tmp_path / "pets", ("pets/0.png", "0.png", "b/1.png", "b\\1.png"))
+    for name in ("pets/0.png", "0.png", "b\\1.png"):
+        source = open_label_file(make.write(root / "a.csv", f"filename,label\n{name},cat\n".encode()))
+        assert source.splits["all"].ids == [name]
 
 
 SPLIT_LINES = list(zip(["train", "train", "valid", "valid", "test", "Train"], LABELS, strict=False))
@@ -122,14 +125,15 @@ def test_images_of_training_and_test_alone(make, tmp_path):
 @pytest.mark.parametrize(("folder", "splits"), [("valid", {"train", "val"}), ("more", {"all"}), ("", {"all"})])
 def test_folders_of_splits_tell_them_where_no_column_does(make, tmp_path, folder, splits):
     """As the Hugging Face library splits image folders with one table for all."""
-    names = [*(f"train/{row}.png" for row in range(3)), *(f"{folder}/{row}.png".lstrip("/") for row in range(3, 6))]
+    names = [*(f"Train/{row % 2}/{row}.png" for row in range(3))]
+    names += [*(f"{folder}/{row}.png".lstrip("/") for row in range(3, 6))]
     root = folder_of(make, tmp_path / "pets", names)
     table = "".join(f"{name},{label}\n" for name, label in zip(names, LABELS, strict=False))
     source = open_label_file(make.write(root / "metadata.csv", f"file_name,label\n{table}".encode()))
     assert set(source.splits) == splits
     if "val" in splits:
         assert source.splits["val"].ids == ["valid/4.png", "valid/3.png", "valid/5.png"]
-        assert any("splits are those of the images' folders, train, valid" in note for note in source.notes)
+        assert any("splits are those of the images' folders, Train, valid" in note for note in source.notes)
 
 
 def test_a_column_of_splits_counts_before_folders(make, tmp_path):
@@ -176,6 +180,16 @@ def test_a_table_with_a_column_of_splits_is_read_alone(make, tmp_path):
     assert len(source.containers) == 1
 
 
+def test_the_folder_of_a_table_is_known_where_its_path_does_not_name_it(make, tmp_path, monkeypatch):
+    root = folder_of(make, tmp_path, [f"{name}/{row}.png" for name in ("Train", "VAL") for row in range(2)])
+    for name, labels in (("Train", "ab"), ("VAL", "ba")):
+        make.write(root / name / "a.csv", "image,label\n0,{}\n1,{}\n".format(*labels).encode())
+    monkeypatch.chdir(root / "Train")
+    source = open_label_file(Path("a.csv"))
+    found = {split: dict(zip(part.ids, part.labels.tolist(), strict=True)) for split, part in source.splits.items()}
+    assert found == {"train": {"0.png": 0, "1.png": 1}, "val": {"0.png": 1, "1.png": 0}}
+
+
 @pytest.mark.parametrize("values", [["0", "1", "2"], ["train", "", "train"]])
 def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
     root = folder_of(make, tmp_path / "pets")
@@ -190,6 +204,8 @@ def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
 def test_label_files_are_tables_and_the_one_of_stylegans_tool(make, tmp_path):
     names = ("a.CSV", "a.tsv", "a.jsonl", "dataset.json", "other.json", "a.txt")
     assert [name for name in names if is_label_file(make.write(tmp_path / name, b""))] == list(names[:4])
+    (tmp_path / "folder.csv").mkdir()
+    assert not is_label_file(tmp_path / "folder.csv")
 
 
 @pytest.mark.parametrize("labelled", [True, False])
