@@ -147,11 +147,11 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
     Raises:
         Stopped: a signal arrived; what was measured stays.
     """
-    features = networks.features
+    features, classifier = networks.features, networks.classifier.checksum
 
     def own(source: ImageSource) -> ChunkStore:
         # The weights are files of the user's, which may be others today.
-        made_of = hashlib.sha256(f"{source.checksum} {features.checksum}".encode()).hexdigest()
+        made_of = hashlib.sha256(f"{source.checksum} {features.checksum} {classifier}".encode()).hexdigest()
         store = ChunkStore(work / f"{source.name}-{made_of[:16]}", len(source), batch_size)
         store.fill(source.name.replace("_", " "), partial(networks.look, source), world)
         return store
@@ -176,7 +176,6 @@ def measure(work: Path, shared: Path, batch_size: int, world: World, *, networks
     def real(source: ImageSource) -> ChunkStore:
         return common(f"reference {source.name}", "features", source, networks.look, classifier=classifier)
 
-    classifier = networks.classifier.checksum
     val = real(sources.val)
     reference = val if sources.reference is sources.val else real(sources.reference)
     scores, lpips = sorted(networks.similarities()), networks.lpips_checksum

@@ -24,11 +24,15 @@ class Images:
     checksum: str = "i"
     image_size: int = 8
 
+    @property
+    def pixels(self) -> np.ndarray:
+        return PIXELS[::-1] if self.name == "train" else PIXELS
+
     def __len__(self) -> int:
         return len(PIXELS)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return PIXELS[start:stop]
+        return self.pixels[start:stop].copy()
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Distance(torch.nn.Module):
 
 
 NETWORKS = Networks(
-    SimpleNamespace(image_size=8, encode=lambda images: images, decode=lambda codes: codes),
+    SimpleNamespace(image_size=8, encode=lambda images: images, decode=lambda codes: -codes),
     "t",
     torch.device("cpu"),
     MeanColour(checksum="c"),
@@ -84,18 +88,19 @@ def test_features_of_another_network_or_resize_are_taken_anew(tmp_path, key, val
     np.testing.assert_allclose(before.val.column("features"), MeanColour()(PIXELS))
     after = look(tmp_path, replace(NETWORKS, features=MeanColour(factor=2.0, **{key: value})))
     for store in (after.val, after.reference, after.copies):
-        np.testing.assert_allclose(store.column("features"), 2 * MeanColour()(PIXELS))
+        seen = {after.val: PIXELS, after.reference: PIXELS[::-1], after.copies: 255 - PIXELS}[store]
+        np.testing.assert_allclose(store.column("features"), 2 * MeanColour()(seen), rtol=1e-5)
     if key == "checksum":  # the resize is a param, whose change has another working folder
         np.testing.assert_allclose(after.samples.column("features"), 2 * MeanColour()(PIXELS))
 
 
 def test_classes_that_another_classifier_sees_are_taken_anew(tmp_path):
-    before = look(tmp_path, NETWORKS).val.column("predictions")
-    np.testing.assert_array_equal(before, MeanColour()(PIXELS).argmax(axis=1))
-    weakest = replace(NETWORKS, classifier=MeanColour(factor=-1.0, checksum="another"))
-    np.testing.assert_array_equal(
-        look(tmp_path, weakest).val.column("predictions"), MeanColour()(PIXELS).argmin(axis=1)
-    )
+    before = look(tmp_path, NETWORKS)
+    after = look(tmp_path, replace(NETWORKS, classifier=MeanColour(factor=-1.0, checksum="another")))
+    colours = MeanColour()(PIXELS)
+    for store in ("val", "samples"):
+        np.testing.assert_array_equal(getattr(before, store).column("predictions"), colours.argmax(axis=1))
+        np.testing.assert_array_equal(getattr(after, store).column("predictions"), colours.argmin(axis=1))
 
 
 def test_distances_by_other_weights_are_taken_anew_and_missing_ones_added(tmp_path):
