@@ -15,6 +15,9 @@ from typing import Any
 
 import h5py
 
+# Copied at once; Linux reads 2 GiB at most, and gives no error for what is missing.
+_PIECE_BYTES = 2**24
+
 
 @contextmanager
 def hdf5_frame(path: Path, least_bytes: int, **options: Any) -> Iterator[h5py.File]:
@@ -51,12 +54,12 @@ def hdf5_frame(path: Path, least_bytes: int, **options: Any) -> Iterator[h5py.Fi
 
 
 def _written(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file that are no holes."""
+    """The ranges of a file that are no holes, in pieces of which the system reads each at once."""
     end = 0
     while end < size:
         try:
             start = os.lseek(file, end, os.SEEK_DATA)
         except OSError:  # a hole up to the end
             return
-        end = os.lseek(file, start, os.SEEK_HOLE)
+        end = min(os.lseek(file, start, os.SEEK_HOLE), start + _PIECE_BYTES)
         yield start, end

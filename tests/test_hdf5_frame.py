@@ -33,7 +33,9 @@ def create(path: Path) -> None:
     )
 
 
-def test_a_frame_has_the_bytes_that_hdf5_writes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("piece", [2**24, 10_000])
+def test_a_frame_has_the_bytes_that_hdf5_writes(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("crt.hdf5_frame._PIECE_BYTES", piece)
     create(tmp_path / "frame.h5")
     monkeypatch.setattr(packed, "hdf5_frame", lambda path, least_bytes, **options: h5py.File(path, "w", **options))
     create(tmp_path / "plain.h5")
