@@ -76,7 +76,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
             if code and not status:
                 status = code if code > 0 else 128 - code
                 if code < 0:
-                    _say(rank, len(children), signal.Signals(-code))
+                    _say(rank, len(children), signal.Signals(-code), time.monotonic() > deadline)
             # Those that stop on request wait for the first one, which saves; nobody has to wait once that is gone.
             if rank == 0 or (code and code not in stops):
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
@@ -87,11 +87,11 @@ def _wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
     return status
 
 
-def _say(rank: int, processes: int, signum: signal.Signals) -> None:
+def _say(rank: int, processes: int, signum: signal.Signals, is_late: bool) -> None:
     reason = ", most likely out of memory" if signum == signal.SIGKILL else ""
+    ended = "did not end when the first one was done" if is_late else f"was ended by {signum.name}{reason}"
     print(
-        f"error: process {rank} of {processes} was ended by {signum.name}{reason}: run the same command again; "
-        "finished work is kept",
+        f"error: process {rank} of {processes} {ended}: run the same command again; finished work is kept",
         file=sys.stderr,
     )
 

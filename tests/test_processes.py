@@ -83,9 +83,11 @@ def test_those_that_stop_on_request_wait_for_the_first_one_to_save(monkeypatch):
     assert [process.returncode for process in children] == [143, 143]
 
 
-def test_nobody_is_waited_for_long_once_the_first_is_gone(monkeypatch):
+def test_nobody_is_waited_for_long_once_the_first_is_gone(monkeypatch, capfd):
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
     assert processes._wait([child(0.0, 0), child(5.0, 0)]) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert said.startswith("error: process 1 of 2 did not end when the first one was done: run the same command again")
 
 
 def test_one_that_was_killed_is_the_reason_why_others_failed(capfd):
