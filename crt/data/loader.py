@@ -59,7 +59,7 @@ def training_batches(
         rank, world_size: this process among those that share each batch.
 
     Yields:
-        (batch_size / world_size, S, S, 3) uint8, in pinned memory where there is a GPU.
+        (batch_size / world_size, S, S, 3) uint8; those of workers in pinned memory where there is a GPU.
 
     Raises:
         UserError: the batch does not divide among the processes; an image is damaged, or a worker was killed.

@@ -57,6 +57,7 @@ def test_labels_are_those_of_the_file(prepare, make, tmp_path, capfd, name):
         ("several.csv", "id,file_name,label\n001,000.png,cat\n000,001.png,dog\n"),
         ("semicolons.csv", "filename;label\n000.png;cat\n001.png;dog\n"),
         ("tabs.csv", "filename\tlabel\n000.png\tcat\n001.png\tdog\n"),
+        ("commas.tsv", "filename\tpet, tame, or not\n000.png\tcat\n001.png\tdog\n"),
         ("windows.csv", "filename,label\ntrain\\000.png,cat\n.\\train\\001.png,dog\n"),
         ("from above.csv", "filename,label\npets/train/000.png,cat\npets/train/001.png,dog\n"),
         ("blank.jsonl", '{"path": "000.png", "cls": "cat"}\n\n{"path": "001.png", "cls": "dog"}\n'),
@@ -109,7 +110,8 @@ def test_labels_that_unused_images_lack_are_no_matter(make, tmp_path):
     root = folder_of(make, tmp_path / "pets")
     lines = [(split, "" if split == "test" else label) for split, label in SPLIT_LINES]
     source = open_label_file(make.write(root / "a.csv", split_table("subset", lines)))
-    assert source.class_ids == ["cat", "dog"] and len(source.splits["val"]) == 2
+    assert source.class_ids == ["cat", "dog"]
+    assert {split: len(listing) for split, listing in source.splits.items()} == {"train": 3, "val": 2}
 
 
 def test_images_of_training_and_test_alone(make, tmp_path):
@@ -247,6 +249,7 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
         ("a.jsonl", "[" * 100_000, "cannot be read as a list of images and labels"),
         ("a.csv", "", "columns are : the first line must name them"),
         ("a.jsonl", '{"file_name": "000.png", "label": ["cat"]}', "cannot be read as a list of images and labels"),
+        ("a.jsonl", '{"file_name": "000.png", "label": {"cat": 1}}', "cannot be read as a list of images and labels"),
         ("a.jsonl", '{"file_name"', "cannot be read as a list of images and labels: fix it or get it again"),
         ("dataset.json", '{"splits": []}', "cannot be read as a list of images and labels"),
         ("dataset.json", '{"labels": [["train/000.png", [0.5, 1]]]}', "cannot be read as a list of images and labels"),

@@ -96,11 +96,12 @@ def test_whole_pixels_are_images_or_their_mirrors(pixels):
     assert np.array_equal(plain, pixels.pixels(batch_rows(len(pixels), 12, 1, 3)[0]))
 
 
-def test_images_taken_whole_are_augmented_as_crops_are(pixels):
+@pytest.mark.parametrize("min_crop", [1.0, 0.9])
+def test_images_of_the_right_size_are_augmented_as_others_are(pixels, min_crop):
     """Oracle: the way of images whose size is not known, which crops each of them."""
-    whole = batches(pixels, min_crop=1.0)
+    known = batches(pixels, min_crop=min_crop)
     pixels.image_size = None
-    assert torch.equal(batches(pixels, min_crop=1.0), whole)
+    assert torch.equal(batches(pixels, min_crop=min_crop), known)
 
 
 @pytest.mark.parametrize("kind, size", [("encoded", 16), ("pixels", 16), ("pixels", 8)])
