@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from crt.data.transforms import center_crop
 from crt.distributed import World
+from crt.evaluation.features import interpolated
 from crt.evaluation.passes import Networks, Passes, Sources, measure
+from crt.evaluation.reconstruction import psnr
+from crt.evaluation.sources import SplitSource
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
 
@@ -137,3 +141,26 @@ def test_other_samples_are_looked_at_anew(tmp_path):
     look(tmp_path, NETWORKS)
     after = look(tmp_path, replace(NETWORKS, features=MeanColour(factor=2.0)), checksum="others")
     np.testing.assert_allclose(after.samples.column("features"), 2 * MeanColour()(PIXELS))
+
+
+class Corner(MeanColour):
+    """Features are the colour of one pixel."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return images[:, 0, 0]
+
+
+@pytest.mark.parametrize("side", [4, 8, 16])
+def test_images_are_measured_at_the_side_of_the_features_and_classified_at_that_of_the_tokenizer(side, monkeypatch):
+    """Oracle: the crops and the interpolation that they are defined by."""
+    data = SimpleNamespace(storage="pixels", image_size=8, image=PIXELS.__getitem__, pixels=PIXELS.__getitem__)
+    monkeypatch.setattr("crt.evaluation.sources.PackedImages", lambda folder, split: data)
+    networks = replace(NETWORKS, features=MeanColour(image_size=side), classifier=Corner())
+    images, source = PIXELS[2:7], SplitSource("", "val", 8, "i")
+    arrays = networks.look(source, 2, 7)
+    crops = np.stack([center_crop(image, side) for image in images])
+    np.testing.assert_allclose(arrays["features"], crops.mean(axis=(1, 2)))
+    np.testing.assert_array_equal(arrays["predictions"], images[:, 0, 0].argmax(axis=1))
+    if side > 4:  # the windows of SSIM have more
+        originals, copies = (torch.from_numpy(interpolated(some, side)) for some in (images, 255 - images))
+        np.testing.assert_allclose(networks.look_at_copies(source, 2, 7)["psnr"], psnr(originals, copies), rtol=0.01)

@@ -23,10 +23,12 @@ def test_adm_batch_reads_any_stretch(tmp_path, save):
     save(tmp_path / "batch.npz", IMAGES, mu=np.zeros(3))
     source = AdmBatch(tmp_path / "batch.npz")
     assert (len(source), source.image_size) == (40, 12)
+    stream = source._stream
     for start, stop in ((0, 7), (7, 9), (33, 40), (5, 6)):
         images = source.read(start, stop)
         np.testing.assert_array_equal(images, IMAGES[start:stop])
         assert images.flags.writeable  # torch warns of others
+        assert (source._stream is stream) == (start != 5)  # only the way back starts anew
 
 
 def test_adm_batch_never_holds_the_whole_array(tmp_path):
@@ -50,6 +52,9 @@ def test_adm_batch_says_what_is_wrong_in_one_line(tmp_path):
     (tmp_path / "text.npz").write_text("not an archive")
     np.savez(tmp_path / "unnamed.npz", images=IMAGES)
     np.savez(tmp_path / "floats.npz", IMAGES.astype(np.float32))
+    np.savez(tmp_path / "wide.npz", IMAGES[:, 1:])
+    np.savez(tmp_path / "grey.npz", IMAGES[..., :1])
+    np.savez(tmp_path / "columns.npz", np.asfortranarray(IMAGES))
     np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
     # A header that does not end.
     with zipfile.ZipFile(tmp_path / "open.npz", "w") as file:
@@ -60,6 +65,9 @@ def test_adm_batch_says_what_is_wrong_in_one_line(tmp_path):
         "unnamed.npz": "no ADM batch file",
         "open.npz": "no ADM batch file",
         "floats.npz": "expected uint8",
+        "wide.npz": "expected uint8",
+        "grey.npz": "expected uint8",
+        "columns.npz": "no ADM batch file",
         "objects.npz": "expected uint8",
     }.items():
         with pytest.raises(UserError, match=text) as error:
@@ -80,6 +88,10 @@ def test_stored_moments_are_read_for_the_features_that_they_fit(tmp_path):
     with pytest.raises(UserError, match=r"mu and sigma have the shapes \(4,\) and \(4, 4\).*has 2048") as error:
         source.moments("features", 2048)
     assert "\n" not in str(error.value)
+    for mean, covariance in ((4, 3), (3, 4)):
+        np.savez(tmp_path / "mixed.npz", IMAGES, mu=np.zeros(mean), sigma=np.eye(covariance))
+        with pytest.raises(UserError, match="fetch the file again"):
+            AdmBatch(tmp_path / "mixed.npz").moments("features", 4)
     np.savez(tmp_path / "without.npz", IMAGES, mu=moments["mu"])
     assert AdmBatch(tmp_path / "without.npz").moments("features", 4) is None
 
@@ -96,8 +108,11 @@ def test_a_damaged_adm_batch_is_named(tmp_path):
     data = bytearray((tmp_path / "batch.npz").read_bytes())
     data[2000:2100] = bytes(100)
     (tmp_path / "batch.npz").write_bytes(data)
-    with pytest.raises(UserError, match=r"batch\.npz: arr_0 is damaged"):
-        AdmBatch(tmp_path / "batch.npz").read(0, 40)
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as file:
+        file.writestr("arr_0.npy", npy(IMAGES)[:-1])
+    for name in ("batch", "short"):
+        with pytest.raises(UserError, match=rf"{name}\.npz: arr_0 is damaged"):
+            AdmBatch(tmp_path / f"{name}.npz").read(0, 40)
 
 
 def test_samples_read_any_stretch_and_any_rows(tmp_path):
