@@ -102,6 +102,18 @@ def test_images_of_the_right_size_are_augmented_as_others_are(pixels, min_crop):
     known = batches(pixels, min_crop=min_crop)
     pixels.image_size = None
     assert torch.equal(batches(pixels, min_crop=min_crop), known)
+    pixels.image_size = 16
+    assert batches(pixels, min_crop=min_crop, image_size=8).shape == (4, 12, 8, 8, 3)
+
+
+def test_another_seed_mirrors_other_images(pixels):
+    mirrored = []
+    for seed in (3, 4):
+        rows = np.concatenate([batch_rows(len(pixels), 12, step, seed)[0] for step in range(4)])
+        found = batches(pixels, min_crop=1.0, seed=seed).flatten(0, 1).numpy()
+        differ = (found != pixels.pixels(rows)).any(axis=(1, 2, 3))
+        mirrored.append(set(rows[differ].tolist()))
+    assert len(mirrored[0] ^ mirrored[1]) > 8  # 24 expected of 48, deviation 3.5
 
 
 @pytest.mark.parametrize("kind, size", [("encoded", 16), ("pixels", 16), ("pixels", 8)])

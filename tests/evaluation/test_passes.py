@@ -109,6 +109,8 @@ def test_classes_that_another_classifier_sees_are_taken_anew(tmp_path):
 
 def test_distances_by_other_weights_are_taken_anew_and_missing_ones_added(tmp_path):
     assert "lpips" not in replace(NETWORKS, lpips=None).similarities()
+    for side, score in ((175, "ssim"), (176, "ms_ssim")):  # a window of 11 pixels at a sixteenth of the size
+        assert score in replace(NETWORKS, features=MeanColour(image_size=side)).similarities()
     look(tmp_path, replace(NETWORKS, lpips=None))
     for distance in (0.5, 0.25):
         copies = look(tmp_path, replace(NETWORKS, lpips=Distance(distance))).copies
