@@ -80,8 +80,8 @@ NETWORKS = Networks(
 )
 
 
-def look(folder: Path, networks: Networks, **samples: str) -> Passes:
-    sources = Sources(Images("val"), Images("samples", **samples), Images("train"))
+def look(folder: Path, networks: Networks, data: str = "i", **samples: str) -> Passes:
+    sources = Sources(Images("val", data), Images("samples", **samples), Images("train", data))
     world = World(0, 1, torch.device("cpu"))
     return measure(folder / "work", folder / "shared", 4, world, networks=networks, sources=sources)
 
@@ -137,6 +137,16 @@ def test_what_nothing_has_changed_of_is_looked_at_once(tmp_path):
     for store in ("val", "reference", "samples", "copies"):
         old, new = (getattr(passes, store).column("features") for passes in (before, after))
         np.testing.assert_array_equal(old, new)
+
+
+def test_other_data_and_reconstructions_of_another_tokenizer_are_looked_at_anew(tmp_path):
+    look(tmp_path, NETWORKS)
+    after = look(tmp_path, replace(NETWORKS, features=MeanColour(factor=2.0)), data="others")
+    for store, images in ((after.val, PIXELS), (after.reference, PIXELS[::-1]), (after.copies, 255 - PIXELS)):
+        np.testing.assert_allclose(store.column("features"), 2 * MeanColour()(images), rtol=1e-5)
+    exact = SimpleNamespace(image_size=8, encode=lambda images: images, decode=lambda codes: codes)
+    copies = look(tmp_path, replace(NETWORKS, tokenizer=exact, tokenizer_content="other")).copies
+    np.testing.assert_allclose(copies.column("features"), MeanColour()(PIXELS))
 
 
 def test_other_samples_are_looked_at_anew(tmp_path):
