@@ -120,7 +120,7 @@ def stage2_memory(config: ARConfig, split: Split) -> Memory:
     travelling = 0 if in_place else {0: 0, 1: bucket, 2: 2 * bucket, 3: 0}[split.zero_stage] * weight
     live = 0
     if split.zero_stage == 3:
-        live = weight * (min(max_live_elements(num_parameters), num_parameters) + bucket)
+        live = weight * (max_live_elements(num_parameters) + bucket)
     base = weights + optimizer + buffers + live
     whole = weight * num_parameters if split.zero_stage <= 1 else gradients
     copies = 0
