@@ -1,6 +1,6 @@
 """Stage 2 against LlamaGen: a training step at 256 tokens in the same batch and precision, and equality of logits.
 
-    python benchmarks/stage2.py --llamagen CHECKOUT [--model B] [--batch 2] [--turns 5] [--precision bf16 float32]
+    python benchmarks/stage2.py --llamagen CHECKOUT [--model B] [--batch 8] [--turns 5] [--precision bf16 float32]
         [--peer-keeps-memory]
 
 Ours is the stage's own engine (DeepSpeed, ZeRO 1, clipping, fused AdamW) on the ImageNet preset's params; LlamaGen's
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--llamagen", type=Path, help="clone of LlamaGen's repository")
     parser.add_argument("--side", choices=("both", "ours", "llamagen"), default="both", help="what is measured")
     parser.add_argument("--model", choices=NAMES, default="B")
-    parser.add_argument("--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=["bf16", "float32"])
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
