@@ -77,7 +77,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged_nor_missing(params_fi
     powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
     if powerless and not shutil.which("setpriv"):
         pytest.skip("root without setpriv")
-    reason = "cannot be read (Permission denied): change its permissions"
+    reason = "cannot be read (Permission denied): change its permissions, or choose another folder"
     assert read_all(params_file, tmp_path, *powerless) == [f"{tmp_path / 'data' / name}: {reason}" for name in READS]
 
 
