@@ -1,8 +1,7 @@
 """Forms of the models' operations that are fast on a CPU; on other devices torch's own kernels are.
 
 Each computes what the general form beside its call does, to rounding. torch 2.11 is slow here at the backward pass of
-fused attention, at random bits (its generator spends a 64-bit word on each element), at rotation pair by pair, and at
-passes over whole tensors, each from memory and back, where the work is less than the way (`benchmarks/stage2.md`).
+fused attention (`benchmarks/stage2.md`).
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Result = TypeVar("Result")
 
-# What one operation touches between its passes should stay in a core's cache.
-_ELEMENTS_AT_ONCE = 2**18
-_INTEGER_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+# Elements of the residual stream from which kernels are compiled: that takes seconds, as trainings of small models do.
+_LEAST_COMPILED = 2**18
 
 
 @functools.cache
@@ -43,7 +41,16 @@ def is_cpu(x: Tensor) -> bool:
     """
     if isinstance(x, FakeTensor) or torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" and x.dtype in _INTEGER_OF
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+
+
+def compiled_forms(residual: Tensor) -> ModuleType | None:
+    """`crt.ar.cpu_training` where its kernels serve for a residual stream, (..., C), and are worth compiling."""
+    if not is_cpu(residual) or residual.numel() < _LEAST_COMPILED:
+        return None
+    from crt.ar import cpu_training
+
+    return cpu_training
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
@@ -67,138 +74,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).unflatten(0, shape)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that says so where it shall be differentiated again: what it saved is no function of its inputs.
 
     torch's own `once_differentiable` is silent where no gradient that comes in requires gradients.
     """
 
     @functools.wraps(backward)
-    def checked(ctx: Any, gradient: Tensor) -> Any:
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True: the CPU forms of stage 2 have first derivatives only: use model.double(), "
                 "where torch's own serve"
             )
-        return backward(ctx, gradient)
+        return backward(ctx, *gradients)
 
     return checked
-
-
-def dropout(x: Tensor, probability: float) -> Tensor:
-    """Elements set to zero with `probability` (to a multiple of 2^-15), the others scaled up. Same shape."""
-    return _Dropout.apply(x, probability) if probability > 0 else x
-
-
-class _Dropout(torch.autograd.Function):
-    """Drops by integer arithmetic on the elements' bits, four draws from each random word."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        threshold = min(round(probability * 2**15), 2**15 - 1)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_()
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape)
-        # 15 random bits minus the threshold: the sign, spread over all bits, is 0 where the element stays.
-        keep.bitwise_and_(2**15 - 1).sub_(threshold).bitwise_right_shift_(15).bitwise_not_()
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - threshold / 2**15)
-        return _kept(x, keep).mul_(ctx.scale)
-
-    @staticmethod
-    @_once
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return _kept(gradient, keep).mul_(ctx.scale), None
-
-
-def _kept(x: Tensor, keep: Tensor) -> Tensor:
-    """`x` where `keep` has all bits set, 0 where it has none."""
-    integer = _INTEGER_OF[x.dtype]
-    return torch.bitwise_and(x.contiguous().view(integer), keep.to(integer)).view(x.dtype)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Neighbouring channels as complex numbers, times those of `rotation`: (B, T, heads, D) by (T, D/2, 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # B, T, heads, D/2
-    turned = pairs * torch.view_as_complex(rotation)[:, None]
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
-
-
-def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Negative log-likelihood in float32: (N, K) and (N,) int64 to (N,)."""
-    return _CrossEntropy.apply(logits, codes)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Some rows at a time, and no copy of the logits kept in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, codes: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, codes)
-        pairs = zip(logits.split(_rows(logits)), codes.split(_rows(logits)), strict=True)
-        return torch.cat([F.cross_entropy(some.float(), targets, reduction="none") for some, targets in pairs])
-
-    @staticmethod
-    @_once
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, codes = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        rows = _rows(logits)
-        for some, targets, factor, out in zip(
-            logits.split(rows), codes.split(rows), gradient.split(rows), result.split(rows), strict=True
-        ):
-            difference = some.softmax(-1, dtype=torch.float32)
-            difference[torch.arange(len(targets)), targets] -= 1
-            torch.mul(difference, factor[:, None], out=difference)
-            out.copy_(difference)
-        return result, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32. Same shape."""
-    return _RMSNorm.apply(x, weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Some rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        result, inverse = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], 1, dtype=torch.float32)
-        factor = weight.float()
-        for some, out, scale in _pieces(x, result, inverse):
-            wide = some.float()
-            torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps, out=scale)
-            out.copy_((wide * scale).mul_(factor))
-        ctx.save_for_backward(x, weight, inverse)
-        return result
-
-    @staticmethod
-    @_once
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        # Where the square overflowed, the gradient is no number, as torch's: zeros would hide that a run diverged.
-        inverse = inverse.masked_fill(inverse == 0, math.nan)
-        result, factor = torch.empty_like(x), weight.float()
-        of_weight = torch.zeros_like(factor)
-        for some, given, out, scale in _pieces(x, gradient, result, inverse):
-            normed, wide = some.float().mul_(scale), given.float()
-            of_weight += (wide * normed).sum(0)
-            wide.mul_(factor)
-            slope = (wide * normed).mean(-1, keepdim=True)
-            out.copy_(wide.sub_(normed.mul_(slope)).mul_(scale))
-        return result, of_weight.to(weight.dtype), None
-
-
-def _rows(x: Tensor) -> int:
-    """Rows (of the last dimension) that are treated at once."""
-    return max(1, _ELEMENTS_AT_ONCE // x.shape[-1])
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of (..., C), each C its own, cut alike into some rows of (rows, C)."""
-    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
-    return zip(*(x.split(_rows(flat[0])) for x in flat), strict=True)
 
 
 def flat(x: Tensor) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from numba.extending import intrinsic
 from crt.cpu import processor_features
 
 _LAST, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
+_BIAS, _MANTISSA = np.int32(127), np.int32(23)
+_LOG2_E, _LOWEST, _HALF, _UNIT = np.float32(math.log2(math.e)), np.float32(-126), np.float32(0.5), np.float32(1)
+# Of 2^f, for f from -1/2 to 1/2: a relative error of 1e-7, that of float32.
+_C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
 
 compile_kernel: Any = numba.njit(
     nogil=True, error_model="numpy", boundscheck=False, fastmath={"contract", "nsz", "reassoc", "arcp"}
@@ -38,6 +43,21 @@ def to_bits(value: Any) -> Any:
 def as_is(value: Any) -> Any:
     """A float32; beside `from_bits` and `to_bits`."""
     return np.float32(value)
+
+
+def conversions(as_bits: bool) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Of an array's element to float32, and back; of bfloat16's bits, or of float32."""
+    return (from_bits, to_bits) if as_bits else (as_is, as_is)
+
+
+@compile_kernel
+def exp_of_negative(x: Any) -> Any:
+    """The exponential of a float32 that is not positive; one that vectors can take, unlike the library's."""
+    z = max(x * _LOG2_E, _LOWEST)
+    whole = np.floor(z + _HALF)
+    f = z - whole
+    power = _UNIT + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
+    return power * np.int32((np.int32(whole) + _BIAS) << _MANTISSA).view(np.float32)
 
 
 def generate_prefetch(builder: Any, address: Any) -> None:

@@ -12,37 +12,18 @@ unsigned indices, hence a kernel for each width.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crt.ar.cpu_product_kernels import Tile, product_kernel, row_writer
-from crt.cpu_kernels import as_is, compile_kernel, from_bits, prefetch, to_bits, wait_for_all
+from crt.cpu_kernels import compile_kernel, conversions, exp_of_negative, prefetch, wait_for_all
 
-_BIAS, _MANTISSA = np.int32(127), np.int32(23)
-_LOG2_E, _LOWEST, _HALF, _UNIT = np.float32(math.log2(math.e)), np.float32(-126), np.float32(0.5), np.float32(1)
-# Of 2^f, for f from -1/2 to 1/2: a relative error of 1e-7, that of float32.
-_C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
+_UNIT = np.float32(1)
 _ZERO, _ONE, _TWO, _THREE, _FOUR = (np.uintp(number) for number in range(5))
 _CACHE_LINE = 64  # bytes
 _BLOCK = np.uintp(64)  # codes
-
-
-@compile_kernel
-def _exp(x: Any) -> Any:
-    """The exponential of a float32 that is not positive; one that vectors can take, unlike the library's."""
-    z = max(x * _LOG2_E, _LOWEST)
-    whole = np.floor(z + _HALF)
-    f = z - whole
-    power = _UNIT + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    return power * np.int32((np.int32(whole) + _BIAS) << _MANTISSA).view(np.float32)
-
-
-def _conversions(as_bits: bool) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Of an array's element to float32, and back."""
-    return (from_bits, to_bits) if as_bits else (as_is, as_is)
 
 
 class Shape(NamedTuple):
@@ -78,7 +59,7 @@ def attention_kernel(shape: Shape) -> Callable[..., None]:
     step = np.uintp(_CACHE_LINE // (2 if as_bits else 4))
     steps = (d + step - _ONE) // step
     scale = np.float32(head_width**-0.5)
-    load, store = _conversions(as_bits)
+    load, store = conversions(as_bits)
 
     @compile_kernel
     def scores_of(keys: Any, values: Any, start_of: Any, scratch: Any, at: Any, count: Any) -> Any:
@@ -103,7 +84,7 @@ def attention_kernel(shape: Shape) -> Callable[..., None]:
         """Scores to exponentials; their sum."""
         total = np.float32(0)
         for t in range(first, first + count):
-            weight = _exp(scratch[t] - highest)
+            weight = exp_of_negative(scratch[t] - highest)
             scratch[t] = weight
             total += weight
         return total
@@ -197,7 +178,7 @@ def norm_kernel(shape: Shape) -> Callable[..., None]:
 @compile_kernel
 def _swiglu(gate: Any, up: Any) -> Any:
     """silu(gate) up."""
-    power = _exp(-abs(gate))
+    power = exp_of_negative(-abs(gate))
     return gate * (_UNIT if gate >= 0 else power) / (_UNIT + power) * up
 
 
@@ -365,7 +346,7 @@ def draw_kernel(
             continue
         total = np.float64(0)
         for k in range(size):
-            weight = _exp(logits[start + k] - highest)
+            weight = exp_of_negative(logits[start + k] - highest)
             logits[start + k] = weight
             total += weight
         # Whole blocks first: most codes need not be added one by one.

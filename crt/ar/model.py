@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,13 +148,18 @@ class ARTransformer(nn.Module):
         Returns:
             (B, T) float32.
         """
-        logits, targets = self.logits(codes, labels).flatten(0, 1), codes.flatten()  # B T, K and B T
-        if cpu.is_cpu(logits):
-            return cpu.cross_entropy(logits, targets).view_as(codes)
+        x = self._features(codes, labels)
+        logits, targets = self.head(x).flatten(0, 1), codes.flatten()  # B T, K and B T
+        if forms := cpu.compiled_forms(x):
+            return cast("Tensor", forms.cross_entropy(logits, targets).view_as(codes))
         return F.cross_entropy(logits.float(), targets, reduction="none").view_as(codes)
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Predictions of every code at once: (B, T) and (B,) int64 to (B, T, K); the last code is not read."""
+        return cast("Tensor", self.head(self._features(codes, labels)))
+
+    def _features(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """(B, T, C): what the head reads."""
         inputs = (self.class_embedding(labels)[:, None], self.code_embedding(codes[:, :-1]))
         x = self.dropout(torch.cat(inputs, dim=1))  # B, T, C
         rotation = self.rotation(x.device)  # T, D/2, 2
@@ -164,7 +169,7 @@ class ARTransformer(nn.Module):
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)
-        return self.head(self.norm(x))
+        return cast("Tensor", self.norm(x))
 
     def rotation(self, device: torch.device) -> Tensor:
         """`rotary_table` on `device`.
@@ -215,6 +220,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) to rotated queries, rotated keys and values, each (B, H, T, D)."""
+        if forms := cpu.compiled_forms(x):
+            return cast("tuple[Tensor, Tensor, Tensor]", forms.rotated_heads(self.qkv(x), self.heads, rotation))
         qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
         q, k = rotate(qk, rotation).transpose(1, 2).chunk(2, dim=1)
         return q, k, v.transpose(1, 2)
@@ -231,6 +238,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
+        if forms := cpu.compiled_forms(x):
+            return cast("Tensor", self.dropout(self.down(forms.swiglu(self.gate_up(x)))))
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # B, T, F each
         return self.dropout(self.down(F.silu(gate) * up))
 
@@ -240,8 +249,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        if self.training and cpu.is_cpu(x):
-            return cpu.dropout(x, self.p)
+        if self.training and self.p > 0 and (forms := cpu.compiled_forms(x)):
+            return cast("Tensor", forms.dropout(x, self.p))
         return super().forward(x)
 
 
@@ -255,8 +264,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        if cpu.is_cpu(x):
-            return cpu.rms_norm(x, self.weight, self.eps)
+        if forms := cpu.compiled_forms(x):
+            return cast("Tensor", forms.rms_norm(x, self.weight, self.eps))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -316,8 +325,6 @@ def rotary_table(grid: tuple[int, int], head_width: int, base: float) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn neighbouring pairs of channels: (B, T, heads, D) by (T, D/2, 2), in float32."""
-    if cpu.is_cpu(x):
-        return cpu.rotate(x, rotation)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # B, T, heads, D/2
     cos, sin = rotation[:, None].unbind(-1)  # T, 1, D/2
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

@@ -1,0 +1,185 @@
+"""Operations of a training step on a CPU by kernels that Numba compiles, with their backward passes.
+
+They compute what the general forms in `crt.ar.model` do, to rounding (dropout draws other elements). torch 2.11 walks
+through memory once for each of their parts, and its generator spends a 64-bit word on each random element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crt.ar import cpu_training_kernels as kernels
+from crt.cpu import flat, once, share_among_threads
+
+# Rows whose sums over the batch are added by themselves: the same bits with any number of threads.
+_ROWS = 64
+_ELEMENTS = 2**16
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32. Same shape."""
+    result: Tensor = _RMSNorm.apply(x, weight, eps)
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, gains = x.contiguous(), weight.float()
+        result, inverse = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1])
+        arrays = flat(x), flat(gains), np.float32(eps), flat(result), flat(inverse)
+        _by_rows(kernels.rms_norm_kernels(x.shape[-1], _as_bits(x))[0], arrays, len(inverse))
+        ctx.save_for_backward(x, weight, inverse)
+        return result
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        result, gains = torch.empty_like(x), weight.float()
+        of_gains = torch.zeros(-(-len(inverse) // _ROWS), len(gains))
+        arrays = tuple(map(flat, (x, gradient.contiguous(), gains, inverse, result)))
+        kernel = kernels.rms_norm_kernels(x.shape[-1], _as_bits(x))[1]
+
+        def work(first: int, last: int) -> None:
+            for start in range(first, last, _ROWS):
+                some = of_gains[start // _ROWS].numpy()
+                kernel(*arrays, some, np.uintp(start), np.uintp(min(start + _ROWS, last)))
+
+        share_among_threads(work, len(inverse), _ROWS)
+        return result, of_gains.sum(0).to(weight.dtype), None
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Elements set to zero with `probability` (to a multiple of 2^-15), the others scaled up. Same shape."""
+    result: Tensor = _Dropout.apply(x, probability)
+    return result
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        x, result = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        threshold = min(round(probability * 2**15), 2**15 - 1)
+        ctx.scale = np.float32(1 / (1 - threshold / 2**15))
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_()
+        keep = words.view(torch.int16)[: x.numel()]
+        kernel = kernels.dropout_kernels(_as_bits(x))[0]
+        _by_elements(kernel, (x, keep, result), np.int16(threshold), ctx.scale)
+        ctx.save_for_backward(keep)
+        return result
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        result = torch.empty_like(gradient)
+        _by_elements(kernels.dropout_kernels(_as_bits(gradient))[1], (gradient, keep, result), ctx.scale)
+        return result, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of both in one: (..., 2 F) to (..., F)."""
+    result: Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        width, x = x.shape[-1] // 2, x.contiguous()
+        result = x.new_empty(*x.shape[:-1], width)
+        _by_rows(kernels.swiglu_kernels(width, _as_bits(x))[0], (flat(x), flat(result)), result.numel() // width)
+        ctx.save_for_backward(x)
+        return result
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        width, result = x.shape[-1] // 2, torch.empty_like(x)
+        arrays = flat(x), flat(gradient.contiguous()), flat(result)
+        _by_rows(kernels.swiglu_kernels(width, _as_bits(x))[1], arrays, gradient.numel() // width)
+        return result
+
+
+def rotated_heads(qkv: Tensor, heads: int, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated as by `crt.ar.model.rotate`, and values: (B, T, 3 H D) to three of (B, H, T, D)."""
+    q, k, v = _Heads.apply(qkv, heads, rotation)
+    return q, k, v
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, rotation: Tensor) -> tuple[Tensor, ...]:
+        batch, length, channels = qkv.shape
+        ctx.width, ctx.rotation = channels // 3 // heads, rotation
+        parts = tuple(qkv.new_empty(batch, heads, length, ctx.width) for _ in range(3))
+        _Heads.run(0, ctx, qkv.contiguous(), parts)
+        return parts
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        batch, heads, length, width = gradients[0].shape
+        result = gradients[0].new_empty(batch, length, 3 * heads * width)
+        _Heads.run(1, ctx, result, tuple(gradient.contiguous() for gradient in gradients))
+        return result, None, None
+
+    @staticmethod
+    def run(way: int, ctx: Any, qkv: Tensor, parts: tuple[Tensor, ...]) -> None:
+        batch, heads, length, width = parts[0].shape
+        kernel = kernels.heads_kernels(heads, width, _as_bits(qkv))[way]
+        arrays = flat(qkv), flat(ctx.rotation), *map(flat, parts), np.uintp(length)
+        _by_rows(kernel, arrays, batch * length)
+
+
+def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
+    """Negative log-likelihood in float32: (N, K) and (N,) int64 to (N,)."""
+    result: Tensor = _CrossEntropy.apply(logits, codes)
+    return result
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, codes: Tensor) -> Tensor:
+        logits, codes = logits.contiguous(), codes.contiguous()
+        losses, sums = torch.empty(len(codes)), torch.empty(len(codes))
+        kernel = kernels.cross_entropy_kernels(logits.shape[-1], _as_bits(logits))[0]
+        _by_rows(kernel, tuple(map(flat, (logits, codes, losses, sums))), len(codes))
+        ctx.save_for_backward(logits, codes, sums)
+        return losses
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, codes, sums = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        kernel = kernels.cross_entropy_kernels(logits.shape[-1], _as_bits(logits))[1]
+        _by_rows(kernel, tuple(map(flat, (logits, codes, gradient.contiguous(), sums, result))), len(codes))
+        return result, None
+
+
+def _as_bits(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _by_rows(kernel: Callable[..., None], arrays: tuple[Any, ...], rows: int) -> None:
+    """Call kernel(*arrays, first, last) for some of the rows in each thread."""
+    share_among_threads(lambda first, last: kernel(*arrays, np.uintp(first), np.uintp(last)), rows, 1)
+
+
+def _by_elements(kernel: Callable[..., None], tensors: tuple[Tensor, ...], *numbers: Any) -> None:
+    """Call kernel(*arrays, *numbers) for some elements in each thread."""
+    arrays = tuple(map(flat, tensors))
+
+    def work(first: int, last: int) -> None:
+        kernel(*(array[first:last] for array in arrays), *numbers)
+
+    share_among_threads(work, arrays[0].size, _ELEMENTS)

@@ -1,0 +1,231 @@
+"""What a training step on a CPU does between its matrix products, each in one pass over memory, by Numba at first use.
+
+torch walks through memory once for each operation, and in bfloat16 converts on the way; at size B and few images that
+took as long as a quarter of the products (`benchmarks/stage2.md`). Arrays are contiguous; those of bfloat16 are given
+as their bits, uint16 (`as_bits`); what is computed is float32. As in `crt.tokenizer.winograd_kernels`, LLVM vectorises
+only with constant sizes and unsigned indices, hence a kernel for each width. Rows are those of the last dimension: each
+kernel treats [first, last) of them, and what it writes does not depend on how rows are shared.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from crt.cpu_kernels import compile_kernel, conversions, exp_of_negative
+
+_ZERO, _ONE, _TWO = (np.uintp(number) for number in range(3))
+_UNIT = np.float32(1)
+# Of the largest logit, which is looked for in so many places at once.
+_LANES = np.uintp(64)
+_DRAW, _KEEP, _DROP = np.int16(2**15 - 1), np.int16(-1), np.int16(0)
+
+
+@functools.cache
+def rms_norm_kernels(width: int, as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The norm and its backward pass; see `crt.ar.cpu_training.rms_norm`.
+
+    Returns:
+        Functions of (x, gains, eps, out, inverse, first, last), which fills out and inverse, float32 (N,), and of
+        (x, gradient, gains, inverse, out, of_gains, first, last), which fills out and adds to of_gains, float32 (C,).
+    """
+    c, share = np.uintp(width), np.float32(1 / width)
+    load, store = conversions(as_bits)
+
+    @compile_kernel
+    def forward(x: Any, gains: Any, eps: Any, out: Any, inverse: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            start = row * c
+            squares = np.float32(0)
+            for k in range(c):
+                value = load(x[start + k])
+                squares += value * value
+            scale = _UNIT / np.sqrt(squares * share + eps)
+            inverse[row] = scale
+            for k in range(c):
+                out[start + k] = store(load(x[start + k]) * scale * gains[k])
+
+    @compile_kernel
+    def backward(
+        x: Any, gradient: Any, gains: Any, inverse: Any, out: Any, of_gains: Any, first: Any, last: Any
+    ) -> None:
+        for row in range(first, last):
+            start = row * c
+            # Where the square overflowed, the gradient is no number, as torch's.
+            scale = inverse[row] if inverse[row] != 0 else np.float32(np.nan)
+            product = np.float32(0)
+            for k in range(c):
+                given, value = load(gradient[start + k]), load(x[start + k]) * scale
+                of_gains[k] += given * value
+                product += given * gains[k] * value
+            slope = product * share
+            for k in range(c):
+                value = load(gradient[start + k]) * gains[k] - load(x[start + k]) * scale * slope
+                out[start + k] = store(value * scale)
+
+    return forward, backward
+
+
+@functools.cache
+def dropout_kernels(as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Dropping by random words and again in the backward pass; see `crt.ar.cpu_training.dropout`.
+
+    Returns:
+        Functions of (x, words, out, threshold, scale), which turns words, int16, into a mask of all bits, and of
+        (gradient, mask, out, scale). All of some elements.
+    """
+    load, store = conversions(as_bits)
+
+    @compile_kernel
+    def forward(x: Any, words: Any, out: Any, threshold: Any, scale: Any) -> None:
+        for k in range(np.uintp(x.size)):
+            stays = (words[k] & _DRAW) >= threshold
+            words[k] = _KEEP if stays else _DROP
+            out[k] = store(load(x[k]) * scale) if stays else x.dtype.type(0)
+
+    @compile_kernel
+    def backward(gradient: Any, mask: Any, out: Any, scale: Any) -> None:
+        for k in range(np.uintp(gradient.size)):
+            out[k] = store(load(gradient[k]) * scale) if mask[k] else gradient.dtype.type(0)
+
+    return forward, backward
+
+
+@functools.cache
+def swiglu_kernels(width: int, as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """silu(gate) up and its backward pass, of rows of (gate, up), 2 `width` in all.
+
+    Returns:
+        Functions of (x, out, first, last) and of (x, gradient, out, first, last).
+    """
+    f = np.uintp(width)
+    load, store = conversions(as_bits)
+
+    @compile_kernel
+    def sigmoid(gate: Any) -> Any:
+        power = exp_of_negative(-abs(gate))
+        return (_UNIT if gate >= 0 else power) / (_UNIT + power)
+
+    @compile_kernel
+    def forward(x: Any, out: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            start = row * _TWO * f
+            for k in range(f):
+                gate = load(x[start + k])
+                out[row * f + k] = store(gate * sigmoid(gate) * load(x[start + f + k]))
+
+    @compile_kernel
+    def backward(x: Any, gradient: Any, out: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            start = row * _TWO * f
+            for k in range(f):
+                gate, up, given = load(x[start + k]), load(x[start + f + k]), load(gradient[row * f + k])
+                share = sigmoid(gate)
+                out[start + k] = store(given * up * share * (_UNIT + gate * (_UNIT - share)))
+                out[start + f + k] = store(given * gate * share)
+
+    return forward, backward
+
+
+@functools.cache
+def heads_kernels(heads: int, head_width: int, as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Queries, keys and values, each by itself and by heads, the first two rotated; and the way back.
+
+    Returns:
+        Functions of (qkv, turns, q, k, v, length, first, last): qkv (B T, 3 H D); turns float32, cosine and sine of
+        (T, D / 2) pairs; q, k and v (B, H, T, D); length T. The second one fills qkv with the gradient from those of
+        the others.
+    """
+    h, d, pairs = np.uintp(heads), np.uintp(head_width), np.uintp(head_width // 2)
+    load, store = conversions(as_bits)
+
+    @compile_kernel
+    def turn(x: Any, x_at: Any, turns: Any, turn_at: Any, out: Any, out_at: Any, sign: Any) -> None:
+        for pair in range(pairs):
+            even, odd = load(x[x_at + _TWO * pair]), load(x[x_at + _TWO * pair + _ONE])
+            cos, sin = turns[turn_at + _TWO * pair], turns[turn_at + _TWO * pair + _ONE] * sign
+            out[out_at + _TWO * pair] = store(even * cos - odd * sin)
+            out[out_at + _TWO * pair + _ONE] = store(even * sin + odd * cos)
+
+    @compile_kernel
+    def forward(qkv: Any, turns: Any, q: Any, k: Any, v: Any, length: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            for head in range(h):
+                start, at = (row * np.uintp(3) * h + head) * d, ((row // length * h + head) * length + row % length) * d
+                turned = row % length * d
+                turn(qkv, start, turns, turned, q, at, _UNIT)
+                turn(qkv, start + h * d, turns, turned, k, at, _UNIT)
+                for n in range(d):
+                    v[at + n] = qkv[start + _TWO * h * d + n]
+
+    @compile_kernel
+    def backward(qkv: Any, turns: Any, q: Any, k: Any, v: Any, length: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            for head in range(h):
+                start, at = (row * np.uintp(3) * h + head) * d, ((row // length * h + head) * length + row % length) * d
+                turned = row % length * d
+                turn(q, at, turns, turned, qkv, start, -_UNIT)
+                turn(k, at, turns, turned, qkv, start + h * d, -_UNIT)
+                for n in range(d):
+                    qkv[start + _TWO * h * d + n] = v[at + n]
+
+    return forward, backward
+
+
+@functools.cache
+def cross_entropy_kernels(num_codes: int, as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Negative log-likelihoods and their gradient; see `crt.ar.cpu_training.cross_entropy`.
+
+    Returns:
+        Functions of (logits, codes, losses, sums, first, last), which fills losses and the logarithms of the sums of
+        exponentials, both float32 (N,), and of (logits, codes, gradient, sums, out, first, last). Logits and out are
+        (N, K).
+    """
+    size, whole = np.uintp(num_codes), np.uintp(num_codes) // _LANES * _LANES
+    load, store = conversions(as_bits)
+
+    @compile_kernel
+    def largest(logits: Any, start: Any, scratch: Any) -> Any:
+        """Of a row; without those that are no number."""
+        for lane in range(_LANES):
+            scratch[lane] = np.float32(-np.inf)
+        for block in range(_ZERO, whole, _LANES):
+            for lane in range(_LANES):
+                value = load(logits[start + block + lane])
+                scratch[lane] = value if value > scratch[lane] else scratch[lane]
+        for k in range(whole, size):
+            value = load(logits[start + k])
+            scratch[_ZERO] = value if value > scratch[_ZERO] else scratch[_ZERO]
+        highest = scratch[_ZERO]
+        for lane in range(_LANES):
+            highest = scratch[lane] if scratch[lane] > highest else highest
+        return highest
+
+    @compile_kernel
+    def forward(logits: Any, codes: Any, losses: Any, sums: Any, first: Any, last: Any) -> None:
+        scratch = np.empty(_LANES, np.float32)
+        for row in range(first, last):
+            start = row * size
+            highest = largest(logits, start, scratch)
+            total, plain = np.float32(0), np.float32(0)
+            for k in range(size):
+                value = load(logits[start + k])
+                total += exp_of_negative(value - highest)
+                plain += value
+            sums[row] = highest + np.log(total) + plain * np.float32(0)  # no number where a logit is none
+            losses[row] = sums[row] - load(logits[start + np.uintp(codes[row])])
+
+    @compile_kernel
+    def backward(logits: Any, codes: Any, gradient: Any, sums: Any, out: Any, first: Any, last: Any) -> None:
+        for row in range(first, last):
+            start, total = row * size, sums[row]
+            factor = gradient[row] + total * np.float32(0)
+            for k in range(size):
+                out[start + k] = store(exp_of_negative(load(logits[start + k]) - total) * factor)
+            at = start + np.uintp(codes[row])
+            out[at] = store((exp_of_negative(load(logits[at]) - total) - _UNIT) * factor)
+
+    return forward, backward
