@@ -1,7 +1,7 @@
 """Operations of a training step on a CPU by kernels that Numba compiles, with their backward passes.
 
 They compute what the general forms in `crt.ar.model` do, to rounding (dropout draws other elements). torch 2.11 walks
-through memory once for each of their parts, and its generator spends a 64-bit word on each random element.
+through memory once for each of their parts, and its generator takes longer for a random mask than all else does for it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
-    """Elements set to zero with `probability` (to a multiple of 2^-15), the others scaled up. Same shape."""
+    """Elements set to zero with `probability` (to a multiple of 2^-32), the others scaled up. Same shape."""
     result: Tensor = _Dropout.apply(x, probability)
     return result
 
@@ -64,24 +64,29 @@ def dropout(x: Tensor, probability: float) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        x, result = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        threshold = min(round(probability * 2**15), 2**15 - 1)
-        ctx.scale = np.float32(1 / (1 - threshold / 2**15))
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_()
-        keep = words.view(torch.int16)[: x.numel()]
-        kernel = kernels.dropout_kernels(_as_bits(x))[0]
-        _by_elements(kernel, (x, keep, result), np.int16(threshold), ctx.scale)
-        ctx.save_for_backward(keep)
-        return result
+        ctx.seed = torch.randint(2**32, (2,)).numpy().astype(np.uint32)
+        ctx.probability = probability
+        return _dropped(x, ctx)
 
     @staticmethod
     @once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        result = torch.empty_like(gradient)
-        _by_elements(kernels.dropout_kernels(_as_bits(gradient))[1], (gradient, keep, result), ctx.scale)
-        return result, None
+        return _dropped(gradient, ctx), None
+
+
+def _dropped(x: Tensor, ctx: Any) -> Tensor:
+    """What stays of `x` in the places that the seed tells."""
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    arrays, kernel = (flat(x), flat(result)), kernels.dropout_kernel(_as_bits(x))
+    threshold = min(round(ctx.probability * 2**32), 2**32 - 1)
+    numbers = *ctx.seed, np.uint32(threshold), np.float32(1 / (1 - threshold / 2**32))
+
+    def work(first: int, last: int) -> None:
+        kernel(*(array[first:last] for array in arrays), np.uintp(first), *numbers)
+
+    share_among_threads(work, x.numel(), _ELEMENTS)
+    return result
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -173,13 +178,3 @@ def _as_bits(x: Tensor) -> bool:
 def _by_rows(kernel: Callable[..., None], arrays: tuple[Any, ...], rows: int) -> None:
     """Call kernel(*arrays, first, last) for some of the rows in each thread."""
     share_among_threads(lambda first, last: kernel(*arrays, np.uintp(first), np.uintp(last)), rows, 1)
-
-
-def _by_elements(kernel: Callable[..., None], tensors: tuple[Tensor, ...], *numbers: Any) -> None:
-    """Call kernel(*arrays, *numbers) for some elements in each thread."""
-    arrays = tuple(map(flat, tensors))
-
-    def work(first: int, last: int) -> None:
-        kernel(*(array[first:last] for array in arrays), *numbers)
-
-    share_among_threads(work, arrays[0].size, _ELEMENTS)

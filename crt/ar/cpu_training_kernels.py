@@ -21,7 +21,8 @@ _ZERO, _ONE, _TWO = (np.uintp(number) for number in range(3))
 _UNIT = np.float32(1)
 # Of the largest logit, which is looked for in so many places at once.
 _LANES = np.uintp(64)
-_DRAW, _KEEP, _DROP = np.int16(2**15 - 1), np.int16(-1), np.int16(0)
+_THIRTEEN, _SIXTEEN = np.uint32(13), np.uint32(16)
+_FACTORS = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
 @functools.cache
@@ -69,29 +70,31 @@ def rms_norm_kernels(width: int, as_bits: bool) -> tuple[Callable[..., None], Ca
     return forward, backward
 
 
+@compile_kernel
+def _mixed(word: Any) -> Any:
+    """A permutation of uint32 whose every output bit hangs on every input bit (the finalizer of MurmurHash3)."""
+    word = np.uint32((word ^ (word >> _SIXTEEN)) * _FACTORS[0])
+    word = np.uint32((word ^ (word >> _THIRTEEN)) * _FACTORS[1])
+    return np.uint32(word ^ (word >> _SIXTEEN))
+
+
 @functools.cache
-def dropout_kernels(as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Dropping by random words and again in the backward pass; see `crt.ar.cpu_training.dropout`.
+def dropout_kernel(as_bits: bool) -> Callable[..., None]:
+    """Dropping, in the forward pass and in the same places in the backward pass; see `crt.ar.cpu_training.dropout`.
 
     Returns:
-        Functions of (x, words, out, threshold, scale), which turns words, int16, into a mask of all bits, and of
-        (gradient, mask, out, scale). All of some elements.
+        Function of (x, out, start, low, high, threshold, scale): the elements from `start` on of an array, whose draws
+        are their places mixed with a seed of two uint32; one below the threshold drops its element.
     """
     load, store = conversions(as_bits)
 
     @compile_kernel
-    def forward(x: Any, words: Any, out: Any, threshold: Any, scale: Any) -> None:
+    def drop(x: Any, out: Any, start: Any, low: Any, high: Any, threshold: Any, scale: Any) -> None:
         for k in range(np.uintp(x.size)):
-            stays = (words[k] & _DRAW) >= threshold
-            words[k] = _KEEP if stays else _DROP
-            out[k] = store(load(x[k]) * scale) if stays else x.dtype.type(0)
+            draw = _mixed(np.uint32(_mixed(np.uint32(np.uint32(start + k) + low)) ^ high))
+            out[k] = store(load(x[k]) * (scale if draw >= threshold else np.float32(0)))
 
-    @compile_kernel
-    def backward(gradient: Any, mask: Any, out: Any, scale: Any) -> None:
-        for k in range(np.uintp(gradient.size)):
-            out[k] = store(load(gradient[k]) * scale) if mask[k] else gradient.dtype.type(0)
-
-    return forward, backward
+    return drop
 
 
 @functools.cache
