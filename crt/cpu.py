@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 Result = TypeVar("Result")
 
 # Elements of the residual stream from which kernels are compiled: that takes seconds, as trainings of small models do.
-_LEAST_COMPILED = 2**18
+_LEAST_COMPILED = 2**16
 
 
 @functools.cache
