@@ -58,7 +58,7 @@ def test_one_process_updates_as_zero_does(
     monkeypatch.setattr(engine, "skip_partitioning", calls.append)
     expected, expected_norms = train()
     exact = precision == "float32" or on_gpu or micro_batch == 3
-    assert norms == pytest.approx(expected_norms, rel=1e-5 if exact else 1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-5 if exact else 2e-4)
     assert min(norms) < 0.7 < max(norms)
     for name, weight in weights.items():
         # Clipping divides by a norm that is summed in another order. A weight between two bfloat16 may fall to the
