@@ -35,7 +35,7 @@ def test_one_process_updates_as_zero_does(
     optimizer = params.optimizer.model_copy(update={"clip_norm": 0.7})
     changes = {"precision": precision, "zero_stage": zero_stage, "batch_size": 6, "micro_batch_size": micro_batch}
     params = params.model_copy(update=changes | {"optimizer": optimizer})
-    config = small_config()
+    config, learning_rate = small_config(), 1e-2
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(config.codebook_size, (6, config.num_tokens), generator=generator)
     labels = torch.arange(6) % config.num_classes
@@ -44,7 +44,7 @@ def test_one_process_updates_as_zero_does(
         norms = []
         with join_world() as world, deepspeed_session(world), deepspeed_engine(params, config, 0, world) as run:
             run.train()
-            set_learning_rate(run, 1e-2)
+            set_learning_rate(run, learning_rate)
             for step in range(4):
                 for rows in range(0, 6, micro_batch):
                     torch.manual_seed(step + rows)
@@ -60,10 +60,15 @@ def test_one_process_updates_as_zero_does(
     exact = precision == "float32" or on_gpu or micro_batch == 3
     assert norms == pytest.approx(expected_norms, rel=1e-5 if exact else 2e-4)
     assert min(norms) < 0.7 < max(norms)
-    for name, weight in weights.items():
+    if exact:
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    else:
         # Clipping divides by a norm that is summed in another order. A weight between two bfloat16 may fall to the
-        # other side, and the next gradients with it.
-        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5 if exact else 1e-3)
+        # other side, and the next gradients with it; one that is nearly 0 then moves by any part of the step.
+        away = torch.cat([(weight - expected[name]).abs().flatten() for name, weight in weights.items()])
+        assert away.quantile(0.999) < 5e-4
+        assert away.max() < learning_rate / 2
     # Float32 sums of bfloat16 gradients are left to DeepSpeed.
     assert len(calls) == (0 if precision == "bf16" and micro_batch == 3 else 1)
 
