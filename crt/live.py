@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,9 @@ from PIL import Image
 from crt.errors import UserError
 from crt.pictures import save_png
 from crt.stage import StageRun
+
+if TYPE_CHECKING:
+    from dvclive import Live as DVCLive
 
 # Curves keep about so many points.
 _POINTS = 2_000
@@ -38,7 +42,6 @@ class Live:
     """
 
     def __init__(self, folder: Path, steps: int, first_step: int) -> None:
-        from dvclive import Live as DVCLive
         from torch.utils.tensorboard import SummaryWriter
 
         if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):  # bytes that are not UTF-8
@@ -50,10 +53,7 @@ class Live:
         (folder / "dvclive" / "metrics.json").unlink(missing_ok=True)
         for path in (folder / "dvclive" / "plots").rglob("*.tsv"):
             _drop_later_rows(path, first_step)
-        # Only the files: no experiment, no dvc.yaml, no report.
-        self.dvclive = DVCLive(
-            str(folder / "dvclive"), resume=first_step > 0, report=None, save_dvc_exp=False, dvcyaml=False
-        )
+        self.dvclive = _dvclive(folder / "dvclive", resume=first_step > 0)
         threading.excepthook = _say_unless_said
         self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
@@ -89,6 +89,36 @@ class Live:
         """Flush the files."""
         self.tensorboard.close()
         self.dvclive.end()
+
+
+def _dvclive(folder: Path, *, resume: bool) -> DVCLive:
+    """Only the files: no experiment, no dvc.yaml, no report."""
+    from dvclive import Live as DVCLive
+
+    class Files(DVCLive):
+        """Where there is no DVC repository DVCLive would make one, and where Git has no commit it would fail."""
+
+        def _init_dvc(self) -> None:
+            if _has_revision():
+                super()._init_dvc()
+            else:
+                self._dvc_file = self._init_dvc_file()
+
+    return Files(str(folder), resume=resume, report=None, save_dvc_exp=False, dvcyaml=False)
+
+
+def _has_revision() -> bool:
+    """Whether the working folder is in a DVC repository that Git keeps, with a commit."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        with Repo() as repo:
+            repo.scm.get_rev()
+    except (DvcException, SCMError):
+        return False
+    return True
 
 
 def _say_unless_said(failure: threading.ExceptHookArgs) -> None:

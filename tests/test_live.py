@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -51,6 +53,26 @@ def test_a_run_from_the_start_has_nothing_of_an_earlier_one(tmp_path):
     run_to(tmp_path / "ar.live", 2)
     assert list(dvclive_curve(tmp_path / "ar.live", "loss")) == [1, 2]
     assert points(tmp_path / "ar.live", "loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("dvc", [False, True])
+@pytest.mark.parametrize("commits", [0, 1])
+def test_curves_leave_a_git_repository_as_it_is(tmp_path, monkeypatch, commits, dvc):
+    """Whether it is DVC's as well or not: somebody's own project, or an archive put under Git a minute ago."""
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    if dvc:
+        subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+        subprocess.run([*git, "add", "."], check=True)
+    for _ in range(commits):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    status = [*git, "status", "--short", "--untracked-files"]
+    before = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    run_to(Path("out/ar.live"), 3)
+    assert list(dvclive_curve(Path("out/ar.live"), "loss")) == [1, 2, 3]
+    after = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert [line for line in after.splitlines() if "out/ar.live" not in line] == before.splitlines()
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(4, [1, 2, 3, 4]), (5, [2, 4]), (9, [3, 6, 9]), (11, [3, 6, 9])])
