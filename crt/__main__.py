@@ -20,7 +20,7 @@ from pathlib import Path
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
 from crt.files import make_folder
-from crt.launch import environment_rank, launch_command, leave, wait_briefly
+from crt.launch import environment_rank, launch_command, leave, name_user, wait_briefly
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import (
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     # filelock does without flock where a file system has none; `exclusive` says what that means when it matters.
     warnings.filterwarnings("ignore", message="flock not supported")
     wait_briefly()
+    name_user()
     try:
         return _run_command(arguments)
     except KeyboardInterrupt:  # a stage at work heeds the signal itself, and ends where it can continue

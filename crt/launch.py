@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import getpass
 import os
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,17 @@ def wait_briefly() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # GNU's, which torch's wheels bring: counts for more there
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def name_user() -> None:
+    """Give a user whom the system does not know, as in a container that runs under any number, that number as a name.
+
+    torch asks for a name, for a folder of its compiler, even where nothing is compiled.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def keep_freed_memory() -> None:

@@ -44,6 +44,16 @@ def test_threads_are_only_ever_lowered(monkeypatch):
     assert os.environ["MKL_NUM_THREADS"] == "5"
 
 
+def test_a_user_without_a_name_gets_one():
+    """Containers may run under any number; torch wants a name before it trains."""
+    script = "from crt.launch import name_user; name_user(); import getpass; print(getpass.getuser())"
+    command = ["unshare", "--user", "--map-user=54321", "env", "-i", sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if "unshare" in result.stderr:
+        pytest.skip(f"no user without a name can be made here: {result.stderr.strip()}")
+    assert result.stdout.strip() == "54321"
+
+
 def test_a_process_among_others_starts_none(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert launch_command("train_ar", ["train_ar"]) is None

@@ -190,21 +190,21 @@ def _unfused() -> Iterator[None]:
 def _fetch_inception(sha256: str) -> Path:
     """The folder of the file, fetched through clean-fid unless it is there, and shown only when complete and right."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    with fetching(folder / INCEPTION_FILE) as missing:
-        if missing:
-            _fetch_into(folder, sha256)
+    try:
+        with fetching(folder / INCEPTION_FILE) as missing:
+            if missing:
+                _fetch_into(folder, sha256)
+    except OSError as error:  # urllib's errors are OSErrors; or the folder may not be written
+        raise UserError(
+            f"{inception_url}: cannot be fetched ({error}): fetch it on a machine with a network and "
+            "set evaluate.inception_weights to its folder, or evaluate.features to classifier"
+        ) from None
     return folder
 
 
 def _fetch_into(folder: Path, sha256: str) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        try:
-            fetched = Path(check_download_inception(fpath=temporary))
-        except OSError as error:  # urllib's errors are OSErrors
-            raise UserError(
-                f"{inception_url}: cannot be fetched ({error}): fetch it on a machine with a network and "
-                "set evaluate.inception_weights to its folder, or evaluate.features to classifier"
-            ) from None
+        fetched = Path(check_download_inception(fpath=temporary))
         if sha256_file(fetched) != sha256:
             raise UserError(
                 f"{inception_url}: what was fetched is not {INCEPTION_FILE} (SHA-256 {sha256_file(fetched)} instead "

@@ -206,6 +206,13 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_folder_for_fetched_files_that_cannot_be_made_says_the_same(tmp_path, monkeypatch):
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match=r"cannot be fetched .*home.*set evaluate\.inception_weights"):
+        InceptionFeatures(None, "clean", "cpu")
+
+
 def test_a_fetched_file_is_kept_only_if_it_is_the_right_one(inception_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     right = inception_folder / INCEPTION_FILE
