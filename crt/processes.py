@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from crt import interrupt
+from crt.system_errors import REMEDIES, RUN_AGAIN
 
 # How long the others may take to end by themselves once one has failed: most meet the same mistake, but one may wait
 # for the one that is gone.
@@ -38,7 +39,8 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
         arguments: the command line after `python -m crt`.
 
     Returns:
-        The exit status of the first process that ended with another one than 0; of one that was killed, 128 + signal.
+        The exit status of the first process that ended with another one than 0; of one that was killed, 128 + signal;
+        2 where one could not be started.
     """
     asked: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
@@ -56,8 +58,19 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
     for rank in range(processes):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "crt", *arguments]
-        # This process has one thread, so the child may do it before it becomes Python.
-        children.append(subprocess.Popen(command, env=own, preexec_fn=_first))  # noqa: PLW1509
+        try:
+            # This process has one thread, so the child may do it before it becomes Python.
+            children.append(subprocess.Popen(command, env=own, preexec_fn=_first))  # noqa: PLW1509
+        except OSError as error:
+            for child in children:
+                child.kill()
+                child.wait()
+            remedy = REMEDIES.get(error.errno or 0, "see to that")
+            print(
+                f"error: process {rank} of {processes} cannot be started: {error.strerror}: {remedy}{RUN_AGAIN}",
+                file=sys.stderr,
+            )
+            return 2
         if asked:
             children[-1].send_signal(asked[0])
     return _wait(children)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from crt import processes
+from crt import interrupt, processes
 from crt.launch import local_command
 from tests.conftest import ROOT
 from tests.tokenizer.conftest import digits, runs  # noqa: F401 - fixtures
@@ -180,3 +181,27 @@ def test_if_the_parent_is_killed_they_save_and_stop(training):
     parent.kill()
     wait_for(lambda: not any(map(alive, children)))
     assert list(out.parent.glob(".work/*/checkpoint.pt"))
+
+
+def test_a_process_that_cannot_be_started_ends_the_others(monkeypatch, capfd):
+    """As under `ulimit -u`, which root does not heed."""
+    started, start_really = [], subprocess.Popen
+
+    def start(command, **kwargs):
+        if len(started) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(start_really([sys.executable, "-c", "import time; time.sleep(600)"], **kwargs))
+        return started[-1]
+
+    handlers = {signum: signal.getsignal(signum) for signum in interrupt.SIGNALS}
+    monkeypatch.setattr(subprocess, "Popen", start)
+    try:
+        assert processes.run_together(3, ["plan"]) == 2
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert capfd.readouterr().err == (
+        "error: process 2 of 3 cannot be started: Resource temporarily unavailable: raise the limit of processes "
+        "(`ulimit -u`) and run the same command again; finished work is kept\n"
+    )
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
