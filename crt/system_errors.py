@@ -90,7 +90,8 @@ def _number(error: BaseException, out: Path | None) -> int | None:
     if number is not None:
         return int(number)
     text = str(error)
-    if text == "can't start new thread":
+    # A pool that could not start its thread fails a second time while it is shut down.
+    if "can't start new thread" in (text, str(error.__context__)):
         return errno.EAGAIN
     # h5py, safetensors and torch put the number only into their text.
     match = re.search(r"(?:errno = |os error |Errno )(\d+)", text)

@@ -126,6 +126,20 @@ def test_what_a_file_system_refuses_is_one_line(params_file, tmp_path, monkeypat
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
+def test_a_pool_without_a_thread_is_one_line(params_file, tmp_path, monkeypatch, capsys):
+    """Under `ulimit -u`: the pool raises another error while it is shut down."""
+
+    def without_threads(run):
+        try:
+            raise RuntimeError("can't start new thread")
+        finally:
+            raise RuntimeError("cannot join thread before it is started")
+
+    monkeypatch.setattr("crt.stages.prepare_data.run", without_threads)
+    assert main(["prepare_data", "--params", str(params_file()), "--out", str(tmp_path / "data")]) == 2
+    assert "raise the limit of processes (`ulimit -u`) and run" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_full_disk_behind_the_error_of_a_library_is_one_line(params_file, tmp_path, monkeypatch, capsys):
     """As torch's writer does: it raises again, in other words, while it closes the file that could not be written."""
 
