@@ -17,6 +17,7 @@ import torch
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_uint8
 from crt.errors import UserError
+from crt.files import replacing
 from crt.manifest import MANIFEST, read_manifest
 from crt.pictures import image_grid, save_png
 from crt.progress import Progress, start_logging
@@ -142,7 +143,8 @@ def _draw(caches: list[TokenCache], images_of: list[PackedImages], tokenizer: To
             f"{cache.split}: in the picture {len(chosen)} rows, pairs of original and decoded codes of views "
             f"{', '.join(names)}; encoding them again in float32 gives {np.mean(same):.2%} of the codes"
         )
-    save_png(image_grid(rows, labels), out)
+    with replacing(out) as temporary:
+        save_png(image_grid(rows, labels), temporary)
     print(f"{out}: written")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 
@@ -80,6 +82,21 @@ def test_picture_shows_originals_beside_decoded_codes(small_project, tokens, tmp
     original = PackedImages(small_project.data, "train").image(0).repeat(4, axis=0).repeat(4, axis=1)
     windows = np.lib.stride_tricks.sliding_window_view(picture[:80], original.shape)[:, :, 0]
     assert (windows == original).all(axis=(2, 3, 4)).any()
+
+
+def test_a_picture_on_a_full_disk_leaves_the_old_one(small_project, tokens, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "picture.png"
+    out.write_bytes(b"old")
+
+    def full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("crt.commands.inspect.save_png", full)
+    inputs = ["--data", small_project.data, "--tokenizer", small_project.tokenizer]
+    assert command("inspect", tokens / "train.h5", *inputs, "--out", out) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir() if path.is_file()] == [(out.name, b"old")]
 
 
 def test_picture_needs_the_cache_s_own_inputs(small_project, encoded_project, tokens, tmp_path, capsys):
