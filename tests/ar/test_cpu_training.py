@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from crt import cpu
 from crt.ar import cpu_training
+from crt.ar import cpu_training_kernels as kernels
 from crt.ar.model import rotary_table
 from tests.ar.conftest import small_model
 
@@ -40,7 +42,7 @@ CASES: dict[str, tuple[Operation, Operation, list[tuple[int, ...]]]] = {
     "norm": (
         lambda x, weight: cpu_training.rms_norm(x, weight, 1e-5),
         lambda x, weight: F.rms_norm(x, (100,), weight, 1e-5),
-        [(3, 50, 100), (100,)],
+        [(3, 2000, 100), (100,)],
     ),
     "swiglu": (cpu_training.swiglu, swiglu, [(2, 7, 76)]),
     "heads": (
@@ -104,13 +106,49 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: t
     assert torch.equal(cpu_training.dropout(x, probability), y)
 
 
+def test_each_half_of_the_seed_draws_anew() -> None:
+    x, scale, half = np.ones(10_000, np.float32), np.float32(2), np.uint32(2**31)
+    drawn = {}
+    for low, high in ((1, 2), (1, 3), (2, 2)):
+        drawn[low, high] = np.empty_like(x)
+        kernels.dropout_kernel(False)(x, drawn[low, high], np.uintp(0), np.uint32(low), np.uint32(high), half, scale)
+    for other in ((1, 3), (2, 2)):
+        assert (drawn[1, 2] == drawn[other]).mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("name", [*CASES, "dropout"])
+def test_the_number_of_threads_changes_no_bit(name: str) -> None:
+    ours, _, shapes = CASES.get(name, (partial(cpu_training.dropout, probability=0.3), None, [(300, 1000)]))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
+        output = ours(*inputs)
+        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape))
+        found.append([output, *(value.grad for value in inputs)])
+    torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("place", [3, 150, 195])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_logit_that_is_no_number_makes_the_loss_none(value: float) -> None:
+def test_a_logit_that_is_no_number_makes_loss_and_gradient_none(value: float, place: int) -> None:
     """A run that diverged must be seen, whichever code it is."""
     logits = torch.randn(3, 200)
-    logits[1, 150] = value
-    losses = cpu_training.cross_entropy(logits, torch.tensor([1, 2, 3]))
+    logits[1, place] = value
+    losses = cpu_training.cross_entropy(logits.requires_grad_(), torch.tensor([1, 2, 3]))
     assert losses.isfinite().tolist() == [True, False, True]
+    losses.sum().backward()
+    assert logits.grad.isfinite().all(1).tolist() == [True, False, True]
+
+
+def test_a_norm_that_overflowed_has_a_gradient_that_is_none() -> None:
+    """As torch's: zeros would hide that a run diverged."""
+    x = torch.tensor([[1e30, 1.0], [1.0, 2.0]], requires_grad=True)
+    cpu_training.rms_norm(x, torch.ones(2), 1e-5).sum().backward()
+    assert x.grad.isfinite().all(1).tolist() == [False, True]
 
 
 def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:
