@@ -127,3 +127,11 @@ def _shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is absent")
     return path
+
+
+def output_and_gradients(function: Callable[..., torch.Tensor], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What a function makes of copies of `values`, and their gradients from one that differs from place to place."""
+    inputs = [value.clone().requires_grad_() for value in values]
+    output = function(*inputs)
+    output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
+    return [output, *(value.grad for value in inputs)]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crt import cpu
+from tests.conftest import output_and_gradients
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
     **{
@@ -31,12 +32,8 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
     ours, torchs, shapes = CASES[name]
     torch.manual_seed(0)
     values = [torch.randn(shape).to(dtype) for shape in shapes]
-    results = []
-    for function, precision in ((ours, dtype), (torchs, torch.float64)):
-        inputs = [value.to(precision, copy=True).requires_grad_() for value in values]
-        output = function(*inputs)
-        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
-        results.append([output, *(value.grad for value in inputs)])
+    exact = [value.double() for value in values]
+    results = output_and_gradients(ours, values), output_and_gradients(torchs, exact)
     for one, other in zip(*results, strict=True):
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * other.abs().max().item()
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance)

@@ -124,8 +124,8 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, rotation: Tensor) -> tuple[Tensor, ...]:
         batch, length, channels = qkv.shape
-        ctx.width, ctx.rotation = channels // 3 // heads, rotation
-        parts = tuple(qkv.new_empty(batch, heads, length, ctx.width) for _ in range(3))
+        ctx.rotation = rotation
+        parts = tuple(qkv.new_empty(batch, heads, length, channels // 3 // heads) for _ in range(3))
         _Heads.run(0, ctx, qkv.contiguous(), parts)
         return parts
 

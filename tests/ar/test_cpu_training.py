@@ -17,6 +17,7 @@ from crt.ar import cpu_training
 from crt.ar import cpu_training_kernels as kernels
 from crt.ar.model import rotary_table
 from tests.ar.conftest import small_model
+from tests.conftest import output_and_gradients
 
 Operation = Callable[..., Tensor]
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -73,12 +74,8 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
     ours, torchs, shapes = CASES[name]
     torch.manual_seed(0)
     values = [torch.randn(shape).mul_(3).to(dtype) for shape in shapes]
-    results = []
-    for function, precision in ((ours, dtype), (torchs, torch.float64)):
-        inputs = [value.to(precision, copy=True).requires_grad_() for value in values]
-        output = function(*inputs)
-        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
-        results.append([output, *(value.grad for value in inputs)])
+    exact = [value.double() for value in values]
+    results = output_and_gradients(ours, values), output_and_gradients(torchs, exact)
     for one, other in zip(*results, strict=True):
         tolerance = (2e-6 if one.dtype == torch.float32 else 2**-7) * other.abs().max().item()
         torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
@@ -123,10 +120,7 @@ def test_the_number_of_threads_changes_no_bit(name: str) -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        inputs = [torch.randn(shape).requires_grad_() for shape in shapes]
-        output = ours(*inputs)
-        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape))
-        found.append([output, *(value.grad for value in inputs)])
+        found.append(output_and_gradients(ours, [torch.randn(shape) for shape in shapes]))
     torch.set_num_threads(before)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
