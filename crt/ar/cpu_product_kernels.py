@@ -112,7 +112,7 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
         sums float32, a scratch of tile.rows * tile.panel from sums_at on; finish(sums, sums_at, tile's number, panel,
         out, width) is called for each tile.
     """
-    multiply_tile = intrinsic(_tile_type(tile, prefetches, as_bits))
+    multiply_tile = tile_product(tile, (1, tile.rows), prefetches, as_bits)
     height, vectors, asked = np.uintp(tile.rows), np.uintp(tile.vectors), np.uintp(prefetches)
     panel_size, zero = np.uintp(tile.panel * tile.channels), np.uintp(0)
 
@@ -132,8 +132,26 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
     return multiply
 
 
-def _tile_type(tile: Tile, prefetches: int, as_bits: bool) -> Callable[..., tuple[Any, Callable[..., Any]]]:
-    """Of the intrinsic that writes the products of a tile, (tile.rows, tile.panel), to `sums`."""
+def tile_product(tile: Tile, strides: tuple[int, int], prefetches: int = 0, as_bits: bool = False) -> Any:
+    """Multiplies a tile's rows with one panel.
+
+    Args:
+        tile: of the kernel.
+        strides: elements from a row to the next one, and from a word to the next one.
+        prefetches: vectors that are asked for with each word.
+        as_bits: whether panels are bfloat16, given as uint16, of single channels too.
+
+    Returns:
+        Function for compiled code, of (rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), which fills
+        (tile.rows, tile.panel) of sums; the `at`s are elements before the tile's, `ahead` vectors from the panel's
+        first to those that are asked for.
+    """
+    return intrinsic(_tile_type(tile, strides, prefetches, as_bits))
+
+
+def _tile_type(
+    tile: Tile, strides: tuple[int, int], prefetches: int, as_bits: bool
+) -> Callable[..., tuple[Any, Callable[..., Any]]]:
     word, lane = ir.IntType(32), ir.FloatType()
     sum_type = ir.VectorType(lane, tile.lanes)
     factor_type = ir.VectorType(word, tile.lanes) if tile.pairs else sum_type
@@ -157,8 +175,6 @@ def _tile_type(tile: Tile, prefetches: int, as_bits: bool) -> Callable[..., tupl
     def tile_type(
         _: Any, rows: Any, panels: Any, sums: Any, rows_at: Any, panels_at: Any, sums_at: Any, words: Any, ahead: Any
     ) -> tuple[Any, Callable[..., Any]]:
-        """The `at`s: elements before the tile's; ahead: vectors from the panel's first to those that are asked for."""
-
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             size = args[3].type
 
@@ -186,9 +202,10 @@ def _tile_type(tile: Tile, prefetches: int, as_bits: bool) -> Callable[..., tupl
                 asked = offset(weights, args[7], builder.mul(loop.index, size(prefetches)))
                 for vector in range(prefetches):
                     generate_prefetch(builder, offset(asked, vector))
-                column = offset(row_data, builder.mul(loop.index, size(tile.rows)))
+                column = offset(row_data, builder.mul(loop.index, size(strides[1])))
                 for row, totals_of_row in enumerate(totals):
-                    single = builder.insert_element(unknown, builder.load(offset(column, row)), word(0))
+                    of_row = builder.load(offset(column, row * strides[0]))
+                    single = builder.insert_element(unknown, of_row, word(0))
                     spread = builder.shuffle_vector(single, unknown, first_lane)
                     for factor, total in zip(factors, totals_of_row, strict=True):
                         builder.store(add_product(builder, builder.load(total), spread, factor), total)

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from crt.ar import cpu_training_kernels as kernels
+from crt.ar.cpu_attention_kernels import Shape, attention_kernels, attention_tile
 from crt.cpu import flat, once, share_among_threads
 
 # Rows whose sums over the batch are added by themselves: the same bits with any number of threads.
 _ROWS = 64
 _ELEMENTS = 2**16
+# Of all images and heads, from which attention is compiled: that takes 4 to 7 s, more than short sequences give back.
+_LEAST_SCORES = 2**20
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,35 +117,55 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def rotated_heads(qkv: Tensor, heads: int, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, rotated as by `crt.ar.model.rotate`, and values: (B, T, 3 H D) to three of (B, H, T, D)."""
-    q, k, v = _Heads.apply(qkv, heads, rotation)
-    return q, k, v
+def attends(x: Tensor, heads: int) -> bool:
+    """Whether `causal_attention` is worth compiling for a residual stream, (B, T, C)."""
+    return x.shape[0] * heads * x.shape[1] ** 2 >= _LEAST_SCORES
 
 
-class _Heads(torch.autograd.Function):
+def causal_attention(qkv: Tensor, heads: int, rotation: Tensor) -> Tensor:
+    """Each place attends to itself and those before it, by queries and keys rotated as by `crt.ar.model.rotate`.
+
+    Args:
+        qkv: (B, T, 3 H D): queries, keys and values by heads.
+        heads: H.
+        rotation: (T, D / 2, 2) float32.
+
+    Returns:
+        (B, T, H D).
+    """
+    result: Tensor = _CausalAttention.apply(qkv, heads, rotation)
+    return result
+
+
+class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, rotation: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, heads: int, rotation: Tensor) -> Tensor:
         batch, length, channels = qkv.shape
-        ctx.rotation = rotation
-        parts = tuple(qkv.new_empty(batch, heads, length, channels // 3 // heads) for _ in range(3))
-        _Heads.run(0, ctx, qkv.contiguous(), parts)
-        return parts
+        qkv, ctx.heads, ctx.rotation = qkv.contiguous(), heads, rotation
+        result = qkv.new_empty(batch, length, channels // 3)
+        logarithms = torch.empty(batch, heads, length)
+        _CausalAttention.run(0, ctx, (qkv, *rotation.unbind(-1), result, logarithms))
+        ctx.save_for_backward(qkv, logarithms)
+        return result
 
     @staticmethod
     @once
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        batch, heads, length, width = gradients[0].shape
-        result = gradients[0].new_empty(batch, length, 3 * heads * width)
-        _Heads.run(1, ctx, result, tuple(gradient.contiguous() for gradient in gradients))
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        qkv, logarithms = ctx.saved_tensors
+        result = torch.empty_like(qkv)
+        _CausalAttention.run(1, ctx, (qkv, *ctx.rotation.unbind(-1), logarithms, gradient, result))
         return result, None, None
 
     @staticmethod
-    def run(way: int, ctx: Any, qkv: Tensor, parts: tuple[Tensor, ...]) -> None:
-        batch, heads, length, width = parts[0].shape
-        kernel = kernels.heads_kernels(heads, width, _as_bits(qkv))[way]
-        arrays = flat(qkv), flat(ctx.rotation), *map(flat, parts), np.uintp(length)
-        _by_rows(kernel, arrays, batch * length)
+    def run(way: int, ctx: Any, tensors: tuple[Tensor, ...]) -> None:
+        batch, length, channels = tensors[0].shape
+        width = channels // 3 // ctx.heads
+        tile = attention_tile(tensors[0].dtype, width)
+        shape = Shape(length, ctx.heads, width, tile, _as_bits(tensors[0]))
+        # bfloat16 by pairs of channels.
+        arrays = (flat(tensor.contiguous()) for tensor in tensors)
+        pairs = tuple(array.view(np.uint32) if array.dtype == np.uint16 else array for array in arrays)
+        _by_rows(attention_kernels(shape)[way], pairs, batch * ctx.heads)
 
 
 def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

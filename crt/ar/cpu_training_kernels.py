@@ -17,7 +17,7 @@ import numpy as np
 
 from crt.cpu_kernels import compile_kernel, conversions, exp_of_negative
 
-_ZERO, _ONE, _TWO = (np.uintp(number) for number in range(3))
+_ZERO, _TWO = np.uintp(0), np.uintp(2)
 _UNIT = np.float32(1)
 # Of the largest logit, which is looked for in so many places at once.
 _LANES = np.uintp(64)
@@ -129,51 +129,6 @@ def swiglu_kernels(width: int, as_bits: bool) -> tuple[Callable[..., None], Call
                 share = sigmoid(gate)
                 out[start + k] = store(given * up * share * (_UNIT + gate * (_UNIT - share)))
                 out[start + f + k] = store(given * gate * share)
-
-    return forward, backward
-
-
-@functools.cache
-def heads_kernels(heads: int, head_width: int, as_bits: bool) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Queries, keys and values, each by itself and by heads, the first two rotated; and the way back.
-
-    Returns:
-        Functions of (qkv, turns, q, k, v, length, first, last): qkv (B T, 3 H D); turns float32, cosine and sine of
-        (T, D / 2) pairs; q, k and v (B, H, T, D); length T. The second one fills qkv with the gradient from those of
-        the others.
-    """
-    h, d, pairs = np.uintp(heads), np.uintp(head_width), np.uintp(head_width // 2)
-    load, store = conversions(as_bits)
-
-    @compile_kernel
-    def turn(x: Any, x_at: Any, turns: Any, turn_at: Any, out: Any, out_at: Any, sign: Any) -> None:
-        for pair in range(pairs):
-            even, odd = load(x[x_at + _TWO * pair]), load(x[x_at + _TWO * pair + _ONE])
-            cos, sin = turns[turn_at + _TWO * pair], turns[turn_at + _TWO * pair + _ONE] * sign
-            out[out_at + _TWO * pair] = store(even * cos - odd * sin)
-            out[out_at + _TWO * pair + _ONE] = store(even * sin + odd * cos)
-
-    @compile_kernel
-    def forward(qkv: Any, turns: Any, q: Any, k: Any, v: Any, length: Any, first: Any, last: Any) -> None:
-        for row in range(first, last):
-            for head in range(h):
-                start, at = (row * np.uintp(3) * h + head) * d, ((row // length * h + head) * length + row % length) * d
-                turned = row % length * d
-                turn(qkv, start, turns, turned, q, at, _UNIT)
-                turn(qkv, start + h * d, turns, turned, k, at, _UNIT)
-                for n in range(d):
-                    v[at + n] = qkv[start + _TWO * h * d + n]
-
-    @compile_kernel
-    def backward(qkv: Any, turns: Any, q: Any, k: Any, v: Any, length: Any, first: Any, last: Any) -> None:
-        for row in range(first, last):
-            for head in range(h):
-                start, at = (row * np.uintp(3) * h + head) * d, ((row // length * h + head) * length + row % length) * d
-                turned = row % length * d
-                turn(q, at, turns, turned, qkv, start, -_UNIT)
-                turn(k, at, turns, turned, qkv, start + h * d, -_UNIT)
-                for n in range(d):
-                    qkv[start + _TWO * h * d + n] = v[at + n]
 
     return forward, backward
 

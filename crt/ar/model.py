@@ -211,6 +211,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
+        if (forms := cpu.compiled_forms(x)) and forms.attends(x, self.heads):
+            return cast("Tensor", self.dropout(self.out(forms.causal_attention(self.qkv(x), self.heads, rotation))))
         q, k, v = self.project(x, rotation)  # B, H, T, D
         if cpu.is_cpu(x) and x.requires_grad:
             y = cpu.attention(q, k, v, causal=True)
@@ -220,8 +222,6 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) to rotated queries, rotated keys and values, each (B, H, T, D)."""
-        if forms := cpu.compiled_forms(x):
-            return cast("tuple[Tensor, Tensor, Tensor]", forms.rotated_heads(self.qkv(x), self.heads, rotation))
         qk, v = self.qkv(x).unflatten(-1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), dim=2)
         q, k = rotate(qk, rotation).transpose(1, 2).chunk(2, dim=1)
         return q, k, v.transpose(1, 2)

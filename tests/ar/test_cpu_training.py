@@ -13,24 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crt import cpu
-from crt.ar import cpu_training
+from crt.ar import cpu_attention_kernels, cpu_training
 from crt.ar import cpu_training_kernels as kernels
+from crt.ar.cpu_product_kernels import Tile
 from crt.ar.model import rotary_table
 from tests.ar.conftest import small_model
 from tests.conftest import output_and_gradients
 
 Operation = Callable[..., Tensor]
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-ROTATION, TARGETS = rotary_table((3, 4), 16, 10000.0), torch.arange(130) % 1000
+ROTATION, TARGETS = rotary_table((5, 15), 20, 10000.0), torch.arange(130) % 1000
 
 
-def heads(qkv: Tensor, rotation: Tensor) -> Tensor:
-    """Of three heads, the plain way; all in one tensor."""
-    qk, v = qkv.unflatten(-1, (9, 16)).split((6, 3), dim=2)
+def attention(qkv: Tensor, heads: int, rotation: Tensor) -> Tensor:
+    """The plain way."""
+    qk, v = qkv.unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), dim=2)
     even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.to(qkv.dtype)[:, None].unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.stack((*turned.chunk(2, dim=2), v)).transpose(2, 3)
+    q, k, v = (x.transpose(1, 2) for x in (*turned.chunk(2, dim=2), v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -38,6 +40,11 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+# Of this processor, and of one without AVX-512.
+TILES = {
+    "native": cpu_attention_kernels.attention_tile,
+    "narrow": lambda dtype, width: Tile(rows=6, vectors=2, lanes=8, pairs=False),
+}
 # Ours, the oracle, and the shapes of the inputs: rows beyond one thread's block, widths that no vector divides.
 CASES: dict[str, tuple[Operation, Operation, list[tuple[int, ...]]]] = {
     "norm": (
@@ -46,10 +53,10 @@ CASES: dict[str, tuple[Operation, Operation, list[tuple[int, ...]]]] = {
         [(3, 2000, 100), (100,)],
     ),
     "swiglu": (cpu_training.swiglu, swiglu, [(2, 7, 76)]),
-    "heads": (
-        lambda x: torch.stack(cpu_training.rotated_heads(x, 3, ROTATION)),
-        partial(heads, rotation=ROTATION),
-        [(2, 12, 144)],
+    "attention": (
+        partial(cpu_training.causal_attention, heads=3, rotation=ROTATION),
+        partial(attention, heads=3, rotation=ROTATION),
+        [(2, 75, 180)],
     ),
     "cross-entropy": (
         lambda logits: cpu_training.cross_entropy(logits, TARGETS),
@@ -73,13 +80,63 @@ def threads(request: pytest.FixtureRequest) -> int:
 def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None:
     ours, torchs, shapes = CASES[name]
     torch.manual_seed(0)
-    values = [torch.randn(shape).mul_(3).to(dtype) for shape in shapes]
+    values = [torch.randn(shape).to(dtype) for shape in shapes]
     exact = [value.double() for value in values]
     results = output_and_gradients(ours, values), output_and_gradients(torchs, exact)
     for one, other in zip(*results, strict=True):
         tolerance = (2e-6 if one.dtype == torch.float32 else 2**-7) * other.abs().max().item()
         torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
     assert results[0][0].dtype == (torch.float32 if name == "cross-entropy" else dtype)
+
+
+# Lengths of one tile and less, of several panels, odd and even; widths of more than a panel and of no whole one.
+@PRECISIONS
+@pytest.mark.parametrize("grid, heads, width", [((1, 1), 1, 4), ((2, 3), 2, 16), ((1, 7), 1, 100), ((13, 10), 2, 64)])
+@pytest.mark.parametrize("tile", TILES)
+def test_attention_of_any_shape_on_any_processor(
+    grid: tuple[int, int], heads: int, width: int, tile: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_training, "attention_tile", TILES[tile])
+    sizes = {"heads": heads, "rotation": rotary_table(grid, width, 100.0)}
+    torch.manual_seed(0)
+    qkv = torch.randn(2, grid[0] * grid[1], 3 * heads * width).to(dtype)
+    found = output_and_gradients(partial(cpu_training.causal_attention, **sizes), [qkv])
+    expected = output_and_gradients(partial(attention, **sizes), [qkv.double()])
+    for one, other in zip(found, expected, strict=True):
+        tolerance = (2e-6 if dtype == torch.float32 else 2**-7) * other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("place", [0, 5, 63, 64, 74])
+def test_attention_sees_nothing_that_follows(place: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 75, 180).to(dtype)
+    other = qkv.clone()
+    other[:, place + 1 :] = 1e30
+    one, other = (cpu_training.causal_attention(x, 3, ROTATION)[:, : place + 1] for x in (qkv, other))
+    assert torch.equal(one, other)
+    # Nor does what precedes get a gradient from it.
+    qkv.requires_grad_()
+    cpu_training.causal_attention(qkv, 3, ROTATION)[:, place].sum().backward()
+    seen = qkv.grad.abs().sum(-1)[0] > 0
+    assert seen.tolist() == [t <= place for t in range(75)]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", [0, 60, 120], ids=["query", "key", "value"])
+def test_what_is_no_number_goes_through_attention(part: int, value: float, dtype: torch.dtype) -> None:
+    """From its place on, where keys and values are concerned; a run that diverged must be seen."""
+    qkv = torch.randn(1, 75, 180).to(dtype)
+    qkv[0, 66, part + 3] = value
+    qkv.requires_grad_()
+    result = cpu_training.causal_attention(qkv, 3, ROTATION)
+    bad = ~result[0, :, :20].isfinite().all(-1)
+    assert bad.tolist() == [t == 66 if part == 0 else t >= 66 for t in range(75)]
+    assert result[0, :, 20:].isfinite().all()
+    result.sum().backward()
+    assert not qkv.grad.isfinite().all()
 
 
 @PRECISIONS
@@ -163,6 +220,7 @@ def test_a_model_is_the_same_with_them(dtype: torch.dtype, monkeypatch: pytest.M
     found = []
     for least in (0, 2**40):
         monkeypatch.setattr(cpu, "_LEAST_COMPILED", least)
+        monkeypatch.setattr(cpu_training, "_LEAST_SCORES", least)
         model = small_model(scale=2.0).to(dtype).requires_grad_(True)
         losses = model(codes, labels)
         losses.sum().backward()

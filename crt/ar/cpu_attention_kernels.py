@@ -1,0 +1,409 @@
+"""Causal attention of a training step on a CPU and its backward pass, by Numba at first use.
+
+From what the projection makes of all heads, (B, T, 3 H D), to what the next one reads, (B, T, H D): rotated, weighed
+and put back in one pass per image and head, whose operands stay in the second-level cache. torch's batched products
+compute all scores, half of which a causal mask drops, and its softmax and rotation walk through memory each
+(`benchmarks/stage2.md`).
+
+Arrays are flat. Those of bfloat16 are given as their bits in pairs, uint32 (`as_bits`); scores and all sums are
+float32, weights and their gradients are rounded to the tile's words. As in `crt.ar.cpu_product_kernels`, a tile of rows
+and outputs stays in registers; sizes are constants, hence a kernel for each shape. Scratch beyond the T positions is
+zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from crt.ar.cpu_product_kernels import Tile, tile_product
+from crt.cpu import processor_features
+from crt.cpu_kernels import compile_kernel, exp_of_negative, to_bits
+
+_ZERO, _ONE, _TWO, _THREE = (np.uintp(number) for number in range(4))
+_UNIT, _NOTHING = np.float32(1), np.float32(0)
+_HALF, _UPPER, _LOWER = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
+
+
+class Shape(NamedTuple):
+    """What attention is compiled for."""
+
+    length: int
+    heads: int
+    head_width: int
+    tile: Tile
+    as_bits: bool
+
+    @property
+    def rows(self) -> int:
+        """Positions, up to a whole tile."""
+        return -(-self.length // self.tile.rows) * self.tile.rows
+
+    @property
+    def keys(self) -> int:
+        """Positions, up to a whole panel."""
+        return -(-self.length // self.tile.panel) * self.tile.panel
+
+    @property
+    def longest(self) -> int:
+        """Positions, up to both."""
+        return max(self.rows, self.keys)
+
+    @property
+    def words(self) -> int:
+        """Of a head's channels."""
+        return self.head_width // self.tile.channels
+
+    @property
+    def panels(self) -> int:
+        """Of a head's channels."""
+        return -(-self.head_width // self.tile.panel)
+
+
+def attention_tile(dtype: torch.dtype, head_width: int) -> Tile:
+    """That of this processor, as `largest_tile`'s, but of an even number of rows and no wider than a head."""
+    features = processor_features()
+    if "avx512f" not in features:
+        return Tile(rows=6, vectors=2, lanes=8, pairs=False)
+    vectors = min(-(-head_width // 16), 4)
+    rows = {1: 12, 2: 12, 3: 8, 4: 6}[vectors]
+    return Tile(rows, vectors, lanes=16, pairs=dtype == torch.bfloat16 and "avx512bf16" in features)
+
+
+class _Operands(NamedTuple):
+    """Kernels that bring a head's vectors to where products read them."""
+
+    rotated: Callable[..., None]
+    plain: Callable[..., None]
+    outputs: Callable[..., None]
+    channels: Callable[..., None]
+
+
+@compile_kernel
+def _read_bits(x: Any, pair: Any) -> Any:
+    word = x[pair]
+    return np.uint32(word << _HALF).view(np.float32), np.uint32(word & _UPPER).view(np.float32)
+
+
+@compile_kernel
+def _write_bits(x: Any, pair: Any, even: Any, odd: Any) -> None:
+    x[pair] = np.uint32(to_bits(even)) | np.uint32(np.uint32(to_bits(odd)) << _HALF)
+
+
+@compile_kernel
+def _read_floats(x: Any, pair: Any) -> Any:
+    return x[_TWO * pair], x[_TWO * pair + _ONE]
+
+
+@compile_kernel
+def _write_floats(x: Any, pair: Any, even: Any, odd: Any) -> None:
+    x[_TWO * pair], x[_TWO * pair + _ONE] = even, odd
+
+
+def _pairs(as_bits: bool) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Reads and writes a pair of neighbouring channels of an array: (x, pair) to two float32; (x, pair, even, odd)."""
+    return (_read_bits, _write_bits) if as_bits else (_read_floats, _write_floats)
+
+
+@functools.cache
+def _operands(shape: Shape) -> _Operands:
+    """Those of a shape.
+
+    Rows are words, uint32 (T, W): `rotated(x, at, cos, sin, rows)` and `plain(x, at, stride, rows)` write them from the
+    pairs of channels of an array that start at `at`. Panels are words, as `in_panels` leaves a weight: for
+    `outputs(rows, panels)` positions are the outputs and channels the words, for `channels(rows, panels)` the reverse.
+    """
+    length, pairs_of_head = np.uintp(shape.length), np.uintp(shape.head_width // 2)
+    stride_of_all = np.uintp(3 * shape.heads * shape.head_width // 2)
+    words, panel, by_pairs = np.uintp(shape.words), np.uintp(shape.tile.panel), shape.tile.pairs
+    panels, words_of_length = np.uintp(shape.panels), np.uintp(shape.longest // shape.tile.channels)
+    width, half_panel = np.uintp(shape.head_width), np.uintp(shape.tile.panel // 2)
+    (read, _), (_, write) = _pairs(shape.as_bits), _pairs(by_pairs)
+
+    @compile_kernel
+    def rotated(x: Any, at: Any, cos: Any, sin: Any, rows: Any) -> None:
+        # A row's pairs lie beside each other in `rows` too, two words each where a word is a channel.
+        as_stored = rows if by_pairs else rows.view(np.float32)
+        for t in range(length):
+            for pair in range(pairs_of_head):
+                even, odd = read(x, at + t * stride_of_all + pair)
+                c, s = cos[t * pairs_of_head + pair], sin[t * pairs_of_head + pair]
+                write(as_stored, t * pairs_of_head + pair, even * c - odd * s, even * s + odd * c)
+
+    @compile_kernel
+    def plain(x: Any, at: Any, stride: Any, rows: Any) -> None:
+        as_stored = rows if by_pairs else rows.view(np.float32)
+        for t in range(length):
+            for pair in range(pairs_of_head):
+                even, odd = read(x, at + t * stride + pair)
+                write(as_stored, t * pairs_of_head + pair, even, odd)
+
+    @compile_kernel
+    def outputs(rows: Any, panels_of: Any) -> None:
+        for t in range(length):
+            at = t // panel * words * panel + t % panel
+            for word in range(words):
+                panels_of[at + word * panel] = rows[t * words + word]
+
+    @compile_kernel
+    def channels(rows: Any, panels_of: Any) -> None:
+        if by_pairs:
+            for pair in range((length + _ONE) // _TWO):
+                for number in range(panels):
+                    at, from_ = (number * words_of_length + pair) * panel, _TWO * pair * words + number * half_panel
+                    for word in range(min(half_panel, words - number * half_panel)):
+                        one, other = rows[from_ + word], rows[from_ + words + word]
+                        panels_of[at + _TWO * word] = (one & _LOWER) | (other << _HALF)
+                        panels_of[at + _TWO * word + _ONE] = (one >> _HALF) | (other & _UPPER)
+        else:
+            for t in range(length):
+                for number in range(panels):
+                    at, from_ = (number * words_of_length + t) * panel, t * words + number * panel
+                    for k in range(min(panel, width - number * panel)):
+                        panels_of[at + k] = rows[from_ + k]
+
+    return _Operands(rotated, plain, outputs, channels)
+
+
+@functools.cache
+def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Write some rows of float32, (panels, tile.rows, tile.panel) as products leave them, as words.
+
+    Returns:
+        Functions of (values, row, panels, out), whose words are along the row, (tile.rows, words of T), and of (values,
+        first row, panels, out), whose words are along the rows, (words of T, T), for all of the tile.
+    """
+    height, panel, by_pairs = np.uintp(shape.tile.rows), np.uintp(shape.tile.panel), shape.tile.pairs
+    half_panel, words = np.uintp(shape.tile.panel // 2), np.uintp(shape.keys // shape.tile.channels)
+    longest = np.uintp(shape.longest)
+
+    @compile_kernel
+    def along_row(values: Any, row: Any, panels: Any, out: Any) -> None:
+        for number in range(panels):
+            at = (number * height + row) * panel
+            if by_pairs:
+                for word in range(half_panel):
+                    low, high = to_bits(values[at + _TWO * word]), to_bits(values[at + _TWO * word + _ONE])
+                    out[row * words + number * half_panel + word] = np.uint32(low) | (np.uint32(high) << _HALF)
+            else:
+                for lane in range(panel):
+                    out[row * words + number * panel + lane] = np.float32(values[at + lane]).view(np.uint32)
+
+    @compile_kernel
+    def along_rows(values: Any, first: Any, panels: Any, out: Any) -> None:
+        for number in range(panels):
+            if by_pairs:
+                for pair in range(height // _TWO):
+                    one = (number * height + _TWO * pair) * panel
+                    to = (first // _TWO + pair) * longest + number * panel
+                    for lane in range(panel):
+                        low, high = to_bits(values[one + lane]), to_bits(values[one + panel + lane])
+                        out[to + lane] = np.uint32(low) | (np.uint32(high) << _HALF)
+            else:
+                for row in range(height):
+                    at, to = (number * height + row) * panel, (first + row) * longest + number * panel
+                    for lane in range(panel):
+                        out[to + lane] = np.float32(values[at + lane]).view(np.uint32)
+
+    return along_row, along_rows
+
+
+@functools.cache
+def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Attention and its backward pass; see `crt.ar.cpu_training.causal_attention`.
+
+    Returns:
+        Functions of (qkv, cos, sin, out, logarithms, first, last) and of (qkv, cos, sin, logarithms, gradient, out,
+        first, last): qkv (B, T, 3 H D), unrotated, and in the second one out, its gradient; cos and sin float32
+        (T, D / 2); out of the first one and its gradient (B, T, H D); logarithms float32 (B, H, T), of the sums of
+        exponentials. Heads of images [first, last) of all B H.
+    """
+    length, heads, tile = np.uintp(shape.length), np.uintp(shape.heads), shape.tile
+    height, panel, channels = np.uintp(tile.rows), np.uintp(tile.panel), np.uintp(tile.channels)
+    words, panels_of_head = np.uintp(shape.words), np.uintp(shape.panels)
+    pairs, half_panel = np.uintp(shape.head_width // 2), np.uintp(tile.panel // 2)
+    pairs_of_row = np.uintp(shape.heads * shape.head_width // 2)
+    rows, keys, longest = np.uintp(shape.rows), np.uintp(shape.keys), np.uintp(shape.longest)
+    words_of_keys, words_of_longest = keys // channels, longest // channels
+    scale = np.float32(shape.head_width**-0.5)
+    rotated, plain, outputs_first, channels_first = _operands(shape)
+    along_row, along_rows = _word_writers(shape)
+    by_channels = tile_product(tile, (shape.words, 1))
+    by_keys = tile_product(tile, (shape.keys // tile.channels, 1))
+    by_queries = tile_product(tile, (1, shape.longest))
+    _, write = _pairs(shape.as_bits)
+
+    @compile_kernel
+    def seen_in(panel_number: Any, count: Any) -> Any:
+        """How many of a panel's keys are among the first `count`; a whole panel or less."""
+        start = panel_number * panel
+        return min(count - start, panel) if count > start else _ZERO
+
+    @compile_kernel
+    def weigh(scores: Any, row: Any, count: Any, panels: Any, highest: Any) -> Any:
+        """A row's scores to exponentials, of the first `count` keys; their sum's inverse and its logarithm."""
+        for lane in range(panel):
+            highest[lane] = np.float32(-np.inf)
+        for number in range(panels):
+            at, seen = (number * height + row) * panel, seen_in(number, count)
+            for lane in range(panel):
+                value = scores[at + lane]
+                highest[lane] = value if (lane < seen) & (value > highest[lane]) else highest[lane]
+        most = highest[_ZERO]
+        for lane in range(panel):
+            most = highest[lane] if highest[lane] > most else most
+        total, every = _NOTHING, _NOTHING
+        for number in range(panels):
+            at, seen = (number * height + row) * panel, seen_in(number, count)
+            for lane in range(panel):
+                value = scores[at + lane] if lane < seen else _NOTHING
+                weight = exp_of_negative((value - most) * scale) if lane < seen else _NOTHING
+                scores[at + lane] = weight
+                total += weight
+                every += value
+        total += every * _NOTHING  # no number where a score is none
+        return _UNIT / total, most * scale + np.log(total)
+
+    @compile_kernel
+    def put(sums: Any, row: Any, number: Any, factor: Any, out: Any, to: Any) -> None:
+        """A panel of a row's sums, times a factor."""
+        start = number * half_panel
+        for pair in range(min(half_panel, pairs - start)):
+            even, odd = sums[row * panel + _TWO * pair], sums[row * panel + _TWO * pair + _ONE]
+            write(out, to + start + pair, even * factor, odd * factor)
+
+    @compile_kernel
+    def forward(qkv: Any, cos: Any, sin: Any, out: Any, logarithms: Any, first: Any, last: Any) -> None:
+        vectors, q_rows = np.zeros(rows * words, np.uint32), np.zeros(rows * words, np.uint32)
+        k_panels = np.zeros(keys * words, np.uint32)
+        v_panels = np.zeros(panels_of_head * words_of_longest * panel, np.uint32)
+        weights, scores = np.zeros(height * words_of_keys, np.uint32), np.zeros(height * keys, np.float32)
+        sums, inverses = np.zeros(height * panel, np.float32), np.zeros(height, np.float32)
+        highest = np.zeros(panel, np.float32)
+        for index in range(first, last):
+            image, head = index // heads, index % heads
+            at = (image * length * _THREE * heads + head) * pairs
+            rotated(qkv, at, cos, sin, q_rows)
+            rotated(qkv, at + pairs_of_row, cos, sin, vectors)
+            outputs_first(vectors, k_panels)
+            plain(qkv, at + _TWO * pairs_of_row, _THREE * pairs_of_row, vectors)
+            channels_first(vectors, v_panels)
+            for start in range(_ZERO, length, height):
+                end = min(start + height, length)
+                panels = (end + panel - _ONE) // panel
+                for number in range(panels):
+                    place = number * height * panel
+                    by_channels(q_rows, k_panels, scores, start * words, number * words * panel, place, words, _ZERO)
+                for t in range(start, end):
+                    row = t - start
+                    inverses[row], logarithms[index * length + t] = weigh(scores, row, t + _ONE, panels, highest)
+                    along_row(scores, row, panels, weights)
+                for number in range(panels_of_head):
+                    place = number * words_of_longest * panel
+                    by_keys(weights, v_panels, sums, _ZERO, place, _ZERO, (end + channels - _ONE) // channels, _ZERO)
+                    for t in range(start, end):
+                        to = ((image * length + t) * heads + head) * pairs
+                        put(sums, t - start, number, inverses[t - start], out, to)
+
+    @compile_kernel
+    def slopes(scores: Any, slopes_of: Any, row: Any, count: Any, panels: Any, logarithm: Any) -> None:
+        """A row's scores to weights, and the weights' gradients to those of the products of queries and keys."""
+        unit = _UNIT + logarithm * _NOTHING  # no number where a score was none
+        dot = _NOTHING
+        for number in range(panels):
+            at, seen = (number * height + row) * panel, seen_in(number, count)
+            for lane in range(panel):
+                weight = exp_of_negative(scores[at + lane] * scale - logarithm) * unit if lane < seen else _NOTHING
+                scores[at + lane] = weight
+                slopes_of[at + lane] = slopes_of[at + lane] if lane < seen else _NOTHING
+                dot += weight * slopes_of[at + lane]
+        for number in range(panels):
+            at = (number * height + row) * panel
+            for lane in range(panel):
+                slopes_of[at + lane] = scores[at + lane] * (slopes_of[at + lane] - dot) * scale
+
+    @compile_kernel
+    def turn_back(sums: Any, row: Any, number: Any, cos: Any, sin: Any, t: Any, out: Any, to: Any) -> None:
+        """A panel of the gradient of a rotated vector to that of the vector."""
+        start = number * half_panel
+        for pair in range(min(half_panel, pairs - start)):
+            even, odd = sums[row * panel + _TWO * pair], sums[row * panel + _TWO * pair + _ONE]
+            c, s = cos[t * pairs + start + pair], sin[t * pairs + start + pair]
+            write(out, to + start + pair, even * c + odd * s, odd * c - even * s)
+
+    @compile_kernel
+    def scores_and_queries(
+        q_rows: Any, g_rows: Any, k_outputs: Any, v_outputs: Any, k_panels: Any, logarithms: Any, cos: Any, sin: Any,
+        weights: Any, of_scores: Any, out: Any, index: Any, at: Any,
+    ) -> None:  # fmt: skip
+        """Gradients of a head's queries; for its keys and values all weights and gradients of scores."""
+        scores, slopes_of = np.empty(height * keys, np.float32), np.empty(height * keys, np.float32)
+        along, sums = np.empty(height * words_of_keys, np.uint32), np.empty(height * panel, np.float32)
+        for start in range(_ZERO, length, height):
+            end = min(start + height, length)
+            panels, used = (end + panel - _ONE) // panel, (end + channels - _ONE) // channels
+            for number in range(panels):
+                place, there = number * height * panel, number * words * panel
+                by_channels(q_rows, k_outputs, scores, start * words, there, place, words, _ZERO)
+                by_channels(g_rows, v_outputs, slopes_of, start * words, there, place, words, _ZERO)
+            for row in range(height):
+                t = start + row
+                count, logarithm = (t + _ONE, logarithms[index * length + t]) if t < length else (_ZERO, _NOTHING)
+                slopes(scores, slopes_of, row, count, panels, logarithm)
+                along_row(slopes_of, row, panels, along)
+            along_rows(scores, start, panels, weights)
+            along_rows(slopes_of, start, panels, of_scores)
+            for number in range(panels_of_head):
+                by_keys(along, k_panels, sums, _ZERO, number * words_of_longest * panel, _ZERO, used, _ZERO)
+                for t in range(start, end):
+                    turn_back(sums, t - start, number, cos, sin, t, out, at + t * _THREE * pairs_of_row)
+
+    @compile_kernel
+    def keys_and_values(
+        q_panels: Any, g_panels: Any, cos: Any, sin: Any, weights: Any, of_scores: Any, out: Any, at: Any
+    ) -> None:
+        """Gradients of a head's keys and values: sums over the places that see them."""
+        sums = np.empty(height * panel, np.float32)
+        k_at, v_at = at + pairs_of_row, at + _TWO * pairs_of_row
+        for start in range(_ZERO, length, height):
+            end, before, seeing = min(start + height, length), start // channels, (rows - start) // channels
+            for number in range(panels_of_head):
+                place, there = (number * words_of_longest + before) * panel, before * longest + start
+                by_queries(of_scores, q_panels, sums, there, place, _ZERO, seeing, _ZERO)
+                for t in range(start, end):
+                    turn_back(sums, t - start, number, cos, sin, t, out, k_at + t * _THREE * pairs_of_row)
+                by_queries(weights, g_panels, sums, there, place, _ZERO, seeing, _ZERO)
+                for t in range(start, end):
+                    put(sums, t - start, number, _UNIT, out, v_at + t * _THREE * pairs_of_row)
+
+    @compile_kernel
+    def backward(qkv: Any, cos: Any, sin: Any, logarithms: Any, gradient: Any, out: Any, first: Any, last: Any) -> None:
+        q_rows, g_rows = np.zeros(rows * words, np.uint32), np.zeros(rows * words, np.uint32)
+        vectors = np.zeros(rows * words, np.uint32)
+        k_outputs, v_outputs = np.zeros(keys * words, np.uint32), np.zeros(keys * words, np.uint32)
+        size = panels_of_head * words_of_longest * panel
+        q_panels, k_panels, g_panels = np.zeros(size, np.uint32), np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+        weights = np.empty(words_of_longest * longest, np.uint32)
+        of_scores = np.empty(words_of_longest * longest, np.uint32)
+        for index in range(first, last):
+            image, head = index // heads, index % heads
+            at = (image * length * _THREE * heads + head) * pairs
+            rotated(qkv, at, cos, sin, q_rows)
+            channels_first(q_rows, q_panels)
+            rotated(qkv, at + pairs_of_row, cos, sin, vectors)
+            outputs_first(vectors, k_outputs)
+            channels_first(vectors, k_panels)
+            plain(qkv, at + _TWO * pairs_of_row, _THREE * pairs_of_row, vectors)
+            outputs_first(vectors, v_outputs)
+            plain(gradient, (image * length * heads + head) * pairs, pairs_of_row, g_rows)
+            channels_first(g_rows, g_panels)
+            scores_and_queries(
+                q_rows, g_rows, k_outputs, v_outputs, k_panels, logarithms, cos, sin, weights, of_scores, out, index, at
+            )
+            keys_and_values(q_panels, g_panels, cos, sin, weights, of_scores, out, at)
+
+    return forward, backward
