@@ -139,6 +139,24 @@ def test_what_is_no_number_goes_through_attention(part: int, value: float, dtype
     assert not qkv.grad.isfinite().all()
 
 
+def test_a_score_that_overflows_leaves_no_finite_gradient() -> None:
+    qkv = torch.randn(1, 75, 180)
+    qkv[0, 66, :120] = 1e25
+    qkv.requires_grad_()
+    result = cpu_training.causal_attention(qkv, 3, ROTATION)
+    assert result.isfinite().all(-1)[0].tolist() == [t != 66 for t in range(75)]
+    (gradient,) = torch.autograd.grad(result[0, 66].sum(), qkv)
+    assert not gradient[0, 66, :60].isfinite().any()
+    assert not gradient[0, :67, 60:].isfinite().any()
+
+
+def test_attention_is_compiled_for_many_scores_only() -> None:
+    """Not for the digits' transformer, for that of CIFAR-10's preset and larger ones."""
+    assert not cpu_training.attends(torch.empty(64, 16, 128), 4)
+    assert cpu_training.attends(torch.empty(256, 64, 384), 6)
+    assert cpu_training.attends(torch.empty(2, 256, 768), 12)
+
+
 @PRECISIONS
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.999])
 def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: torch.dtype) -> None:
