@@ -265,7 +265,7 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
                 scores[at + lane] = weight
                 total += weight
                 every += value
-        total += every * _NOTHING  # no number where a score is none
+        total += every * _NOTHING  # no number where a score is none or infinite
         return _UNIT / total, most * scale + np.log(total)
 
     @compile_kernel
@@ -311,15 +311,16 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
 
     @compile_kernel
     def slopes(scores: Any, slopes_of: Any, row: Any, count: Any, panels: Any, logarithm: Any) -> None:
-        """A row's scores to weights, and the weights' gradients to those of the products of queries and keys."""
-        unit = _UNIT + logarithm * _NOTHING  # no number where a score was none
+        """A row's scores to weights, and the weights' gradients to those of the products of queries and keys.
+
+        Where a score was no number, neither is the logarithm, nor anything here.
+        """
         dot = _NOTHING
         for number in range(panels):
             at, seen = (number * height + row) * panel, seen_in(number, count)
             for lane in range(panel):
-                weight = exp_of_negative(scores[at + lane] * scale - logarithm) * unit if lane < seen else _NOTHING
+                weight = exp_of_negative(scores[at + lane] * scale - logarithm) if lane < seen else _NOTHING
                 scores[at + lane] = weight
-                slopes_of[at + lane] = slopes_of[at + lane] if lane < seen else _NOTHING
                 dot += weight * slopes_of[at + lane]
         for number in range(panels):
             at = (number * height + row) * panel
