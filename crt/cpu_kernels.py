@@ -40,6 +40,12 @@ def to_bits(value: Any) -> Any:
 
 
 @compile_kernel
+def in_one_word(low: Any, high: Any) -> Any:
+    """Two float32 as bfloat16 in one uint32, as they lie beside each other in memory."""
+    return np.uint32(to_bits(low)) | np.uint32(np.uint32(to_bits(high)) << _HALF_BITS)
+
+
+@compile_kernel
 def as_is(value: Any) -> Any:
     """A float32; beside `from_bits` and `to_bits`."""
     return np.float32(value)

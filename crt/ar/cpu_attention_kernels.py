@@ -22,7 +22,7 @@ import torch
 
 from crt.ar.cpu_product_kernels import Tile, tile_product
 from crt.cpu import processor_features
-from crt.cpu_kernels import compile_kernel, exp_of_negative, to_bits
+from crt.cpu_kernels import compile_kernel, exp_of_negative, in_one_word
 
 _ZERO, _ONE, _TWO, _THREE = (np.uintp(number) for number in range(4))
 _UNIT, _NOTHING = np.float32(1), np.float32(0)
@@ -77,8 +77,7 @@ def attention_tile(dtype: torch.dtype, head_width: int) -> Tile:
 class _Operands(NamedTuple):
     """Kernels that bring a head's vectors to where products read them."""
 
-    rotated: Callable[..., None]
-    plain: Callable[..., None]
+    bring: Callable[..., None]
     outputs: Callable[..., None]
     channels: Callable[..., None]
 
@@ -91,7 +90,7 @@ def _read_bits(x: Any, pair: Any) -> Any:
 
 @compile_kernel
 def _write_bits(x: Any, pair: Any, even: Any, odd: Any) -> None:
-    x[pair] = np.uint32(to_bits(even)) | np.uint32(np.uint32(to_bits(odd)) << _HALF)
+    x[pair] = in_one_word(even, odd)
 
 
 @compile_kernel
@@ -109,37 +108,30 @@ def _pairs(as_bits: bool) -> tuple[Callable[..., Any], Callable[..., None]]:
     return (_read_bits, _write_bits) if as_bits else (_read_floats, _write_floats)
 
 
-@functools.cache
 def _operands(shape: Shape) -> _Operands:
     """Those of a shape.
 
-    Rows are words, uint32 (T, W): `rotated(x, at, cos, sin, rows)` and `plain(x, at, stride, rows)` write them from the
-    pairs of channels of an array that start at `at`. Panels are words, as `in_panels` leaves a weight: for
-    `outputs(rows, panels)` positions are the outputs and channels the words, for `channels(rows, panels)` the reverse.
+    Rows are words, uint32 (T, W): `bring(x, at, stride, rotates, cos, sin, rows)` writes them, rotated or not, from the
+    pairs of channels of an array that start at `at`, `stride` from one position to the next. Panels are words, as
+    `in_panels` leaves a weight: for `outputs(rows, panels)` positions are the outputs and channels the words, for
+    `channels(rows, panels)` the reverse.
     """
     length, pairs_of_head = np.uintp(shape.length), np.uintp(shape.head_width // 2)
-    stride_of_all = np.uintp(3 * shape.heads * shape.head_width // 2)
     words, panel, by_pairs = np.uintp(shape.words), np.uintp(shape.tile.panel), shape.tile.pairs
     panels, words_of_length = np.uintp(shape.panels), np.uintp(shape.longest // shape.tile.channels)
     width, half_panel = np.uintp(shape.head_width), np.uintp(shape.tile.panel // 2)
     (read, _), (_, write) = _pairs(shape.as_bits), _pairs(by_pairs)
 
     @compile_kernel
-    def rotated(x: Any, at: Any, cos: Any, sin: Any, rows: Any) -> None:
+    def bring(x: Any, at: Any, stride: Any, rotates: Any, cos: Any, sin: Any, rows: Any) -> None:
         # A row's pairs lie beside each other in `rows` too, two words each where a word is a channel.
         as_stored = rows if by_pairs else rows.view(np.float32)
         for t in range(length):
             for pair in range(pairs_of_head):
-                even, odd = read(x, at + t * stride_of_all + pair)
-                c, s = cos[t * pairs_of_head + pair], sin[t * pairs_of_head + pair]
-                write(as_stored, t * pairs_of_head + pair, even * c - odd * s, even * s + odd * c)
-
-    @compile_kernel
-    def plain(x: Any, at: Any, stride: Any, rows: Any) -> None:
-        as_stored = rows if by_pairs else rows.view(np.float32)
-        for t in range(length):
-            for pair in range(pairs_of_head):
                 even, odd = read(x, at + t * stride + pair)
+                if rotates:
+                    c, s = cos[t * pairs_of_head + pair], sin[t * pairs_of_head + pair]
+                    even, odd = even * c - odd * s, even * s + odd * c
                 write(as_stored, t * pairs_of_head + pair, even, odd)
 
     @compile_kernel
@@ -166,10 +158,9 @@ def _operands(shape: Shape) -> _Operands:
                     for k in range(min(panel, width - number * panel)):
                         panels_of[at + k] = rows[from_ + k]
 
-    return _Operands(rotated, plain, outputs, channels)
+    return _Operands(bring, outputs, channels)
 
 
-@functools.cache
 def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None]]:
     """Write some rows of float32, (panels, tile.rows, tile.panel) as products leave them, as words.
 
@@ -187,8 +178,8 @@ def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None
             at = (number * height + row) * panel
             if by_pairs:
                 for word in range(half_panel):
-                    low, high = to_bits(values[at + _TWO * word]), to_bits(values[at + _TWO * word + _ONE])
-                    out[row * words + number * half_panel + word] = np.uint32(low) | (np.uint32(high) << _HALF)
+                    low, high = values[at + _TWO * word], values[at + _TWO * word + _ONE]
+                    out[row * words + number * half_panel + word] = in_one_word(low, high)
             else:
                 for lane in range(panel):
                     out[row * words + number * panel + lane] = np.float32(values[at + lane]).view(np.uint32)
@@ -201,8 +192,7 @@ def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None
                     one = (number * height + _TWO * pair) * panel
                     to = (first // _TWO + pair) * longest + number * panel
                     for lane in range(panel):
-                        low, high = to_bits(values[one + lane]), to_bits(values[one + panel + lane])
-                        out[to + lane] = np.uint32(low) | (np.uint32(high) << _HALF)
+                        out[to + lane] = in_one_word(values[one + lane], values[one + panel + lane])
             else:
                 for row in range(height):
                     at, to = (number * height + row) * panel, (first + row) * longest + number * panel
@@ -227,10 +217,11 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
     words, panels_of_head = np.uintp(shape.words), np.uintp(shape.panels)
     pairs, half_panel = np.uintp(shape.head_width // 2), np.uintp(tile.panel // 2)
     pairs_of_row = np.uintp(shape.heads * shape.head_width // 2)
+    stride = _THREE * pairs_of_row  # from one position to the next in qkv
     rows, keys, longest = np.uintp(shape.rows), np.uintp(shape.keys), np.uintp(shape.longest)
     words_of_keys, words_of_longest = keys // channels, longest // channels
     scale = np.float32(shape.head_width**-0.5)
-    rotated, plain, outputs_first, channels_first = _operands(shape)
+    bring, outputs_first, channels_first = _operands(shape)
     along_row, along_rows = _word_writers(shape)
     by_channels = tile_product(tile, (shape.words, 1))
     by_keys = tile_product(tile, (shape.keys // tile.channels, 1))
@@ -287,10 +278,10 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         for index in range(first, last):
             image, head = index // heads, index % heads
             at = (image * length * _THREE * heads + head) * pairs
-            rotated(qkv, at, cos, sin, q_rows)
-            rotated(qkv, at + pairs_of_row, cos, sin, vectors)
+            bring(qkv, at, stride, True, cos, sin, q_rows)
+            bring(qkv, at + pairs_of_row, stride, True, cos, sin, vectors)
             outputs_first(vectors, k_panels)
-            plain(qkv, at + _TWO * pairs_of_row, _THREE * pairs_of_row, vectors)
+            bring(qkv, at + _TWO * pairs_of_row, stride, False, cos, sin, vectors)
             channels_first(vectors, v_panels)
             for start in range(_ZERO, length, height):
                 end = min(start + height, length)
@@ -361,7 +352,7 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
             for number in range(panels_of_head):
                 by_keys(along, k_panels, sums, _ZERO, number * words_of_longest * panel, _ZERO, used, _ZERO)
                 for t in range(start, end):
-                    turn_back(sums, t - start, number, cos, sin, t, out, at + t * _THREE * pairs_of_row)
+                    turn_back(sums, t - start, number, cos, sin, t, out, at + t * stride)
 
     @compile_kernel
     def keys_and_values(
@@ -376,10 +367,10 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
                 place, there = (number * words_of_longest + before) * panel, before * longest + start
                 by_queries(of_scores, q_panels, sums, there, place, _ZERO, seeing, _ZERO)
                 for t in range(start, end):
-                    turn_back(sums, t - start, number, cos, sin, t, out, k_at + t * _THREE * pairs_of_row)
+                    turn_back(sums, t - start, number, cos, sin, t, out, k_at + t * stride)
                 by_queries(weights, g_panels, sums, there, place, _ZERO, seeing, _ZERO)
                 for t in range(start, end):
-                    put(sums, t - start, number, _UNIT, out, v_at + t * _THREE * pairs_of_row)
+                    put(sums, t - start, number, _UNIT, out, v_at + t * stride)
 
     @compile_kernel
     def backward(qkv: Any, cos: Any, sin: Any, logarithms: Any, gradient: Any, out: Any, first: Any, last: Any) -> None:
@@ -393,14 +384,14 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         for index in range(first, last):
             image, head = index // heads, index % heads
             at = (image * length * _THREE * heads + head) * pairs
-            rotated(qkv, at, cos, sin, q_rows)
+            bring(qkv, at, stride, True, cos, sin, q_rows)
             channels_first(q_rows, q_panels)
-            rotated(qkv, at + pairs_of_row, cos, sin, vectors)
+            bring(qkv, at + pairs_of_row, stride, True, cos, sin, vectors)
             outputs_first(vectors, k_outputs)
             channels_first(vectors, k_panels)
-            plain(qkv, at + _TWO * pairs_of_row, _THREE * pairs_of_row, vectors)
+            bring(qkv, at + _TWO * pairs_of_row, stride, False, cos, sin, vectors)
             outputs_first(vectors, v_outputs)
-            plain(gradient, (image * length * heads + head) * pairs, pairs_of_row, g_rows)
+            bring(gradient, (image * length * heads + head) * pairs, pairs_of_row, False, cos, sin, g_rows)
             channels_first(g_rows, g_panels)
             scores_and_queries(
                 q_rows, g_rows, k_outputs, v_outputs, k_panels, logarithms, cos, sin, weights, of_scores, out, index, at

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from crt.cpu import processor_features
-from crt.cpu_kernels import compile_kernel, generate_prefetch, to_bits
+from crt.cpu_kernels import compile_kernel, generate_prefetch, in_one_word
 
 
 class Tile(NamedTuple):
@@ -80,15 +80,14 @@ def row_writer(tile: Tile) -> Callable[..., None]:
         Function of (row, first, words, out, at): row float32, words of it from element `first` on; out uint32 (tiles,
         all words, tile.rows), to the element `at` and every `tile.rows`-th after it.
     """
-    height, pairs, half = np.uintp(tile.rows), tile.pairs, np.uint32(16)
+    height, pairs = np.uintp(tile.rows), tile.pairs
     one, two = np.uintp(1), np.uintp(2)
 
     @compile_kernel
     def write(row: Any, first: Any, words: Any, out: Any, at: Any) -> None:
         for word in range(words):
             if pairs:
-                low, high = row[first + two * word], row[first + two * word + one]
-                out[at + word * height] = np.uint32(to_bits(low)) | (np.uint32(to_bits(high)) << half)
+                out[at + word * height] = in_one_word(row[first + two * word], row[first + two * word + one])
             else:
                 out[at + word * height] = np.float32(row[first + word]).view(np.uint32)
 
