@@ -6,9 +6,11 @@ fused attention (`benchmarks/stage2.md`).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
+import platform
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,9 @@ Result = TypeVar("Result")
 # Elements of the residual stream from which kernels are compiled: that takes seconds, as trainings of small models do.
 _LEAST_COMPILED = 2**16
 
+# Numbers of the system call and of what it asks for, on x86-64.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
 
 @functools.cache
 def processor_features() -> frozenset[str]:
@@ -32,6 +37,14 @@ def processor_features() -> frozenset[str]:
     from llvmlite import binding
 
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+@functools.cache
+def has_matrix_registers() -> bool:
+    """Whether this process may use AMX for bfloat16: Linux lends the registers to those that ask (arch_prctl(2))."""
+    if not {"amx-tile", "amx-bf16"} <= processor_features() or platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
 def is_cpu(x: Tensor) -> bool:

@@ -41,6 +41,11 @@ class Shape(NamedTuple):
         """Channels of the residual stream."""
         return self.heads * self.head_width
 
+    @property
+    def words(self) -> int:
+        """Words of a row of the residual stream."""
+        return self.tile.words(self.width)
+
 
 @functools.cache
 def attention_kernel(shape: Shape) -> Callable[..., None]:
@@ -53,7 +58,7 @@ def attention_kernel(shape: Shape) -> Callable[..., None]:
         scratch float32, 2 D + length of it from the element `at` on; pairs [first, last).
     """
     head_width, heads, as_bits = shape.head_width, np.uintp(shape.heads), shape.as_bits
-    height, words = np.uintp(shape.tile.rows), np.uintp(shape.head_width // shape.tile.channels)
+    words, words_of_row = np.uintp(shape.head_width // shape.tile.channels), np.uintp(shape.words)
     write = row_writer(shape.tile)
     d, pairs = np.uintp(head_width), np.uintp(head_width // 2)
     step = np.uintp(_CACHE_LINE // (2 if as_bits else 4))
@@ -140,8 +145,7 @@ def attention_kernel(shape: Shape) -> Callable[..., None]:
             sum_values(keys, values, start, following, scratch, at, count)
             for k in range(d):
                 scratch[at + d + k] /= total
-            place = ((sequence // height * heads + head) * words) * height + sequence % height
-            write(scratch, at + d, words, out, place)
+            write(scratch, at + d, words, out, sequence, head * words, words_of_row)
 
     return attend
 
@@ -155,8 +159,8 @@ def norm_kernel(shape: Shape) -> Callable[..., None]:
         from the element `gain` on; out as `row_writer` leaves it; scratch float32, C of it from `at` on; rows
         [first, last).
     """
-    c, height = np.uintp(shape.width), np.uintp(shape.tile.rows)
-    words, write = np.uintp(shape.width // shape.tile.channels), row_writer(shape.tile)
+    c, write = np.uintp(shape.width), row_writer(shape.tile)
+    words, words_of_row = np.uintp(shape.width // shape.tile.channels), np.uintp(shape.words)
 
     @compile_kernel
     def normalize(
@@ -170,7 +174,7 @@ def norm_kernel(shape: Shape) -> Callable[..., None]:
             factor = _UNIT / np.sqrt(squares / np.float32(c) + np.float32(eps))
             for k in range(c):
                 scratch[at + k] = x[start + k] * factor * gains[gain + k]
-            write(scratch, at, words, out, row // height * words * height + row % height)
+            write(scratch, at, words, out, row, _ZERO, words_of_row)
 
     return normalize
 
@@ -217,7 +221,7 @@ def activating(tile: Tile) -> Callable[..., None]:
             source = at + row * _TWO * half
             for c in range(half):
                 sums[source + c] = _swiglu(sums[source + c], sums[source + half + c])
-            write(sums, source, words, out, (index * width + panel * words) * height + row)
+            write(sums, source, words, out, index * height + row, panel * words, width)
 
     return activate
 
@@ -247,7 +251,7 @@ def step_kernel(shape: Shape) -> Callable[..., None]:
         for finish in (_storing(tile, onto=False), _storing(tile, onto=True), activating(tile))
     )
     channels, panel_size, half = (np.uintp(n) for n in (tile.channels, tile.panel, tile.panel // 2))
-    words = np.uintp(shape.width // tile.channels)
+    words = np.uintp(shape.words)
     qkv_panels, out_panels = (np.uintp(-(-n * shape.width // tile.panel)) for n in (3, 1))
 
     @compile_kernel

@@ -6,7 +6,7 @@ outputs stays in registers while the channels pass, the next panel of weights is
 adds its channels in their order, whatever else is in the batch (`benchmarks/sampling.md`).
 
 A word is what an instruction takes of a row: a float32, or a pair of bfloat16, whose two products AVX512-BF16 adds at
-once.
+once. AMX takes 16 such words of all rows at once (`crt/ar/cpu_matrix_kernels.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from crt.cpu import processor_features
+from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, configure, matrix_product, release
+from crt.cpu import has_matrix_registers, processor_features
 from crt.cpu_kernels import compile_kernel, generate_prefetch, in_one_word
 
 
@@ -35,6 +36,8 @@ class Tile(NamedTuple):
     lanes: int
     pairs: bool
     """Whether a word is a pair of bfloat16."""
+    matrix: bool = False
+    """Whether these registers are those of AMX."""
 
     @property
     def panel(self) -> int:
@@ -46,10 +49,17 @@ class Tile(NamedTuple):
         """Channels of a word."""
         return 2 if self.pairs else 1
 
+    def words(self, channels: int) -> int:
+        """Words of a row, up to as many as are taken at once."""
+        at_once = WORDS_AT_ONCE if self.matrix else 1
+        return -(-channels // (self.channels * at_once)) * at_once
+
 
 def largest_tile(dtype: torch.dtype) -> Tile:
-    """That of this processor: of 32 registers of 64 bytes with AVX-512, else of 16 of 32 bytes."""
+    """That of this processor: of 32 registers of 64 bytes with AVX-512, else of 16 of 32 bytes; for bfloat16 of AMX."""
     features = processor_features()
+    if dtype == torch.bfloat16 and has_matrix_registers():
+        return Tile(rows=16, vectors=4, lanes=16, pairs=True, matrix=True)
     if "avx512f" not in features:
         return Tile(rows=4, vectors=3, lanes=8, pairs=False)
     return Tile(rows=8, vectors=3, lanes=16, pairs=dtype == torch.bfloat16 and "avx512bf16" in features)
@@ -61,37 +71,52 @@ def in_panels(weight: Tensor, tile: Tile, width: int | None = None) -> Tensor:
     Args:
         weight: float32 or bfloat16.
         tile: of the kernel.
-        width: channels to fill up to with zeros; None: to a whole word.
+        width: channels to fill up to with zeros, whole words; None: as few as can be.
 
     Returns:
-        (panels, words, tile.panel, tile.channels); the last panel ends with zeros.
+        (panels, words, tile.panel, tile.channels), for AMX (panels, words / 16, tile.vectors, 16, tile.lanes,
+        tile.channels); the last panel ends with zeros.
     """
     outputs, channels = weight.shape
-    missing = -channels % tile.channels if width is None else width - channels
+    missing = (tile.words(channels) * tile.channels if width is None else width) - channels
     padded = F.pad(weight.detach(), (0, missing, 0, -outputs % tile.panel))
-    return padded.view(-1, tile.panel, padded.shape[1] // tile.channels, tile.channels).transpose(1, 2).contiguous()
+    panels = padded.view(-1, tile.panel, padded.shape[1] // tile.channels, tile.channels).transpose(1, 2)
+    if tile.matrix:
+        panels = panels.unflatten(2, (tile.vectors, tile.lanes)).unflatten(1, (-1, WORDS_AT_ONCE)).transpose(2, 3)
+    return panels.contiguous()
 
 
 @functools.cache
 def row_writer(tile: Tile) -> Callable[..., None]:
-    """Writes some of a row's channels where products read them: words of a tile's rows lie beside each other.
+    """Writes some of a row's channels where products read them.
+
+    For registers of vectors words of a tile's rows lie beside each other, for those of AMX words of a row.
 
     Returns:
-        Function of (row, first, words, out, at): row float32, words of it from element `first` on; out uint32 (tiles,
-        all words, tile.rows), to the element `at` and every `tile.rows`-th after it.
+        Function of (values, first, words, out, row, word, width): values float32, words of them from element `first`
+        on, are the row's from `word` on; out uint32 (tiles, width, tile.rows), or (tiles, tile.rows, width).
     """
-    height, pairs = np.uintp(tile.rows), tile.pairs
+    height, pairs, matrix = np.uintp(tile.rows), tile.pairs, tile.matrix
     one, two = np.uintp(1), np.uintp(2)
 
     @compile_kernel
-    def write(row: Any, first: Any, words: Any, out: Any, at: Any) -> None:
-        for word in range(words):
+    def write(values: Any, first: Any, words: Any, out: Any, row: Any, word: Any, width: Any) -> None:
+        if matrix:
+            at, stride = row * width + word, one
+        else:
+            at, stride = (row // height * width + word) * height + row % height, height
+        for k in range(words):
             if pairs:
-                out[at + word * height] = in_one_word(row[first + two * word], row[first + two * word + one])
+                out[at + k * stride] = in_one_word(values[first + two * k], values[first + two * k + one])
             else:
-                out[at + word * height] = np.float32(row[first + word]).view(np.uint32)
+                out[at + k * stride] = np.float32(values[first + k]).view(np.uint32)
 
     return write
+
+
+@compile_kernel
+def _nothing() -> None:
+    pass
 
 
 @functools.cache
@@ -111,7 +136,10 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
         sums float32, a scratch of tile.rows * tile.panel from sums_at on; finish(sums, sums_at, tile's number, panel,
         out, width) is called for each tile.
     """
-    multiply_tile = tile_product(tile, (1, tile.rows), prefetches, as_bits)
+    if tile.matrix:
+        multiply_tile, begin, end = matrix_product(tile.vectors, prefetches), configure(tile.rows), release
+    else:
+        multiply_tile, begin, end = tile_product(tile, (1, tile.rows), prefetches, as_bits), _nothing, _nothing
     height, vectors, asked = np.uintp(tile.rows), np.uintp(tile.vectors), np.uintp(prefetches)
     panel_size, zero = np.uintp(tile.panel * tile.channels), np.uintp(0)
 
@@ -120,6 +148,7 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
         rows: Any, tiles: Any, words: Any, panels: Any, at: Any, first: Any, last: Any,
         sums: Any, sums_at: Any, out: Any, width: Any,
     ) -> None:  # fmt: skip
+        begin()
         for panel in range(first, last):
             for index in range(zero, tiles):
                 # Each tile asks for its share of the next panel; after the third there is none left.
@@ -127,6 +156,7 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
                 weights = at + panel * panel_size * words
                 multiply_tile(rows, panels, sums, index * height * words, weights, sums_at, words, ahead * words)
                 finish(sums, sums_at, index, panel, out, width)
+        end()
 
     return multiply
 

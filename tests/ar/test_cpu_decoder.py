@@ -33,19 +33,28 @@ NARROW = Tile(rows=4, vectors=3, lanes=8, pairs=False)
 
 
 def tiles(precision: torch.dtype) -> list[Tile]:
-    return [largest_tile(precision), NARROW]
+    """Those of this processor, and what it would have with fewer kinds of registers."""
+    with pytest.MonkeyPatch.context() as patch:
+        largest = largest_tile(precision)
+        patch.setattr("crt.ar.cpu_product_kernels.has_matrix_registers", lambda: False)
+        return list(dict.fromkeys((largest, largest_tile(precision), NARROW)))
 
 
 def read_rows(words: np.ndarray, tile: Tile, rows: int, width: int) -> Tensor:
-    """What `row_writer` wrote, (rows, width) float32; rows to fill up are zero."""
-    by_row = torch.from_numpy(words).view(-1, width // tile.channels, tile.rows).transpose(1, 2).contiguous()
-    values = (by_row.view(torch.bfloat16) if tile.pairs else by_row.view(torch.float32)).float().flatten(0, 1)
+    """What `row_writer` wrote, (rows, width) float32; rows and words to fill up are zero."""
+    by_row = torch.from_numpy(words)
+    if tile.matrix:
+        by_row = by_row.view(-1, tile.words(width))
+    else:
+        by_row = by_row.view(-1, tile.words(width), tile.rows).transpose(1, 2).contiguous().flatten(0, 1)
+    values = (by_row.view(torch.bfloat16) if tile.pairs else by_row.view(torch.float32)).float()
     assert not values[rows:].any()
-    return values[:rows]
+    assert not values[:, width:].any()
+    return values[:rows, :width]
 
 
 def empty_rows(tile: Tile, rows: int, width: int) -> np.ndarray:
-    return np.zeros(-(-rows // tile.rows) * tile.rows * width // tile.channels, np.uint32)
+    return np.zeros(-(-rows // tile.rows) * tile.rows * tile.words(width), np.uint32)
 
 
 @compile_kernel
@@ -65,11 +74,12 @@ def test_product_of_every_row_and_output(precision: torch.dtype, rows: int) -> N
         outputs, width, batch = tile.panel + 5, 38, 2 * tile.rows
         torch.manual_seed(0)
         weight, x = torch.randn(outputs, width).to(precision), torch.randn(batch, width).to(precision)
-        panels, words = in_panels(weight, tile), width // tile.channels
+        panels, words = in_panels(weight, tile), tile.words(width)
         arranged, write = empty_rows(tile, batch, width), row_writer(tile)
         for row in range(batch):
-            at = row // tile.rows * words * tile.rows + row % tile.rows
-            write(flat(x[row].float()), *(np.uintp(n) for n in (0, words)), arranged, np.uintp(at))
+            numbers = (0, width // tile.channels), (row, 0, words)
+            before, after = ([np.uintp(n) for n in part] for part in numbers)
+            write(flat(x[row].float()), *before, arranged, *after)
         out, sums = (np.full(n * tile.rows * tile.panel, np.nan, np.float32) for n in (4, 2))
         size = tile.rows * tile.panel
         for prefetches in (1, 3):
@@ -157,7 +167,7 @@ def test_swiglu_of_a_tile(precision: torch.dtype) -> None:
         gate, up = torch.linspace(-120, 120, size // 2).view(tile.rows, half), torch.randn(tile.rows, half)
         sums = torch.cat((torch.zeros(size), torch.cat((gate, up), dim=1).flatten()))
         words = empty_rows(tile, 2 * tile.rows, tile.panel)
-        one, width = np.uintp(1), np.uintp(tile.panel // tile.channels)
+        one, width = np.uintp(1), np.uintp(tile.words(tile.panel))
         activating(tile)(flat(sums), np.uintp(size), one, one, words, width)
         found = read_rows(words, tile, 2 * tile.rows, tile.panel)
         close(found[tile.rows :, half:], F.silu(gate) * up, precision)

@@ -1,0 +1,124 @@
+"""Products in the matrix registers of AMX, for Numba's kernels.
+
+There are eight: four hold sums of up to 16 rows by 16 outputs each, one the words of rows, three weights in turns, so
+that one is on its way while another is multiplied. Denormal numbers count as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from crt.cpu_kernels import generate_prefetch
+
+WORDS_AT_ONCE = 16
+"""Pairs of channels that an instruction takes of each row."""
+
+_WORD, _REGISTER_ROW = 4, 64  # bytes
+_BYTE, _HALF = ir.IntType(8), ir.IntType(16)
+_SUMS, _WEIGHTS, _ROWS = (0, 1, 2, 3), (4, 5, 6), 7
+_PALETTE = 1
+
+
+def configure(rows: int) -> Any:
+    """Function for compiled code, of (): gives the registers their sizes for products of so many rows.
+
+    To be called once before products, in their thread, and `release` after them.
+    """
+    sizes = [16 if register in _WEIGHTS else rows for register in range(8)]
+    # As LDTILECFG reads it: bytes of a row of each of 16 registers from byte 16 on, their rows from byte 48 on.
+    halves = [_REGISTER_ROW if register < len(sizes) else 0 for register in range(16)]
+    of_rows = [sizes[register] if register < len(sizes) else 0 for register in range(16)]
+    kinds = ir.ArrayType(_BYTE, 16), ir.ArrayType(_HALF, 16), ir.ArrayType(_BYTE, 16)
+    contents = [_PALETTE] + [0] * 15, halves, of_rows
+    setting = ir.Constant(ir.LiteralStructType(kinds), [kind(part) for kind, part in zip(kinds, contents, strict=True)])
+
+    def configure_type(_: Any) -> tuple[Any, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = cgutils.global_constant(builder, f"tiles_of_{rows}_rows", setting)
+            _call(builder, "ldtilecfg", builder.bitcast(place, cgutils.voidptr_t))
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return intrinsic(configure_type)
+
+
+def _release_type(_: Any) -> tuple[Any, Callable[..., Any]]:
+    """Leave the registers to others, who would have to save them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+release: Any = intrinsic(_release_type)
+
+
+def matrix_product(vectors: int, prefetches: int) -> Any:
+    """Multiplies a tile's rows with one panel, as `crt.ar.cpu_product_kernels.tile_product` does.
+
+    Args:
+        vectors: a panel's outputs by 16s, 4 at most.
+        prefetches: lines that are asked for with each word.
+
+    Returns:
+        Function for compiled code, of (rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), which fills
+        (rows, panel) of sums; rows uint32, those of the setting by `words`, a multiple of `WORDS_AT_ONCE`; `ahead`
+        lines from the panel's first to those that are asked for.
+    """
+
+    def product_type(
+        _: Any, rows: Any, panels: Any, sums: Any, rows_at: Any, panels_at: Any, sums_at: Any, words: Any, ahead: Any
+    ) -> tuple[Any, Callable[..., Any]]:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            size = args[3].type
+
+            def further(pointer: Any, *terms: Any) -> Any:
+                for term in terms:
+                    pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
+                return pointer
+
+            row_data, weights, target = (
+                builder.bitcast(further(context.make_array(kind)(context, builder, array).data, at), cgutils.voidptr_t)
+                for kind, array, at in zip(signature.args[:3], args[:3], args[3:6], strict=True)
+            )
+            register_size, row_size = WORDS_AT_ONCE * _REGISTER_ROW, builder.mul(args[6], size(_WORD))
+            sums_row = size(vectors * _REGISTER_ROW)
+            for vector in range(vectors):
+                _call(builder, "tilezero", _BYTE(_SUMS[vector]))
+            with cgutils.for_range(builder, builder.udiv(args[6], size(WORDS_AT_ONCE)), intp=size) as loop:
+                here = further(weights, builder.mul(loop.index, size(vectors * register_size)))
+                asked = further(
+                    weights,
+                    builder.mul(args[7], size(_REGISTER_ROW)),
+                    builder.mul(loop.index, size(prefetches * register_size)),
+                )
+                place = further(row_data, builder.mul(loop.index, size(WORDS_AT_ONCE * _WORD)))
+                _call(builder, "tileloadd64", _BYTE(_ROWS), place, row_size)
+                for vector in range(vectors):
+                    register = _BYTE(_WEIGHTS[vector % len(_WEIGHTS)])
+                    place = further(here, vector * register_size)
+                    _call(builder, "tileloadd64", register, place, size(_REGISTER_ROW))
+                    _call(builder, "tdpbf16ps", _BYTE(_SUMS[vector]), _BYTE(_ROWS), register)
+                    for line in range(vector, WORDS_AT_ONCE * prefetches, vectors):
+                        generate_prefetch(builder, further(asked, line * _REGISTER_ROW))
+            for vector in range(vectors):
+                _call(builder, "tilestored64", _BYTE(_SUMS[vector]), further(target, vector * _REGISTER_ROW), sums_row)
+            return context.get_dummy_value()
+
+        return types.void(rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), generate
+
+    return intrinsic(product_type)
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> None:
+    """One instruction of AMX; registers are given by their numbers."""
+    function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
