@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from crt.ar.cpu_product_kernels import Tile, tile_product
-from crt.cpu import processor_features
+from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, matrix_product
+from crt.ar.cpu_product_kernels import Tile, around_products, tile_product
+from crt.cpu import has_matrix_registers, processor_features
 from crt.cpu_kernels import compile_kernel, exp_of_negative, in_one_word
 
 _ZERO, _ONE, _TWO, _THREE = (np.uintp(number) for number in range(4))
@@ -40,8 +41,14 @@ class Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Positions, up to a whole tile."""
-        return -(-self.length // self.tile.rows) * self.tile.rows
+        """Positions, up to a whole tile and to as many words as are taken at once."""
+        unit = max(self.tile.rows, self.at_once)
+        return -(-self.length // unit) * unit
+
+    @property
+    def at_once(self) -> int:
+        """Positions, or channels, that a product takes together."""
+        return self.tile.channels * (WORDS_AT_ONCE if self.tile.matrix else 1)
 
     @property
     def keys(self) -> int:
@@ -59,14 +66,24 @@ class Shape(NamedTuple):
         return self.head_width // self.tile.channels
 
     @property
+    def words_of_key(self) -> int:
+        """From a key to the next one where words are queries: more than all of them, so that the cache has room for 64."""
+        return self.longest // self.tile.channels + WORDS_AT_ONCE
+
+    @property
     def panels(self) -> int:
         """Of a head's channels."""
         return -(-self.head_width // self.tile.panel)
 
 
 def attention_tile(dtype: torch.dtype, head_width: int) -> Tile:
-    """That of this processor, as `largest_tile`'s, but of an even number of rows and no wider than a head."""
+    """That of this processor, as `largest_tile`'s, but of an even number of rows and no wider than a head.
+
+    AMX takes heads whose channels fill its registers.
+    """
     features = processor_features()
+    if dtype == torch.bfloat16 and head_width % 32 == 0 and has_matrix_registers():
+        return Tile(rows=16, vectors=min(head_width // 16, 4), lanes=16, pairs=True, matrix=True)
     if "avx512f" not in features:
         return Tile(rows=6, vectors=2, lanes=8, pairs=False)
     vectors = min(-(-head_width // 16), 4)
@@ -166,11 +183,12 @@ def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None
 
     Returns:
         Functions of (values, row, panels, out), whose words are along the row, (tile.rows, words of T), and of (values,
-        first row, panels, out), whose words are along the rows, (words of T, T), for all of the tile.
+        first row, panels, out), whose words are along the rows, for all of the tile: (words of T, T), for AMX
+        (T, `words_of_key`).
     """
     height, panel, by_pairs = np.uintp(shape.tile.rows), np.uintp(shape.tile.panel), shape.tile.pairs
     half_panel, words = np.uintp(shape.tile.panel // 2), np.uintp(shape.keys // shape.tile.channels)
-    longest = np.uintp(shape.longest)
+    longest, matrix, words_of_key = np.uintp(shape.longest), shape.tile.matrix, np.uintp(shape.words_of_key)
 
     @compile_kernel
     def along_row(values: Any, row: Any, panels: Any, out: Any) -> None:
@@ -187,7 +205,13 @@ def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None
     @compile_kernel
     def along_rows(values: Any, first: Any, panels: Any, out: Any) -> None:
         for number in range(panels):
-            if by_pairs:
+            if matrix:
+                for lane in range(panel):
+                    to = (number * panel + lane) * words_of_key + first // _TWO
+                    for pair in range(height // _TWO):
+                        one = (number * height + _TWO * pair) * panel
+                        out[to + pair] = in_one_word(values[one + lane], values[one + panel + lane])
+            elif by_pairs:
                 for pair in range(height // _TWO):
                     one = (number * height + _TWO * pair) * panel
                     to = (first // _TWO + pair) * longest + number * panel
@@ -200,6 +224,18 @@ def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None
                         out[to + lane] = np.float32(values[at + lane]).view(np.uint32)
 
     return along_row, along_rows
+
+
+def _products(shape: Shape) -> tuple[Any, Any, Any]:
+    """Those of rows whose words are channels, keys, and queries; see `tile_product`."""
+    tile, words_of_keys = shape.tile, shape.keys // shape.tile.channels
+    if tile.matrix:
+        strides = shape.words, words_of_keys, shape.words_of_key
+        by_channels, by_keys, by_queries = (matrix_product(tile.vectors, stride) for stride in strides)
+    else:
+        both = (shape.words, 1), (words_of_keys, 1), (1, shape.longest)
+        by_channels, by_keys, by_queries = (tile_product(tile, strides) for strides in both)
+    return by_channels, by_keys, by_queries
 
 
 @functools.cache
@@ -218,14 +254,17 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
     pairs, half_panel = np.uintp(shape.head_width // 2), np.uintp(tile.panel // 2)
     pairs_of_row = np.uintp(shape.heads * shape.head_width // 2)
     stride = _THREE * pairs_of_row  # from one position to the next in qkv
-    rows, keys, longest = np.uintp(shape.rows), np.uintp(shape.keys), np.uintp(shape.longest)
-    words_of_keys, words_of_longest = keys // channels, longest // channels
+    rows, keys = np.uintp(shape.rows), np.uintp(shape.keys)
+    words_of_keys, words_of_longest = keys // channels, np.uintp(shape.longest // tile.channels)
     scale = np.float32(shape.head_width**-0.5)
     bring, outputs_first, channels_first = _operands(shape)
     along_row, along_rows = _word_writers(shape)
-    by_channels = tile_product(tile, (shape.words, 1))
-    by_keys = tile_product(tile, (shape.keys // tile.channels, 1))
-    by_queries = tile_product(tile, (1, shape.longest))
+    by_channels, by_keys, by_queries = _products(shape)
+    begin, end_of_products = around_products(tile)
+    at_once = np.uintp(shape.at_once)
+    from_key, from_query = (shape.words_of_key, 1) if tile.matrix else (1, shape.longest)
+    to_next_key, to_next_query = np.uintp(from_key), np.uintp(from_query)
+    size_of_weights = shape.longest * shape.words_of_key if tile.matrix else shape.longest**2 // tile.channels
     _, write = _pairs(shape.as_bits)
 
     @compile_kernel
@@ -275,6 +314,7 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         weights, scores = np.zeros(height * words_of_keys, np.uint32), np.zeros(height * keys, np.float32)
         sums, inverses = np.zeros(height * panel, np.float32), np.zeros(height, np.float32)
         highest = np.zeros(panel, np.float32)
+        begin()
         for index in range(first, last):
             image, head = index // heads, index % heads
             at = (image * length * _THREE * heads + head) * pairs
@@ -299,6 +339,7 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
                     for t in range(start, end):
                         to = ((image * length + t) * heads + head) * pairs
                         put(sums, t - start, number, inverses[t - start], out, to)
+        end_of_products()
 
     @compile_kernel
     def slopes(scores: Any, slopes_of: Any, row: Any, count: Any, panels: Any, logarithm: Any) -> None:
@@ -335,7 +376,7 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         """Gradients of a head's queries; for its keys and values all weights and gradients of scores."""
         scores, slopes_of = np.empty(height * keys, np.float32), np.empty(height * keys, np.float32)
         along, sums = np.empty(height * words_of_keys, np.uint32), np.empty(height * panel, np.float32)
-        for start in range(_ZERO, length, height):
+        for start in range(_ZERO, rows, height):
             end = min(start + height, length)
             panels, used = (end + panel - _ONE) // panel, (end + channels - _ONE) // channels
             for number in range(panels):
@@ -362,9 +403,12 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         sums = np.empty(height * panel, np.float32)
         k_at, v_at = at + pairs_of_row, at + _TWO * pairs_of_row
         for start in range(_ZERO, length, height):
-            end, before, seeing = min(start + height, length), start // channels, (rows - start) // channels
+            # From the first queries that are taken together; those before the tile have no weight.
+            end, before = min(start + height, length), start // at_once * at_once // channels
+            seeing = rows // channels - before
             for number in range(panels_of_head):
-                place, there = (number * words_of_longest + before) * panel, before * longest + start
+                place = (number * words_of_longest + before) * panel
+                there = before * to_next_query + start * to_next_key
                 by_queries(of_scores, q_panels, sums, there, place, _ZERO, seeing, _ZERO)
                 for t in range(start, end):
                     turn_back(sums, t - start, number, cos, sin, t, out, k_at + t * stride)
@@ -379,8 +423,8 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         k_outputs, v_outputs = np.zeros(keys * words, np.uint32), np.zeros(keys * words, np.uint32)
         size = panels_of_head * words_of_longest * panel
         q_panels, k_panels, g_panels = np.zeros(size, np.uint32), np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-        weights = np.empty(words_of_longest * longest, np.uint32)
-        of_scores = np.empty(words_of_longest * longest, np.uint32)
+        weights, of_scores = np.empty(size_of_weights, np.uint32), np.empty(size_of_weights, np.uint32)
+        begin()
         for index in range(first, last):
             image, head = index // heads, index % heads
             at = (image * length * _THREE * heads + head) * pairs
@@ -397,5 +441,6 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
                 q_rows, g_rows, k_outputs, v_outputs, k_panels, logarithms, cos, sin, weights, of_scores, out, index, at
             )
             keys_and_values(q_panels, g_panels, cos, sin, weights, of_scores, out, at)
+        end_of_products()
 
     return forward, backward

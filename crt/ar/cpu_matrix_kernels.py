@@ -61,18 +61,23 @@ def _release_type(_: Any) -> tuple[Any, Callable[..., Any]]:
 release: Any = intrinsic(_release_type)
 
 
-def matrix_product(vectors: int, prefetches: int) -> Any:
+def matrix_product(vectors: int, stride: int | None = None, prefetches: int = 0, in_blocks: bool = False) -> Any:
     """Multiplies a tile's rows with one panel, as `crt.ar.cpu_product_kernels.tile_product` does.
 
     Args:
         vectors: a panel's outputs by 16s, 4 at most.
+        stride: words from a row to the next one; None: as many as are multiplied.
         prefetches: lines that are asked for with each word.
+        in_blocks: whether panels are (words / 16, vectors, 16, 16) words: what fills a register lies together; if not,
+            (words, vectors, 16).
 
     Returns:
         Function for compiled code, of (rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), which fills
-        (rows, panel) of sums; rows uint32, those of the setting by `words`, a multiple of `WORDS_AT_ONCE`; `ahead`
-        lines from the panel's first to those that are asked for.
+        (rows, panel) of sums; words, up to a multiple of `WORDS_AT_ONCE`, of each of the setting's rows; `ahead` lines
+        from the panel's first to those that are asked for.
     """
+    block, row_of_panel = WORDS_AT_ONCE * _REGISTER_ROW, vectors * _REGISTER_ROW
+    to_next_vector, weights_stride = (block, _REGISTER_ROW) if in_blocks else (_REGISTER_ROW, row_of_panel)
 
     def product_type(
         _: Any, rows: Any, panels: Any, sums: Any, rows_at: Any, panels_at: Any, sums_at: Any, words: Any, ahead: Any
@@ -89,28 +94,34 @@ def matrix_product(vectors: int, prefetches: int) -> Any:
                 builder.bitcast(further(context.make_array(kind)(context, builder, array).data, at), cgutils.voidptr_t)
                 for kind, array, at in zip(signature.args[:3], args[:3], args[3:6], strict=True)
             )
-            register_size, row_size = WORDS_AT_ONCE * _REGISTER_ROW, builder.mul(args[6], size(_WORD))
-            sums_row = size(vectors * _REGISTER_ROW)
+            rows_stride = builder.mul(args[6], size(_WORD)) if stride is None else size(stride * _WORD)
+            blocks = builder.udiv(builder.add(args[6], size(WORDS_AT_ONCE - 1)), size(WORDS_AT_ONCE))
             for vector in range(vectors):
                 _call(builder, "tilezero", _BYTE(_SUMS[vector]))
-            with cgutils.for_range(builder, builder.udiv(args[6], size(WORDS_AT_ONCE)), intp=size) as loop:
-                here = further(weights, builder.mul(loop.index, size(vectors * register_size)))
+            with cgutils.for_range(builder, blocks, intp=size) as loop:
+                here = further(weights, builder.mul(loop.index, size(vectors * block)))
                 asked = further(
                     weights,
                     builder.mul(args[7], size(_REGISTER_ROW)),
-                    builder.mul(loop.index, size(prefetches * register_size)),
+                    builder.mul(loop.index, size(prefetches * block)),
                 )
                 place = further(row_data, builder.mul(loop.index, size(WORDS_AT_ONCE * _WORD)))
-                _call(builder, "tileloadd64", _BYTE(_ROWS), place, row_size)
+                _call(builder, "tileloadd64", _BYTE(_ROWS), place, rows_stride)
                 for vector in range(vectors):
                     register = _BYTE(_WEIGHTS[vector % len(_WEIGHTS)])
-                    place = further(here, vector * register_size)
-                    _call(builder, "tileloadd64", register, place, size(_REGISTER_ROW))
+                    place = further(here, vector * to_next_vector)
+                    _call(builder, "tileloadd64", register, place, size(weights_stride))
                     _call(builder, "tdpbf16ps", _BYTE(_SUMS[vector]), _BYTE(_ROWS), register)
                     for line in range(vector, WORDS_AT_ONCE * prefetches, vectors):
                         generate_prefetch(builder, further(asked, line * _REGISTER_ROW))
             for vector in range(vectors):
-                _call(builder, "tilestored64", _BYTE(_SUMS[vector]), further(target, vector * _REGISTER_ROW), sums_row)
+                _call(
+                    builder,
+                    "tilestored64",
+                    _BYTE(_SUMS[vector]),
+                    further(target, vector * _REGISTER_ROW),
+                    size(row_of_panel),
+                )
             return context.get_dummy_value()
 
         return types.void(rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), generate

@@ -119,6 +119,11 @@ def _nothing() -> None:
     pass
 
 
+def around_products(tile: Tile) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What compiled code calls before a tile's products and after them, in their thread."""
+    return (configure(tile.rows), release) if tile.matrix else (_nothing, _nothing)
+
+
 @functools.cache
 def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[..., None]) -> Callable[..., None]:
     """Multiplies all rows with some panels of a weight.
@@ -136,10 +141,11 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
         sums float32, a scratch of tile.rows * tile.panel from sums_at on; finish(sums, sums_at, tile's number, panel,
         out, width) is called for each tile.
     """
+    begin, end = around_products(tile)
     if tile.matrix:
-        multiply_tile, begin, end = matrix_product(tile.vectors, prefetches), configure(tile.rows), release
+        multiply_tile = matrix_product(tile.vectors, None, prefetches, in_blocks=True)
     else:
-        multiply_tile, begin, end = tile_product(tile, (1, tile.rows), prefetches, as_bits), _nothing, _nothing
+        multiply_tile = tile_product(tile, (1, tile.rows), prefetches, as_bits)
     height, vectors, asked = np.uintp(tile.rows), np.uintp(tile.vectors), np.uintp(prefetches)
     panel_size, zero = np.uintp(tile.panel * tile.channels), np.uintp(0)
 

@@ -88,12 +88,22 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
 @PRECISIONS
 @pytest.mark.parametrize(
     "grid, heads, width, vectors",
-    [((1, 1), 1, 4, "wide"), ((1, 7), 1, 100, "wide"), ((13, 10), 2, 64, "wide"), ((5, 7), 2, 24, "narrow")],
+    [
+        ((1, 1), 1, 4, "widest"),
+        ((1, 7), 1, 100, "widest"),
+        ((13, 10), 2, 64, "widest"),
+        ((13, 10), 2, 64, "wide"),
+        ((5, 7), 3, 32, "widest"),
+        ((9, 9), 1, 96, "widest"),
+        ((5, 7), 2, 24, "narrow"),
+    ],
 )
 @pytest.mark.parametrize("threads", [3], indirect=True)
 def test_attention_of_any_shape_on_any_processor(
     grid: tuple[int, int], heads: int, width: int, vectors: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if vectors != "widest":
+        monkeypatch.setattr(cpu_attention_kernels, "has_matrix_registers", lambda: False)
     if vectors == "narrow":
         monkeypatch.setattr(cpu_attention_kernels, "processor_features", frozenset)
     sizes = {"heads": heads, "rotation": rotary_table(grid, width, 100.0)}
