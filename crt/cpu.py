@@ -41,7 +41,7 @@ def processor_features() -> frozenset[str]:
 
 @functools.cache
 def has_matrix_registers() -> bool:
-    """Whether this process may use AMX for bfloat16: Linux lends the registers to those that ask (arch_prctl(2))."""
+    """Whether this process may use AMX for bfloat16: Linux lends its registers to those that ask (arch_prctl(2))."""
     if not {"amx-tile", "amx-bf16"} <= processor_features() or platform.system() != "Linux":
         return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0

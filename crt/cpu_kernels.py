@@ -16,6 +16,7 @@ from crt.cpu import processor_features
 
 _LAST, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
+_SIGN, _MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
 _LOG2_E, _LOWEST, _HALF, _UNIT = np.float32(math.log2(math.e)), np.float32(-126), np.float32(0.5), np.float32(1)
 # Of 2^f, for f from -1/2 to 1/2: a relative error of 1e-7, that of float32.
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
@@ -64,6 +65,12 @@ def exp_of_negative(x: Any) -> Any:
     f = z - whole
     power = _UNIT + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
     return power * np.int32((np.int32(whole) + _BIAS) << _MANTISSA).view(np.float32)
+
+
+@compile_kernel
+def in_order(bits: Any) -> Any:
+    """A float32's bits to an int32 of the same order, and back: vectors find the largest of these."""
+    return np.int32(bits ^ ((bits >> _SIGN) & _MAGNITUDE))
 
 
 def generate_prefetch(builder: Any, address: Any) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crt import cpu
+from crt.cpu_kernels import compile_kernel, in_order
 from tests.conftest import output_and_gradients
 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
@@ -74,3 +77,38 @@ def test_torch_works_alone_in_our_threads() -> None:
     assert seen == [3, *[1] * 6]
     assert len(os.listdir("/proc/self/task")) <= tasks + 3
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "features, system, answer, expected",
+    [
+        ({"amx-tile", "amx-bf16"}, "Linux", 0, True),
+        ({"amx-tile", "amx-bf16"}, "Linux", -1, False),
+        ({"amx-tile", "amx-bf16"}, "Darwin", 0, False),
+        ({"amx-tile", "amx-int8"}, "Linux", 0, False),
+    ],
+)
+def test_matrix_registers_serve_only_where_the_system_lends_them(
+    features: set[str], system: str, answer: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without leave the first such instruction ends the process."""
+    monkeypatch.setattr(cpu, "processor_features", lambda: frozenset(features))
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(syscall=lambda *_: answer))
+    assert cpu.has_matrix_registers.__wrapped__() == expected
+
+
+def test_floats_in_the_order_of_integers() -> None:
+    tiny = np.float32(1e-40)
+    values = np.array([-np.inf, -3e38, -1.5, -1, -tiny, -0.0, 0.0, tiny, 0.25, 1, 3e38, np.inf], np.float32)
+
+    @compile_kernel
+    def all_of(bits, out):  # type: ignore[no-untyped-def]
+        for k in range(bits.size):
+            out[k] = in_order(bits[k])
+
+    numbers, back = np.empty(len(values), np.int32), np.empty(len(values), np.int32)
+    all_of(values.view(np.int32), numbers)
+    all_of(numbers, back)
+    assert (np.diff(numbers.astype(np.int64)) > 0).all()
+    assert (back == values.view(np.int32)).all()

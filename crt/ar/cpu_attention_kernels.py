@@ -23,10 +23,10 @@ import torch
 from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, matrix_product
 from crt.ar.cpu_product_kernels import Tile, around_products, tile_product
 from crt.cpu import has_matrix_registers, processor_features
-from crt.cpu_kernels import compile_kernel, exp_of_negative, in_one_word
+from crt.cpu_kernels import compile_kernel, exp_of_negative, in_one_word, in_order
 
 _ZERO, _ONE, _TWO, _THREE = (np.uintp(number) for number in range(4))
-_UNIT, _NOTHING = np.float32(1), np.float32(0)
+_UNIT, _NOTHING, _LEAST = np.float32(1), np.float32(0), np.int32(-(2**31))
 _HALF, _UPPER, _LOWER = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 
 
@@ -42,13 +42,8 @@ class Shape(NamedTuple):
     @property
     def rows(self) -> int:
         """Positions, up to a whole tile and to as many words as are taken at once."""
-        unit = max(self.tile.rows, self.at_once)
+        unit = max(self.tile.rows, self.tile.at_once)
         return -(-self.length // unit) * unit
-
-    @property
-    def at_once(self) -> int:
-        """Positions, or channels, that a product takes together."""
-        return self.tile.channels * (WORDS_AT_ONCE if self.tile.matrix else 1)
 
     @property
     def keys(self) -> int:
@@ -67,7 +62,7 @@ class Shape(NamedTuple):
 
     @property
     def words_of_key(self) -> int:
-        """From a key to the next one where words are queries: more than all of them, so that the cache has room for 64."""
+        """From a key to the next one where words are queries; not the sizes of which 64 share their cache's places."""
         return self.longest // self.tile.channels + WORDS_AT_ONCE
 
     @property
@@ -179,49 +174,45 @@ def _operands(shape: Shape) -> _Operands:
 
 
 def _word_writers(shape: Shape) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Write some rows of float32, (panels, tile.rows, tile.panel) as products leave them, as words.
+    """Write float32 of a tile's rows, (tile.rows, keys) as products leave them, as words; the first `count` of a row.
 
     Returns:
-        Functions of (values, row, panels, out), whose words are along the row, (tile.rows, words of T), and of (values,
-        first row, panels, out), whose words are along the rows, for all of the tile: (words of T, T), for AMX
+        Functions of (values, row, count, out), whose words are along the row, (tile.rows, words of T), and of (values,
+        first row, count, out), whose words are along the rows, for all of the tile: (words of T, T), for AMX
         (T, `words_of_key`).
     """
-    height, panel, by_pairs = np.uintp(shape.tile.rows), np.uintp(shape.tile.panel), shape.tile.pairs
-    half_panel, words = np.uintp(shape.tile.panel // 2), np.uintp(shape.keys // shape.tile.channels)
+    height, keys, by_pairs = np.uintp(shape.tile.rows), np.uintp(shape.keys), shape.tile.pairs
+    words = np.uintp(shape.keys // shape.tile.channels)
     longest, matrix, words_of_key = np.uintp(shape.longest), shape.tile.matrix, np.uintp(shape.words_of_key)
 
     @compile_kernel
-    def along_row(values: Any, row: Any, panels: Any, out: Any) -> None:
-        for number in range(panels):
-            at = (number * height + row) * panel
-            if by_pairs:
-                for word in range(half_panel):
-                    low, high = values[at + _TWO * word], values[at + _TWO * word + _ONE]
-                    out[row * words + number * half_panel + word] = in_one_word(low, high)
-            else:
-                for lane in range(panel):
-                    out[row * words + number * panel + lane] = np.float32(values[at + lane]).view(np.uint32)
+    def along_row(values: Any, row: Any, count: Any, out: Any) -> None:
+        at, to = row * keys, row * words
+        if by_pairs:
+            for word in range(count // _TWO):
+                out[to + word] = in_one_word(values[at + _TWO * word], values[at + _TWO * word + _ONE])
+        else:
+            for key in range(count):
+                out[to + key] = np.float32(values[at + key]).view(np.uint32)
 
     @compile_kernel
-    def along_rows(values: Any, first: Any, panels: Any, out: Any) -> None:
-        for number in range(panels):
-            if matrix:
-                for lane in range(panel):
-                    to = (number * panel + lane) * words_of_key + first // _TWO
-                    for pair in range(height // _TWO):
-                        one = (number * height + _TWO * pair) * panel
-                        out[to + pair] = in_one_word(values[one + lane], values[one + panel + lane])
-            elif by_pairs:
+    def along_rows(values: Any, first: Any, count: Any, out: Any) -> None:
+        if matrix:
+            for key in range(count):
+                to = key * words_of_key + first // _TWO
                 for pair in range(height // _TWO):
-                    one = (number * height + _TWO * pair) * panel
-                    to = (first // _TWO + pair) * longest + number * panel
-                    for lane in range(panel):
-                        out[to + lane] = in_one_word(values[one + lane], values[one + panel + lane])
-            else:
-                for row in range(height):
-                    at, to = (number * height + row) * panel, (first + row) * longest + number * panel
-                    for lane in range(panel):
-                        out[to + lane] = np.float32(values[at + lane]).view(np.uint32)
+                    at = _TWO * pair * keys + key
+                    out[to + pair] = in_one_word(values[at], values[at + keys])
+        elif by_pairs:
+            for pair in range(height // _TWO):
+                at, to = _TWO * pair * keys, (first // _TWO + pair) * longest
+                for key in range(count):
+                    out[to + key] = in_one_word(values[at + key], values[at + keys + key])
+        else:
+            for row in range(height):
+                at, to = row * keys, (first + row) * longest
+                for key in range(count):
+                    out[to + key] = np.float32(values[at + key]).view(np.uint32)
 
     return along_row, along_rows
 
@@ -230,11 +221,11 @@ def _products(shape: Shape) -> tuple[Any, Any, Any]:
     """Those of rows whose words are channels, keys, and queries; see `tile_product`."""
     tile, words_of_keys = shape.tile, shape.keys // shape.tile.channels
     if tile.matrix:
-        strides = shape.words, words_of_keys, shape.words_of_key
-        by_channels, by_keys, by_queries = (matrix_product(tile.vectors, stride) for stride in strides)
+        by_channels = matrix_product(tile.vectors, shape.words, shape.keys)
+        by_keys, by_queries = (matrix_product(tile.vectors, stride) for stride in (words_of_keys, shape.words_of_key))
     else:
-        both = (shape.words, 1), (words_of_keys, 1), (1, shape.longest)
-        by_channels, by_keys, by_queries = (tile_product(tile, strides) for strides in both)
+        by_channels = tile_product(tile, (shape.words, 1), shape.keys)
+        by_keys, by_queries = (tile_product(tile, strides) for strides in ((words_of_keys, 1), (1, shape.longest)))
     return by_channels, by_keys, by_queries
 
 
@@ -261,40 +252,34 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
     along_row, along_rows = _word_writers(shape)
     by_channels, by_keys, by_queries = _products(shape)
     begin, end_of_products = around_products(tile)
-    at_once = np.uintp(shape.at_once)
+    at_once = np.uintp(tile.at_once)
     from_key, from_query = (shape.words_of_key, 1) if tile.matrix else (1, shape.longest)
     to_next_key, to_next_query = np.uintp(from_key), np.uintp(from_query)
     size_of_weights = shape.longest * shape.words_of_key if tile.matrix else shape.longest**2 // tile.channels
     _, write = _pairs(shape.as_bits)
 
     @compile_kernel
-    def seen_in(panel_number: Any, count: Any) -> Any:
-        """How many of a panel's keys are among the first `count`; a whole panel or less."""
-        start = panel_number * panel
-        return min(count - start, panel) if count > start else _ZERO
+    def hide(scores: Any, row: Any, count: Any, width: Any, value: Any) -> None:
+        """Give all keys but the first `count` of a row a value: vectors then need no mask."""
+        for key in range(count, width):
+            scores[row * keys + key] = value
 
     @compile_kernel
-    def weigh(scores: Any, row: Any, count: Any, panels: Any, highest: Any) -> Any:
+    def weigh(scores: Any, row: Any, count: Any, width: Any) -> Any:
         """A row's scores to exponentials, of the first `count` keys; their sum's inverse and its logarithm."""
-        for lane in range(panel):
-            highest[lane] = np.float32(-np.inf)
-        for number in range(panels):
-            at, seen = (number * height + row) * panel, seen_in(number, count)
-            for lane in range(panel):
-                value = scores[at + lane]
-                highest[lane] = value if (lane < seen) & (value > highest[lane]) else highest[lane]
-        most = highest[_ZERO]
-        for lane in range(panel):
-            most = highest[lane] if highest[lane] > most else most
-        total, every = _NOTHING, _NOTHING
-        for number in range(panels):
-            at, seen = (number * height + row) * panel, seen_in(number, count)
-            for lane in range(panel):
-                value = scores[at + lane] if lane < seen else _NOTHING
-                weight = exp_of_negative((value - most) * scale) if lane < seen else _NOTHING
-                scores[at + lane] = weight
-                total += weight
-                every += value
+        at = row * keys
+        hide(scores, row, count, width, scores[at])
+        bits, largest = scores.view(np.int32), _LEAST
+        for key in range(width):
+            largest = np.int32(max(largest, in_order(bits[at + key])))
+        most, total, every = np.int32(in_order(largest)).view(np.float32), _NOTHING, _NOTHING
+        for key in range(width):
+            value = scores[at + key]
+            every += value
+            scores[at + key] = exp_of_negative((value - most) * scale)
+        hide(scores, row, count, width, _NOTHING)
+        for key in range(width):
+            total += scores[at + key]
         total += every * _NOTHING  # no number where a score is none or infinite
         return _UNIT / total, most * scale + np.log(total)
 
@@ -313,7 +298,6 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         v_panels = np.zeros(panels_of_head * words_of_longest * panel, np.uint32)
         weights, scores = np.zeros(height * words_of_keys, np.uint32), np.zeros(height * keys, np.float32)
         sums, inverses = np.zeros(height * panel, np.float32), np.zeros(height, np.float32)
-        highest = np.zeros(panel, np.float32)
         begin()
         for index in range(first, last):
             image, head = index // heads, index % heads
@@ -325,14 +309,13 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
             channels_first(vectors, v_panels)
             for start in range(_ZERO, length, height):
                 end = min(start + height, length)
-                panels = (end + panel - _ONE) // panel
-                for number in range(panels):
-                    place = number * height * panel
-                    by_channels(q_rows, k_panels, scores, start * words, number * words * panel, place, words, _ZERO)
+                width = (end + panel - _ONE) // panel * panel
+                for key in range(_ZERO, width, panel):
+                    by_channels(q_rows, k_panels, scores, start * words, key * words, key, words, _ZERO)
                 for t in range(start, end):
                     row = t - start
-                    inverses[row], logarithms[index * length + t] = weigh(scores, row, t + _ONE, panels, highest)
-                    along_row(scores, row, panels, weights)
+                    inverses[row], logarithms[index * length + t] = weigh(scores, row, t + _ONE, width)
+                    along_row(scores, row, width, weights)
                 for number in range(panels_of_head):
                     place = number * words_of_longest * panel
                     by_keys(weights, v_panels, sums, _ZERO, place, _ZERO, (end + channels - _ONE) // channels, _ZERO)
@@ -342,22 +325,20 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         end_of_products()
 
     @compile_kernel
-    def slopes(scores: Any, slopes_of: Any, row: Any, count: Any, panels: Any, logarithm: Any) -> None:
+    def slopes(scores: Any, slopes_of: Any, row: Any, count: Any, width: Any, logarithm: Any) -> None:
         """A row's scores to weights, and the weights' gradients to those of the products of queries and keys.
 
         Where a score was no number, neither is the logarithm, nor anything here.
         """
-        dot = _NOTHING
-        for number in range(panels):
-            at, seen = (number * height + row) * panel, seen_in(number, count)
-            for lane in range(panel):
-                weight = exp_of_negative(scores[at + lane] * scale - logarithm) if lane < seen else _NOTHING
-                scores[at + lane] = weight
-                dot += weight * slopes_of[at + lane]
-        for number in range(panels):
-            at = (number * height + row) * panel
-            for lane in range(panel):
-                slopes_of[at + lane] = scores[at + lane] * (slopes_of[at + lane] - dot) * scale
+        at, dot = row * keys, _NOTHING
+        hide(scores, row, count, width, scores[at])
+        for key in range(width):
+            scores[at + key] = exp_of_negative(scores[at + key] * scale - logarithm)
+        hide(scores, row, count, width, _NOTHING)
+        for key in range(width):
+            dot += scores[at + key] * slopes_of[at + key]
+        for key in range(width):
+            slopes_of[at + key] = scores[at + key] * (slopes_of[at + key] - dot) * scale
 
     @compile_kernel
     def turn_back(sums: Any, row: Any, number: Any, cos: Any, sin: Any, t: Any, out: Any, to: Any) -> None:
@@ -378,18 +359,17 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         along, sums = np.empty(height * words_of_keys, np.uint32), np.empty(height * panel, np.float32)
         for start in range(_ZERO, rows, height):
             end = min(start + height, length)
-            panels, used = (end + panel - _ONE) // panel, (end + channels - _ONE) // channels
-            for number in range(panels):
-                place, there = number * height * panel, number * words * panel
-                by_channels(q_rows, k_outputs, scores, start * words, there, place, words, _ZERO)
-                by_channels(g_rows, v_outputs, slopes_of, start * words, there, place, words, _ZERO)
+            width, used = (end + panel - _ONE) // panel * panel, (end + channels - _ONE) // channels
+            for key in range(_ZERO, width, panel):
+                by_channels(q_rows, k_outputs, scores, start * words, key * words, key, words, _ZERO)
+                by_channels(g_rows, v_outputs, slopes_of, start * words, key * words, key, words, _ZERO)
             for row in range(height):
                 t = start + row
                 count, logarithm = (t + _ONE, logarithms[index * length + t]) if t < length else (_ZERO, _NOTHING)
-                slopes(scores, slopes_of, row, count, panels, logarithm)
-                along_row(slopes_of, row, panels, along)
-            along_rows(scores, start, panels, weights)
-            along_rows(slopes_of, start, panels, of_scores)
+                slopes(scores, slopes_of, row, count, width, logarithm)
+                along_row(slopes_of, row, width, along)
+            along_rows(scores, start, width, weights)
+            along_rows(slopes_of, start, width, of_scores)
             for number in range(panels_of_head):
                 by_keys(along, k_panels, sums, _ZERO, number * words_of_longest * panel, _ZERO, used, _ZERO)
                 for t in range(start, end):

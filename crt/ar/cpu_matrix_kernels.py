@@ -61,22 +61,26 @@ def _release_type(_: Any) -> tuple[Any, Callable[..., Any]]:
 release: Any = intrinsic(_release_type)
 
 
-def matrix_product(vectors: int, stride: int | None = None, prefetches: int = 0, in_blocks: bool = False) -> Any:
+def matrix_product(
+    vectors: int, stride: int | None = None, width: int | None = None, prefetches: int = 0, in_blocks: bool = False
+) -> Any:
     """Multiplies a tile's rows with one panel, as `crt.ar.cpu_product_kernels.tile_product` does.
 
     Args:
         vectors: a panel's outputs by 16s, 4 at most.
         stride: words from a row to the next one; None: as many as are multiplied.
+        width: of the sums, of which a panel is filled; None: a panel's.
         prefetches: lines that are asked for with each word.
         in_blocks: whether panels are (words / 16, vectors, 16, 16) words: what fills a register lies together; if not,
             (words, vectors, 16).
 
     Returns:
         Function for compiled code, of (rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), which fills
-        (rows, panel) of sums; words, up to a multiple of `WORDS_AT_ONCE`, of each of the setting's rows; `ahead` lines
-        from the panel's first to those that are asked for.
+        (rows, panel) of sums (rows, width); words, up to a multiple of `WORDS_AT_ONCE`, of each of the setting's rows;
+        `ahead` lines from the panel's first to those that are asked for.
     """
     block, row_of_panel = WORDS_AT_ONCE * _REGISTER_ROW, vectors * _REGISTER_ROW
+    sums_row = row_of_panel if width is None else width * _WORD
     to_next_vector, weights_stride = (block, _REGISTER_ROW) if in_blocks else (_REGISTER_ROW, row_of_panel)
 
     def product_type(
@@ -120,7 +124,7 @@ def matrix_product(vectors: int, stride: int | None = None, prefetches: int = 0,
                     "tilestored64",
                     _BYTE(_SUMS[vector]),
                     further(target, vector * _REGISTER_ROW),
-                    size(row_of_panel),
+                    size(sums_row),
                 )
             return context.get_dummy_value()
 

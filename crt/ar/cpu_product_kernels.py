@@ -49,10 +49,14 @@ class Tile(NamedTuple):
         """Channels of a word."""
         return 2 if self.pairs else 1
 
+    @property
+    def at_once(self) -> int:
+        """Channels that an instruction takes of each row."""
+        return self.channels * (WORDS_AT_ONCE if self.matrix else 1)
+
     def words(self, channels: int) -> int:
         """Words of a row, up to as many as are taken at once."""
-        at_once = WORDS_AT_ONCE if self.matrix else 1
-        return -(-channels // (self.channels * at_once)) * at_once
+        return -(-channels // self.at_once) * self.at_once // self.channels
 
 
 def largest_tile(dtype: torch.dtype) -> Tile:
@@ -143,9 +147,9 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
     """
     begin, end = around_products(tile)
     if tile.matrix:
-        multiply_tile = matrix_product(tile.vectors, None, prefetches, in_blocks=True)
+        multiply_tile = matrix_product(tile.vectors, prefetches=prefetches, in_blocks=True)
     else:
-        multiply_tile = tile_product(tile, (1, tile.rows), prefetches, as_bits)
+        multiply_tile = tile_product(tile, (1, tile.rows), None, prefetches, as_bits)
     height, vectors, asked = np.uintp(tile.rows), np.uintp(tile.vectors), np.uintp(prefetches)
     panel_size, zero = np.uintp(tile.panel * tile.channels), np.uintp(0)
 
@@ -167,25 +171,28 @@ def product_kernel(tile: Tile, prefetches: int, as_bits: bool, finish: Callable[
     return multiply
 
 
-def tile_product(tile: Tile, strides: tuple[int, int], prefetches: int = 0, as_bits: bool = False) -> Any:
+def tile_product(
+    tile: Tile, strides: tuple[int, int], width: int | None = None, prefetches: int = 0, as_bits: bool = False
+) -> Any:
     """Multiplies a tile's rows with one panel.
 
     Args:
         tile: of the kernel.
         strides: elements from a row to the next one, and from a word to the next one.
+        width: of the sums, of which a panel is filled; None: a panel's.
         prefetches: vectors that are asked for with each word.
         as_bits: whether panels are bfloat16, given as uint16, of single channels too.
 
     Returns:
         Function for compiled code, of (rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), which fills
-        (tile.rows, tile.panel) of sums; the `at`s are elements before the tile's, `ahead` vectors from the panel's
-        first to those that are asked for.
+        (tile.rows, tile.panel) of sums (tile.rows, width); the `at`s are elements before the tile's, `ahead` vectors
+        from the panel's first to those that are asked for.
     """
-    return intrinsic(_tile_type(tile, strides, prefetches, as_bits))
+    return intrinsic(_tile_type(tile, strides, tile.panel if width is None else width, prefetches, as_bits))
 
 
 def _tile_type(
-    tile: Tile, strides: tuple[int, int], prefetches: int, as_bits: bool
+    tile: Tile, strides: tuple[int, int], width: int, prefetches: int, as_bits: bool
 ) -> Callable[..., tuple[Any, Callable[..., Any]]]:
     word, lane = ir.IntType(32), ir.FloatType()
     sum_type = ir.VectorType(lane, tile.lanes)
@@ -218,10 +225,10 @@ def _tile_type(
                     pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
                 return pointer
 
-            row_data, weights, target = (
+            row_data, weights, sums_data = (
                 builder.bitcast(offset(context.make_array(kind)(context, builder, array).data, at), to.as_pointer())
                 for kind, array, at, to in zip(
-                    signature.args[:3], args[:3], args[3:6], (factor_type.element, stored_type, sum_type), strict=True
+                    signature.args[:3], args[:3], args[3:6], (factor_type.element, stored_type, lane), strict=True
                 )
             )
             # They live in registers in the end.
@@ -244,8 +251,10 @@ def _tile_type(
                     spread = builder.shuffle_vector(single, unknown, first_lane)
                     for factor, total in zip(factors, totals_of_row, strict=True):
                         builder.store(add_product(builder, builder.load(total), spread, factor), total)
-            for index, total in enumerate(total for totals_of_row in totals for total in totals_of_row):
-                builder.store(builder.load(total), offset(target, index), align=4)
+            for row, totals_of_row in enumerate(totals):
+                of_row = builder.bitcast(offset(sums_data, row * width), sum_type.as_pointer())
+                for index, total in enumerate(totals_of_row):
+                    builder.store(builder.load(total), offset(of_row, index), align=4)
             return context.get_dummy_value()
 
         return types.void(rows, panels, sums, rows_at, panels_at, sums_at, words, ahead), generate

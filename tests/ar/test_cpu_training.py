@@ -116,38 +116,45 @@ def test_attention_of_any_shape_on_any_processor(
         torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
 
 
+# Of a head; AMX takes the second.
+WIDTHS = pytest.mark.parametrize("width", [20, 32])
+
+
 @PRECISIONS
+@WIDTHS
 @pytest.mark.parametrize("place", [0, 5, 63, 64, 74])
 @pytest.mark.parametrize("threads", [1], indirect=True)
-def test_attention_sees_nothing_that_follows(place: int, dtype: torch.dtype) -> None:
+def test_attention_sees_nothing_that_follows(place: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(1, 75, 180).to(dtype)
+    rotation = rotary_table((5, 15), width, 10000.0)
+    qkv = torch.randn(1, 75, 9 * width).to(dtype)
     other = qkv.clone()
     other[:, place + 1 :] = 1e30
-    one, other = (cpu_training.causal_attention(x, 3, ROTATION)[:, : place + 1] for x in (qkv, other))
+    one, other = (cpu_training.causal_attention(x, 3, rotation)[:, : place + 1] for x in (qkv, other))
     assert torch.equal(one, other)
     # Nor does what precedes get a gradient from it.
     qkv.requires_grad_()
-    cpu_training.causal_attention(qkv, 3, ROTATION)[:, place].sum().backward()
+    cpu_training.causal_attention(qkv, 3, rotation)[:, place].sum().backward()
     seen = qkv.grad.abs().sum(-1)[0] > 0
     assert seen.tolist() == [t <= place for t in range(75)]
 
 
 @PRECISIONS
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", [0, 60, 120], ids=["query", "key", "value"])
+@WIDTHS
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("part", [0, 3, 6], ids=["query", "key", "value"])
 @pytest.mark.parametrize("threads", [1], indirect=True)
-def test_what_is_no_number_goes_through_attention(part: int, value: float, dtype: torch.dtype) -> None:
+def test_what_is_no_number_goes_through_attention(part: int, value: float, width: int, dtype: torch.dtype) -> None:
     """A run that diverged must be seen: from a key's place on, and a value in all of its tile too (zero times NaN)."""
-    qkv = torch.randn(1, 75, 180).to(dtype)
-    qkv[0, 66, part + 3] = value
+    qkv = torch.randn(1, 75, 9 * width).to(dtype)
+    qkv[0, 66, part * width + 3] = value
     qkv.requires_grad_()
-    result = cpu_training.causal_attention(qkv, 3, ROTATION)
-    bad = ~result[0, :, :20].isfinite().all(-1)
-    rows = cpu_attention_kernels.attention_tile(dtype, 20).rows
-    first = 66 // rows * rows if part == 120 else 66
+    result = cpu_training.causal_attention(qkv, 3, rotary_table((5, 15), width, 10000.0))
+    bad = ~result[0, :, :width].isfinite().all(-1)
+    rows = cpu_attention_kernels.attention_tile(dtype, width).rows
+    first = 66 // rows * rows if part == 6 else 66
     assert bad.tolist() == [t == 66 if part == 0 else t >= first for t in range(75)]
-    assert result[0, :, 20:].isfinite().all()
+    assert result[0, :, width:].isfinite().all()
     result.sum().backward()
     assert not qkv.grad.isfinite().all()
 
