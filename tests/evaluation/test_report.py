@@ -112,15 +112,17 @@ def test_tiles_tell_the_main_figures_with_units_and_what_to_hold_them_against(tm
     assert tiles == [
         (
             f"{METRICS['fd_classifier_gen']:.3g}",
-            "distance of the samples from real images: lower is better, perfect images would score 0.99",
+            "distance of the samples from real images: lower is better, perfect images would score "
+            f"{METRICS['fd_classifier_gen_of_perfect_images']:.2f}",
         ),
         (
             f"{METRICS['class_agreement']:.1%}",
-            "of the samples are recognised as the class asked for (of real images 99.4%)",
+            "of the samples are recognised as the class asked for "
+            f"(of real images {METRICS['classifier_accuracy']:.1%})",
         ),
-        ("27 dB", "PSNR of the reconstructions: higher is better"),
+        (f"{METRICS['psnr']:.3g} dB", "PSNR of the reconstructions: higher is better"),
         (f"{METRICS['stage2_val_loss']:.3g}", "nats per code, how hard the codes are to predict: lower is better"),
-        ("100.0%", "of the 1,024 codes are in use"),
+        (f"{METRICS['codebook_usage']:.1%}", "of the 1,024 codes are in use"),
     ]
     fid = write(tmp_path, {"gfid": 3.456, "gfid_of_perfect_images": 0.5678})
     assert "<b>3.46</b><span>FID of the samples: lower is better, perfect images would score 0.57</span>" in fid
