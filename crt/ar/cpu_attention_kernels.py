@@ -331,7 +331,6 @@ def attention_kernels(shape: Shape) -> tuple[Callable[..., None], Callable[..., 
         Where a score was no number, neither is the logarithm, nor anything here.
         """
         at, dot = row * keys, _NOTHING
-        hide(scores, row, count, width, scores[at])
         for key in range(width):
             scores[at + key] = exp_of_negative(scores[at + key] * scale - logarithm)
         hide(scores, row, count, width, _NOTHING)

@@ -1,7 +1,7 @@
 """Products in the matrix registers of AMX, for Numba's kernels.
 
-There are eight: four hold sums of up to 16 rows by 16 outputs each, one the words of rows, three weights in turns, so
-that one is on its way while another is multiplied. Denormal numbers count as zero.
+Four hold sums of up to 16 rows by 16 outputs each, one the words of rows, one weights: the processor renames it, so
+that the next ones are on their way meanwhile. Denormal numbers count as zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORDS_AT_ONCE = 16
 
 _WORD, _REGISTER_ROW = 4, 64  # bytes
 _BYTE, _HALF = ir.IntType(8), ir.IntType(16)
-_SUMS, _WEIGHTS, _ROWS = (0, 1, 2, 3), (4, 5, 6), 7
+_SUMS, _WEIGHTS, _ROWS = (0, 1, 2, 3), 4, 5
 _PALETTE = 1
 
 
@@ -29,12 +29,11 @@ def configure(rows: int) -> Any:
 
     To be called once before products, in their thread, and `release` after them.
     """
-    sizes = [16 if register in _WEIGHTS else rows for register in range(8)]
+    sizes = dict.fromkeys((*_SUMS, _ROWS), rows) | {_WEIGHTS: WORDS_AT_ONCE}
     # As LDTILECFG reads it: bytes of a row of each of 16 registers from byte 16 on, their rows from byte 48 on.
-    halves = [_REGISTER_ROW if register < len(sizes) else 0 for register in range(16)]
-    of_rows = [sizes[register] if register < len(sizes) else 0 for register in range(16)]
     kinds = ir.ArrayType(_BYTE, 16), ir.ArrayType(_HALF, 16), ir.ArrayType(_BYTE, 16)
-    contents = [_PALETTE] + [0] * 15, halves, of_rows
+    bytes_of_row = [_REGISTER_ROW if register in sizes else 0 for register in range(16)]
+    contents = [_PALETTE] + [0] * 15, bytes_of_row, [sizes.get(register, 0) for register in range(16)]
     setting = ir.Constant(ir.LiteralStructType(kinds), [kind(part) for kind, part in zip(kinds, contents, strict=True)])
 
     def configure_type(_: Any) -> tuple[Any, Callable[..., Any]]:
@@ -112,10 +111,9 @@ def matrix_product(
                 place = further(row_data, builder.mul(loop.index, size(WORDS_AT_ONCE * _WORD)))
                 _call(builder, "tileloadd64", _BYTE(_ROWS), place, rows_stride)
                 for vector in range(vectors):
-                    register = _BYTE(_WEIGHTS[vector % len(_WEIGHTS)])
                     place = further(here, vector * to_next_vector)
-                    _call(builder, "tileloadd64", register, place, size(weights_stride))
-                    _call(builder, "tdpbf16ps", _BYTE(_SUMS[vector]), _BYTE(_ROWS), register)
+                    _call(builder, "tileloadd64", _BYTE(_WEIGHTS), place, size(weights_stride))
+                    _call(builder, "tdpbf16ps", _BYTE(_SUMS[vector]), _BYTE(_ROWS), _BYTE(_WEIGHTS))
                     for line in range(vector, WORDS_AT_ONCE * prefetches, vectors):
                         generate_prefetch(builder, further(asked, line * _REGISTER_ROW))
             for vector in range(vectors):
