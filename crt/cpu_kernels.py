@@ -73,6 +73,13 @@ def in_order(bits: Any) -> Any:
     return np.int32(bits ^ ((bits >> _SIGN) & _MAGNITUDE))
 
 
+def advance(builder: Any, size: Any, pointer: Any, *terms: Any) -> Any:
+    """In the body of an intrinsic: a pointer so many elements on, by numbers or values of the type `size`."""
+    for term in terms:
+        pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
+    return pointer
+
+
 def generate_prefetch(builder: Any, address: Any) -> None:
     """In the body of an intrinsic: have the line at an address brought to the second-level cache meanwhile."""
     pointer, number = builder.bitcast(address, cgutils.voidptr_t), ir.IntType(32)

@@ -7,13 +7,14 @@ that the next ones are on their way meanwhile. Denormal numbers count as zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from crt.cpu_kernels import generate_prefetch
+from crt.cpu_kernels import advance, generate_prefetch
 
 WORDS_AT_ONCE = 16
 """Pairs of channels that an instruction takes of each row."""
@@ -88,11 +89,7 @@ def matrix_product(
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             size = args[3].type
 
-            def further(pointer: Any, *terms: Any) -> Any:
-                for term in terms:
-                    pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
-                return pointer
-
+            further = partial(advance, builder, size)
             row_data, weights, target = (
                 builder.bitcast(further(context.make_array(kind)(context, builder, array).data, at), cgutils.voidptr_t)
                 for kind, array, at in zip(signature.args[:3], args[:3], args[3:6], strict=True)

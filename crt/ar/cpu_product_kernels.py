@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, configure, matrix_product, release
 from crt.cpu import has_matrix_registers, processor_features
-from crt.cpu_kernels import compile_kernel, generate_prefetch, in_one_word
+from crt.cpu_kernels import advance, compile_kernel, generate_prefetch, in_one_word
 
 
 class Tile(NamedTuple):
@@ -220,11 +220,7 @@ def _tile_type(
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             size = args[3].type
 
-            def offset(pointer: Any, *terms: Any) -> Any:
-                for term in terms:
-                    pointer = builder.gep(pointer, [size(term) if isinstance(term, int) else term])
-                return pointer
-
+            offset = functools.partial(advance, builder, size)
             row_data, weights, sums_data = (
                 builder.bitcast(offset(context.make_array(kind)(context, builder, array).data, at), to.as_pointer())
                 for kind, array, at, to in zip(
