@@ -18,9 +18,12 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from crt.progress import logger
 
 Result = TypeVar("Result")
 
@@ -47,6 +50,35 @@ def has_matrix_registers() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has a fast product of bfloat16.
+
+    oneDNN has none below AVX-512. torch's own takes 10 to 200 times as long there as one of float32.
+    """
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def multiplies_as(device: torch.device, precision: str) -> torch.dtype:
+    """In what type products of `precision`, "float32" or "bf16", are computed on a device."""
+    fast = device.type != "cpu" or multiplies_bfloat16()
+    return torch.bfloat16 if precision == "bf16" and fast else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 where `precision` is "bf16" and the device multiplies that fast; else none."""
+    low = multiplies_as(device, precision) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def announce_precision(section: str, device: torch.device, precision: str) -> None:
+    """Say so where `precision` brings no speed on this processor."""
+    if precision == "bf16" and multiplies_as(device, precision) != torch.bfloat16:
+        logger.info(
+            "%s.precision bf16: this processor multiplies no bfloat16: products are computed in float32", section
+        )
+
+
 def is_cpu(x: Tensor) -> bool:
     """Whether these forms serve for `x`.
 
@@ -66,10 +98,39 @@ def compiled_forms(residual: Tensor) -> ModuleType | None:
     return cpu_training
 
 
+def widens(x: Tensor) -> bool:
+    """Whether products of `x` are faster in float32: see `multiplies_bfloat16`."""
+    return x.dtype == torch.bfloat16 and is_cpu(x) and not multiplies_bfloat16()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Product of bfloat16, (..., C) and (O, C) to (..., O), by one of float32; keeps what torch's own would."""
+    result: Tensor = _WideLinear.apply(x, weight)
+    return result
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        wide = gradient.float()
+        x_gradient = (wide @ weight.float()).to(x.dtype) if of_x else None
+        if not of_weight:
+            return x_gradient, None
+        rows, inputs = wide.reshape(-1, len(weight)), x.float().reshape(-1, weight.shape[1])
+        return x_gradient, (rows.T @ inputs).to(weight.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Softmax of the scores times the values, the scores kept for the backward pass.
 
-    Scores are rounded to the inputs' type, the softmax is computed in float32.
+    Scores are rounded to the inputs' type, unless it `widens`; the softmax is computed in float32.
 
     Args:
         q, k, v: (B, H, T, D).
@@ -78,13 +139,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     Returns:
         (B, H, T, D).
     """
+    dtype = q.dtype
+    if widens(q):
+        q, k, v = q.float(), k.float(), v.float()
     length, width = q.shape[-2:]
     mask = torch.full((length, length), -math.inf, dtype=q.dtype).triu(1) if causal else q.new_zeros(())
     shape = q.shape[:2]
     # Copies, which keep nothing else alive.
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))  # B H, T, D
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)  # B H, T, T
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, shape)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, shape).to(dtype)
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

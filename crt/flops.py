@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from crt.cpu import multiplies_as
+
 if TYPE_CHECKING:
     from crt.ar.model import ARConfig
     from crt.params import TrainTokenizer
@@ -73,7 +75,9 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
                 params.regularizer, quantizer.codebook_dim, model.num_tokens, quantizer.codebook_size
             )
 
-        objective = Objective(params, model, regularizer, discriminator, perceptual=perceptual, device_type="cpu")
+        objective = Objective(
+            params, model, regularizer, discriminator, perceptual=perceptual, device=torch.device("cpu")
+        )
 
         def step(adversarial: bool, batch_size: int) -> None:
             images, uniforms = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, model.num_tokens)
@@ -117,9 +121,12 @@ def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False)
 
 
 def matmul_rate(device: torch.device, precision: str, seconds: float = 0.2) -> float:
-    """FLOPs per second of a large square matrix product on this device, measured now: what MFU is a share of."""
+    """FLOPs per second of a large square matrix product on this device, measured now: what MFU is a share of.
+
+    Where bfloat16 is multiplied in float32, that of float32.
+    """
     side = 8192 if device.type == "cuda" else 1024
-    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = multiplies_as(device, precision)
     # Random: a GPU that multiplies constants draws less power and runs faster than it ever does at work.
     draws = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, dtype=dtype, device=device, generator=draws) for _ in range(2))

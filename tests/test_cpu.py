@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crt import cpu
+from crt.ar.model import Linear
 from crt.cpu_kernels import compile_kernel, in_order
 from tests.conftest import output_and_gradients
 
@@ -26,9 +27,18 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[
         )
         for causal in (True, False)
     },
+    "linear": (cpu.linear, F.linear, [(2, 5, 24), (7, 24)]),
+    "linear, one row": (cpu.linear, F.linear, [(24,), (7, 24)]),
 }
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 products", "float32 products"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies bfloat16, one that does not."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: request.param)
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None:
@@ -41,6 +51,63 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
         tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * other.abs().max().item()
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance)
     assert results[0][0].dtype == dtype
+
+
+def test_wide_products_round_once() -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(shape).bfloat16() for shape in ((64, 512), (32, 512)))
+    exact = F.linear(x.double(), weight.double())
+    assert ((cpu.linear(x, weight) - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_wide_products_give_the_gradients_that_are_asked_for(wanted: tuple[bool, bool]) -> None:
+    results = []
+    for product in (cpu.linear, F.linear):
+        x, weight = (torch.ones(2, 2, requires_grad=needed) for needed in wanted)
+        product(x, weight).sum().backward()
+        results.append((x.grad, weight.grad))
+    for ours, torchs in zip(*results, strict=True):
+        assert (ours is None and torchs is None) or torch.equal(ours, torchs)
+
+
+def test_wide_products_have_second_derivatives() -> None:
+    torch.manual_seed(0)
+    x, weight, direction = torch.randn(3, 4), torch.randn(2, 4), torch.randn(3, 4)
+    results = []
+    for product in (cpu.linear, F.linear):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(product(*leaves).square().sum(), leaves[0], create_graph=True)
+        results.append(torch.autograd.grad((slope * direction).sum(), leaves))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_multiplied_as_such_where_that_is_fast(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a linear layer, under autocast, and in the rate that utilisation is a share of."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: fast)
+    taken: list[torch.dtype] = []
+    torchs_linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, *bias: taken.append(x.dtype) or torchs_linear(x, weight, *bias))
+    layer, x = Linear(8, 8, std=1.0).bfloat16(), torch.ones(2, 8, dtype=torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    assert taken == [torch.bfloat16 if fast else torch.float32]
+    device, gpu = torch.device("cpu"), torch.device("cuda")
+    with cpu.autocast(device, "bf16"):
+        assert torch.is_autocast_enabled("cpu") == fast
+    with cpu.autocast(device, "float32"):
+        assert not torch.is_autocast_enabled("cpu")
+    assert cpu.multiplies_as(device, "bf16") == taken[0]
+    assert cpu.multiplies_as(gpu, "bf16") == torch.bfloat16
+    assert cpu.multiplies_as(gpu, "float32") == torch.float32
+    caplog.set_level("INFO", "crt")
+    for where, precision in ((gpu, "bf16"), (device, "float32"), (device, "bf16")):
+        cpu.announce_precision("sample", where, precision)
+    line = "sample.precision bf16: this processor multiplies no bfloat16: products are computed in float32"
+    assert [record.getMessage() for record in caplog.records] == [] if fast else [line]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

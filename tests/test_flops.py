@@ -54,7 +54,7 @@ def test_a_batch_costs_what_the_counter_finds_for_all_its_images():
     with FakeTensorMode():
         model = Tokenizer(TokenizerConfig.from_params(params))
         regularizer = build_regularizer(params.regularizer, 8, model.num_tokens, 64)
-        objective = Objective(params, model, regularizer, None, perceptual=None, device_type="cpu")
+        objective = Objective(params, model, regularizer, None, perceptual=None, device=torch.device("cpu"))
         images, uniforms = torch.zeros(5, 3, 16, 16), torch.zeros(5, model.num_tokens)
 
         def step() -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from crt.ar.generator import Generator
 from crt.ar.model import ARConfig
 from crt.chunks import ChunkStore
+from crt.cpu import announce_precision, autocast
 from crt.data.transforms import to_uint8
 from crt.distributed import World, gpu_memory, join_world, reported_once
 from crt.errors import UserError
@@ -58,6 +59,7 @@ def run(run: StageRun) -> None:
     with join_world() as world, reported_once(world), gpu_memory(run.name, remedy):
         # Left to itself cuDNN may take algorithms that add in varying order: a chunk made again would be another.
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        announce_precision(run.name, world.device, params.precision)
         generator = Generator.load(run.inputs["ar"], params.precision, world.device, params.compile)
         tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
         check_same_codes(generator.config, tokenizer, run.manifests["train_tokenizer"].content)
@@ -158,7 +160,7 @@ def decode(tokenizer: Tokenizer, codes: Tensor, grid: tuple[int, int], precision
         precision: "float32", or "bf16" for autocast.
     """
     size = images_decoded_at_once(grid[0] * grid[1] * tokenizer.downsampling**2)
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(codes.device, precision):
         pieces = [to_uint8(tokenizer.decode(p, grid).float()) for p in codes.split(size)]
     return torch.cat(pieces).cpu().numpy()
 

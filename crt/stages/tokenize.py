@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from crt.cpu import announce_precision
 from crt.data.packed import PackedImages
 from crt.distributed import (
     World,
@@ -68,6 +69,7 @@ def run(run: StageRun) -> None:
             tokenizer = Tokenizer.load(run.inputs["tokenizer"], world.device)
             images = {split: PackedImages(run.inputs["data"], split) for split in SPLITS}
             headers = {split: _header(run, images[split], tokenizer) for split in SPLITS}
+        announce_precision(run.name, world.device, run.params.tokenize.precision)
         counts = {split: np.zeros(tokenizer.codebook_size, np.int64) for split in SPLITS}
         works = [work for work in _own_shards(run, world, images, headers, counts) if not _is_made(run, work)]
         total = sum(len(images[split]) * len(headers[split].views) for split in SPLITS)

@@ -45,6 +45,7 @@ from crt.ar.engine import (
 from crt.ar.initial_weights import initial_weights
 from crt.ar.model import ARConfig, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
+from crt.cpu import announce_precision
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
 from crt.files import replacing
@@ -97,6 +98,7 @@ def config_of(params: TrainAR, codes: TokenCache) -> ARConfig:
 
 def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: TokenCache) -> None:
     params, seed = run.params.train_ar, run.params.seed
+    announce_precision(run.name, world.device, params.precision)
     config = config_of(params, train_codes)
     micro, _ = micro_batches(params, world.size)
     share = params.batch_size // world.size

@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from crt.cpu import announce_precision
 from crt.data.loader import training_batches
 from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
@@ -86,6 +87,7 @@ def _train(run: StageRun, world: World) -> None:
     params = run.params.train_tokenizer
     rank_slice(params.batch_size, world.rank, world.size)  # a batch that does not divide must not wait for anything
     train_images, val_images = (PackedImages(run.inputs["data"], split) for split in ("train", "val"))
+    announce_precision(run.name, world.device, params.precision)
     # A continued run must choose the same kernels as an uninterrupted one.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
@@ -101,7 +103,7 @@ def _train(run: StageRun, world: World) -> None:
         state.regularizer,
         state.discriminator,
         perceptual=perceptual,
-        device_type=world.device.type,
+        device=world.device,
     )
     checkpoint = run.work / "checkpoint.pt"
     first_step = state.load(checkpoint)

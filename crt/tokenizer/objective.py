@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from crt.cpu import autocast
 from crt.params import TrainTokenizer
 from crt.tokenizer.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, pixel_loss
 from crt.tokenizer.model import Tokenizer
@@ -43,7 +44,7 @@ class Objective:
         regularizer: None: no causal regularizer.
         discriminator: None: no adversarial term.
         perceptual: mean distance of reconstructions and images, for `loss.lpips_weight`; None: no such term.
-        device_type: where the step runs under autocast, if `precision` asks for it.
+        device: where the step runs, under autocast if `precision` asks for it.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class Objective:
         discriminator: nn.Module | None,
         *,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None,
-        device_type: str,
+        device: torch.device,
     ) -> None:
         self.params = params
         self.model, self.regularizer, self.discriminator = model, regularizer, discriminator
         self.perceptual = perceptual
-        self.device_type = device_type
+        self.device = device
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in step number `step`, counted from 0."""
@@ -75,7 +76,7 @@ class Objective:
             adversarial: whether the discriminator judges the reconstructions.
         """
         weights, model = self.params.loss, self.model
-        with self._autocast():
+        with autocast(self.device, self.params.precision):
             latents = model.latents(images)  # B, D, h, w
             raster = latents.flatten(2).transpose(1, 2)  # B, N, D
             drawn = None
@@ -110,7 +111,7 @@ class Objective:
     def discriminator_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """The discriminator's own loss: a scalar whose gradient reaches it alone."""
         assert self.discriminator is not None
-        with self._autocast():
+        with autocast(self.device, self.params.precision):
             return hinge_discriminator_loss(self.discriminator(images), self.discriminator(reconstructions.detach()))
 
     def _adversarial(self, reconstruction_loss: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
@@ -130,6 +131,3 @@ class Objective:
         """The regularizer's loss: the encoder's gradient is scaled by lambda, the regularizer's own is not."""
         scaled = scale_gradient(raster, lambda_)
         return regularizer(scaled, quantized.codes.flatten(1), self.model.quantizer.vectors())
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.params.precision == "bf16")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from crt.cpu import autocast
 from crt.data.loader import made_by_workers
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_unit_range
@@ -98,7 +99,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, precision: str, batch_size: int) -> None:
-        self.tokenizer, self.bf16 = tokenizer, precision == "bf16"
+        self.tokenizer, self.precision = tokenizer, precision
         self.device = next(tokenizer.parameters()).device
         if self.device.type == "cpu":
             batch_size = min(batch_size, max(1, _PIECE_PIXELS // tokenizer.image_size**2))
@@ -138,5 +139,5 @@ class Encoder:
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         # Both modes hold per thread.
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.inference_mode(), autocast(self.device, self.precision):
             return self.tokenizer.nearest_codes(to_unit_range(pixels.to(self.device, non_blocking=True)))

@@ -40,7 +40,7 @@ class Case:
             self.state.regularizer,
             self.state.discriminator,
             perceptual=lambda reconstructions, images: (reconstructions - images).abs().mean(),
-            device_type="cpu",
+            device=torch.device("cpu"),
         )
         draws = torch.Generator().manual_seed(0)
         self.images = torch.rand(4, 3, 16, 16, generator=draws) * 2 - 1

@@ -123,7 +123,7 @@ def test_dropout_differs_between_steps_and_processes_and_comes_back(params):
 
     def pixel(step: int, rank: int) -> float:
         state = TrainingState(section, 0.0, 0, CPU)
-        objective = Objective(section, state.model, None, None, perceptual=None, device_type="cpu")
+        objective = Objective(section, state.model, None, None, perceptual=None, device=torch.device("cpu"))
         return _update(step, images, state, objective, run=run, world=World(rank, 2, CPU))[0]["pixel"].item()
 
     assert pixel(0, 0) == pixel(0, 0)
