@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 
+from crt.cpu import multiplies_bfloat16
 from crt.launch import keep_freed_memory, wait_briefly
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -27,6 +28,15 @@ def run_as_our_stages() -> None:
     if _WAITING[0] not in os.environ:
         wait_briefly()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def usual_precisions() -> list[str]:
+    """What is measured unless told otherwise.
+
+    On a processor that multiplies no bfloat16 float32 alone: a peer's step of stage 2 takes minutes in bf16 there.
+    """
+    slow = not torch.cuda.is_available() and not multiplies_bfloat16()
+    return ["float32"] if slow else ["bf16", "float32"]
 
 
 class Peer:

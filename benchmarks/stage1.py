@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer import Peer, await_gpu, run_as_our_stages, timed
+from peer import Peer, await_gpu, run_as_our_stages, timed, usual_precisions
 from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="pictures on which imported weights are compared")
     parser.add_argument("--batch", type=int, default=2, help="images per step and per call")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
-    parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=["bf16", "float32"])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=usual_precisions())
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks for training")
     parser.add_argument("--peer-keeps-memory", action="store_true", help="LlamaGen keeps freed memory, as ours")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bf16, for the share of it that is used")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peer import Peer, run_as_our_stages, timed
+from peer import Peer, run_as_our_stages, timed, usual_precisions
 from torch import Tensor
 from turn import await_turn
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", choices=NAMES, default="B")
     parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=["bf16", "float32"])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "float32"), default=usual_precisions())
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=1)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing, on our side")
     parser.add_argument("--compile", action="store_true", help="compile both sides' networks")
