@@ -10,7 +10,13 @@ import torch
 
 from crt.errors import UserError
 from crt.evaluation import classifier
-from crt.evaluation.classifier import ClassifierFeatures, ConvClassifier, random_shift, random_turns
+from crt.evaluation.classifier import (
+    ClassifierFeatures,
+    ConvClassifier,
+    ResidualBlock,
+    random_shift,
+    random_turns,
+)
 from crt.evaluation.precision_recall import class_agreement
 from crt.interrupt import Stopped
 
@@ -36,6 +42,16 @@ def test_training_is_a_function_of_params_and_seed(digits, tmp_path):
     assert first.read_bytes() != other.read_bytes()
     checksums = {ClassifierFeatures(path, "cpu").checksum for path in (first, second, other)}
     assert len(checksums) == 2
+
+
+@pytest.mark.parametrize("inputs", [2, 4, 7, 8])
+def test_the_skip_is_a_strided_convolution_also_where_that_is_done_without(inputs):
+    block = ResidualBlock(inputs, 2 * inputs, stride=2).eval()
+    torch.nn.init.zeros_(block.norm2.weight)
+    x = torch.randn(3, inputs, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = torch.relu(torch.nn.functional.conv2d(x.double(), block.skip.weight.double(), stride=2))
+    torch.testing.assert_close(block(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert block.skip.stride == ((2, 2) if inputs == 8 else (1, 1))
 
 
 def test_images_are_shifted_as_far_as_the_params_say_and_otherwise_in_each_step(digits, tmp_path, monkeypatch):
