@@ -244,7 +244,9 @@ def test_codes_do_not_depend_on_the_number_of_threads(small_project):
     assert torch.equal(codes[0], codes[2])
 
 
-def test_bf16_agrees_mostly(small_project):
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_agrees_mostly(small_project, monkeypatch, fast):
+    monkeypatch.setattr("crt.cpu.multiplies_bfloat16", lambda: fast)
     tokenizer = Tokenizer.load(small_project.tokenizer)
     pixels = torch.from_numpy(PackedImages(small_project.data, "train").pixels(np.arange(100)))
     codes = {}
@@ -252,7 +254,7 @@ def test_bf16_agrees_mostly(small_project):
         with Encoder(tokenizer, precision, 32) as encode:
             codes[precision] = encode(pixels)
     agreement = (codes["float32"] == codes["bf16"]).float().mean()
-    assert 0.8 < agreement < 1.0
+    assert 0.8 < agreement < 1.0 if fast else agreement == 1
 
 
 def test_second_writer_is_refused(small_project, tmp_path, capsys):
