@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from crt.progress import logger
-
 Result = TypeVar("Result")
 
 # Elements of the residual stream from which kernels are compiled: that takes seconds, as trainings of small models do.
@@ -57,26 +55,6 @@ def multiplies_bfloat16() -> bool:
     oneDNN has none below AVX-512. torch's own takes 10 to 200 times as long there as one of float32.
     """
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def multiplies_as(device: torch.device, precision: str) -> torch.dtype:
-    """In what type products of `precision`, "float32" or "bf16", are computed on a device."""
-    fast = device.type != "cpu" or multiplies_bfloat16()
-    return torch.bfloat16 if precision == "bf16" and fast else torch.float32
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 where `precision` is "bf16" and the device multiplies that fast; else none."""
-    low = multiplies_as(device, precision) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
-
-
-def announce_precision(section: str, device: torch.device, precision: str) -> None:
-    """Say so where `precision` brings no speed on this processor."""
-    if precision == "bf16" and multiplies_as(device, precision) != torch.bfloat16:
-        logger.info(
-            "%s.precision bf16: this processor multiplies no bfloat16: products are computed in float32", section
-        )
 
 
 def is_cpu(x: Tensor) -> bool:

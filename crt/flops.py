@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crt.cpu import multiplies_as
+from crt.precision import multiplies_as
 
 if TYPE_CHECKING:
     from crt.ar.model import ARConfig

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crt import cpu
+from crt import cpu, precision
 from crt.ar.model import Linear
 from crt.cpu_kernels import compile_kernel, in_order
 from tests.conftest import output_and_gradients
@@ -96,16 +96,16 @@ def test_bf16_is_multiplied_as_such_where_that_is_fast(
     assert layer(x).dtype == torch.bfloat16
     assert taken == [torch.bfloat16 if fast else torch.float32]
     device, gpu = torch.device("cpu"), torch.device("cuda")
-    with cpu.autocast(device, "bf16"):
+    with precision.autocast(device, "bf16"):
         assert torch.is_autocast_enabled("cpu") == fast
-    with cpu.autocast(device, "float32"):
+    with precision.autocast(device, "float32"):
         assert not torch.is_autocast_enabled("cpu")
-    assert cpu.multiplies_as(device, "bf16") == taken[0]
-    assert cpu.multiplies_as(gpu, "bf16") == torch.bfloat16
-    assert cpu.multiplies_as(gpu, "float32") == torch.float32
+    assert precision.multiplies_as(device, "bf16") == taken[0]
+    assert precision.multiplies_as(gpu, "bf16") == torch.bfloat16
+    assert precision.multiplies_as(gpu, "float32") == torch.float32
     caplog.set_level("INFO", "crt")
-    for where, precision in ((gpu, "bf16"), (device, "float32"), (device, "bf16")):
-        cpu.announce_precision("sample", where, precision)
+    for where, wanted in ((gpu, "bf16"), (device, "float32"), (device, "bf16")):
+        precision.announce_precision("sample", where, wanted)
     line = "sample.precision bf16: this processor multiplies no bfloat16: products are computed in float32"
     assert [record.getMessage() for record in caplog.records] == [] if fast else [line]
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from crt.ar.generator import Generator
 from crt.ar.model import ARConfig
 from crt.chunks import ChunkStore
-from crt.cpu import announce_precision, autocast
 from crt.data.transforms import to_uint8
 from crt.distributed import World, gpu_memory, join_world, reported_once
 from crt.errors import UserError
@@ -36,6 +35,7 @@ from crt.evaluation.export import export_samples
 from crt.files import replacing
 from crt.hdf5_frame import hdf5_frame
 from crt.params import Sample
+from crt.precision import announce_precision, autocast
 from crt.progress import Progress
 from crt.stage import StageRun
 from crt.tokenizer.model import Tokenizer

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from crt.cpu import announce_precision
 from crt.data.packed import PackedImages
 from crt.distributed import (
     World,
@@ -32,6 +31,7 @@ from crt.distributed import (
     sum_over_ranks,
 )
 from crt.errors import UserError
+from crt.precision import announce_precision
 from crt.progress import Progress, logger
 from crt.stage import StageRun
 from crt.tokenizer.model import Tokenizer

@@ -45,7 +45,6 @@ from crt.ar.engine import (
 from crt.ar.initial_weights import initial_weights
 from crt.ar.model import ARConfig, count_parameters, save_model
 from crt.ar.sample_grid import SampleGrid
-from crt.cpu import announce_precision
 from crt.distributed import World, gpu_memory, join_world, reported_once, said_by_main, stop_signal
 from crt.errors import UserError
 from crt.files import replacing
@@ -54,6 +53,7 @@ from crt.history import History, read_history
 from crt.interrupt import Stopped, stop_requested
 from crt.live import Live, live_folder
 from crt.params import TrainAR
+from crt.precision import announce_precision
 from crt.progress import Progress
 from crt.randomness import numpy_generator, seed_torch
 from crt.schedules import learning_rate_factor

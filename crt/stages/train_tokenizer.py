@@ -31,7 +31,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crt.cpu import announce_precision
 from crt.data.loader import training_batches
 from crt.data.packed import PackedImages
 from crt.data.sampler import rank_slice
@@ -55,6 +54,7 @@ from crt.interrupt import Stopped
 from crt.live import Live, live_folder
 from crt.params import TrainTokenizer
 from crt.pictures import save_png
+from crt.precision import announce_precision
 from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from crt.cpu import autocast
 from crt.params import TrainTokenizer
+from crt.precision import autocast
 from crt.tokenizer.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, pixel_loss
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.quantizer import Quantized

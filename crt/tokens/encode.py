@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from crt.cpu import autocast
 from crt.data.loader import made_by_workers
 from crt.data.packed import PackedImages
 from crt.data.transforms import to_unit_range
 from crt.distributed import world_size
 from crt.launch import keep_freed_memory
+from crt.precision import autocast
 from crt.tokenizer.model import Tokenizer
 from crt.tokens.views import render_batch, render_views
 
