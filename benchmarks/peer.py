@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import torch
 
-from crt.cpu import multiplies_bfloat16
 from crt.launch import keep_freed_memory, wait_briefly
+from crt.processor import multiplies_bfloat16
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from crt.cpu import processor_features
+from crt.processor import processor_features
 
 _LAST, _HALF_BITS, _ROUNDING = np.uint32(1), np.uint32(16), np.uint32(0x7FFF)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)

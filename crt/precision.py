@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from crt import cpu
+from crt import processor
 from crt.progress import logger
 
 
 def multiplies_as(device: torch.device, precision: str) -> torch.dtype:
     """In what type products of `precision`, "float32" or "bf16", are computed on a device."""
-    fast = device.type != "cpu" or cpu.multiplies_bfloat16()
+    fast = device.type != "cpu" or processor.multiplies_bfloat16()
     return torch.bfloat16 if precision == "bf16" and fast else torch.float32
 
 

@@ -22,8 +22,8 @@ import torch
 
 from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, matrix_product
 from crt.ar.cpu_product_kernels import Tile, around_products, tile_product
-from crt.cpu import has_matrix_registers, processor_features
 from crt.cpu_kernels import compile_kernel, exp_of_negative, in_one_word, in_order
+from crt.processor import has_matrix_registers, processor_features
 
 _ZERO, _ONE, _TWO, _THREE = (np.uintp(number) for number in range(4))
 _UNIT, _NOTHING, _LEAST = np.float32(1), np.float32(0), np.int32(-(2**31))

@@ -24,8 +24,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from crt.ar.cpu_matrix_kernels import WORDS_AT_ONCE, configure, matrix_product, release
-from crt.cpu import has_matrix_registers, processor_features
 from crt.cpu_kernels import advance, compile_kernel, generate_prefetch, in_one_word
+from crt.processor import has_matrix_registers, processor_features
 
 
 class Tile(NamedTuple):

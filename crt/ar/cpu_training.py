@@ -15,7 +15,8 @@ from torch import Tensor
 
 from crt.ar import cpu_training_kernels as kernels
 from crt.ar.cpu_attention_kernels import Shape, attention_kernels, attention_tile
-from crt.cpu import flat, once, share_among_threads
+from crt.cpu import flat, once
+from crt.threads import share_among_threads
 
 # Rows whose sums over the batch are added by themselves: the same bits with any number of threads.
 _ROWS = 64

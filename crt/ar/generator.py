@@ -35,11 +35,12 @@ from torch import Tensor
 
 from crt.ar.decoder import Decoder, is_partitioned
 from crt.ar.model import ARConfig, ARTransformer, load_model
-from crt.cpu import alone, is_cpu
+from crt.cpu import is_cpu
 from crt.errors import UserError
 from crt.model_files import usable_device
 from crt.params import LEAST_TEMPERATURE, MOST_GUIDANCE
 from crt.randomness import numpy_generator
+from crt.threads import alone
 
 if TYPE_CHECKING:
     from crt.ar.cpu_decoder import CPUDecoder

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, cast
 
 import torch
@@ -29,6 +30,9 @@ from crt.model_files import CONFIG_FILE, TRANSFORMER, read_config, read_weights,
 
 if TYPE_CHECKING:
     from crt.params import ARModel
+
+# Elements of the residual stream from which kernels are compiled: that takes seconds, as trainings of small models do.
+_LEAST_COMPILED = 2**16
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class ARTransformer(nn.Module):
         """
         x = self._features(codes, labels)
         logits, targets = self.head(x).flatten(0, 1), codes.flatten()  # B T, K and B T
-        if forms := cpu.compiled_forms(x):
+        if forms := _compiled_forms(x):
             return cast("Tensor", forms.cross_entropy(logits, targets).view_as(codes))
         return F.cross_entropy(logits.float(), targets, reduction="none").view_as(codes)
 
@@ -211,7 +215,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        if (forms := cpu.compiled_forms(x)) and forms.attends(x, self.heads):
+        if (forms := _compiled_forms(x)) and forms.attends(x, self.heads):
             return cast("Tensor", self.dropout(self.out(forms.causal_attention(self.qkv(x), self.heads, rotation))))
         q, k, v = self.project(x, rotation)  # B, H, T, D
         if cpu.is_cpu(x) and x.requires_grad:
@@ -238,7 +242,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        if forms := cpu.compiled_forms(x):
+        if forms := _compiled_forms(x):
             return cast("Tensor", self.dropout(self.down(forms.swiglu(self.gate_up(x)))))
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # B, T, F each
         return self.dropout(self.down(F.silu(gate) * up))
@@ -249,7 +253,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        if self.training and self.p > 0 and (forms := cpu.compiled_forms(x)):
+        if self.training and self.p > 0 and (forms := _compiled_forms(x)):
             return cast("Tensor", forms.dropout(x, self.p))
         return super().forward(x)
 
@@ -264,7 +268,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        if forms := cpu.compiled_forms(x):
+        if forms := _compiled_forms(x):
             return cast("Tensor", forms.rms_norm(x, self.weight, self.eps))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -302,6 +306,15 @@ class Embedding(nn.Embedding):
 def _draw(weight: Tensor, std: float) -> None:
     """Fill with draws from N(0, std): in float32 also where ZeRO-3 makes bfloat16, so that all stages draw the same."""
     weight.copy_(weight.float().normal_(std=std))
+
+
+def _compiled_forms(residual: Tensor) -> ModuleType | None:
+    """`crt.ar.cpu_training` where its kernels serve for a residual stream, (..., C), and are worth compiling."""
+    if not cpu.is_cpu(residual) or residual.numel() < _LEAST_COMPILED:
+        return None
+    from crt.ar import cpu_training
+
+    return cpu_training
 
 
 def rotary_table(grid: tuple[int, int], head_width: int, base: float) -> Tensor:

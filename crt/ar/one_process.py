@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crt.cpu import flat, share_among_threads
+from crt.cpu import flat
+from crt.threads import share_among_threads
 
 # Elements updated at once on a CPU: gradient, weight and both moments in float32 take 16 bytes each.
 _PIECE = 2**20

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from crt.cpu import flat, processor_features, share_among_threads
+from crt.cpu import flat
+from crt.processor import processor_features
+from crt.threads import share_among_threads
 
 # Narrower ones gain too little, and of wider ones the transformed weights are larger than what passes through them.
 _WIDTHS = range(64, 257, 16)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crt import cpu
 from crt.ar import cpu_attention_kernels, cpu_training
 from crt.ar import cpu_training_kernels as kernels
 from crt.ar.model import rotary_table
@@ -20,7 +19,8 @@ from tests.ar.conftest import small_model
 from tests.conftest import output_and_gradients
 
 Operation = Callable[..., Tensor]
-PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16]
+PRECISIONS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ROTATION, TARGETS = rotary_table((5, 15), 20, 10000.0), torch.arange(130) % 1000
 
 
@@ -84,20 +84,22 @@ def test_results_and_gradients_are_torchs(name: str, dtype: torch.dtype) -> None
     assert results[0][0].dtype == (torch.float32 if name == "cross-entropy" else dtype)
 
 
-# A single place, an odd length and more than a panel of channels, several panels of keys; each is compiled for seconds.
-@PRECISIONS
+# A single place, an odd length and more than a panel of channels, several panels of keys. Each is compiled for many
+# seconds: the least one and the one of three of AMX's panels in bfloat16 alone; that of WIDTHS is compiled once.
 @pytest.mark.parametrize(
-    "grid, heads, width, vectors",
+    "grid, heads, width, vectors, dtype",
     [
-        ((1, 1), 1, 4, "widest"),
-        ((1, 7), 1, 100, "widest"),
-        ((13, 10), 2, 64, "widest"),
-        ((13, 10), 2, 64, "wide"),
-        ((5, 7), 3, 32, "widest"),
-        ((9, 9), 1, 96, "widest"),
-        ((5, 7), 2, 24, "narrow"),
+        ((1, 1), 1, 4, "widest", torch.bfloat16),
+        *((*shape, dtype) for dtype in DTYPES for shape in (
+            ((1, 7), 1, 100, "widest"),
+            ((13, 10), 2, 64, "widest"),
+            ((13, 10), 2, 64, "wide"),
+            ((5, 15), 3, 32, "widest"),
+            ((5, 7), 2, 24, "narrow"),
+        )),
+        ((9, 9), 1, 96, "widest", torch.bfloat16),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("threads", [3], indirect=True)
 def test_attention_of_any_shape_on_any_processor(
     grid: tuple[int, int], heads: int, width: int, vectors: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -259,7 +261,7 @@ def test_a_model_is_the_same_with_them(dtype: torch.dtype, monkeypatch: pytest.M
     codes, labels = torch.randint(12, (4, 16), generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3
     found = []
     for least in (0, 2**40):
-        monkeypatch.setattr(cpu, "_LEAST_COMPILED", least)
+        monkeypatch.setattr("crt.ar.model._LEAST_COMPILED", least)
         monkeypatch.setattr(cpu_training, "_LEAST_SCORES", least)
         model = small_model(scale=2.0).to(dtype).requires_grad_(True)
         losses = model(codes, labels)

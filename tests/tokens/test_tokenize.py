@@ -246,7 +246,7 @@ def test_codes_do_not_depend_on_the_number_of_threads(small_project):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_agrees_mostly(small_project, monkeypatch, fast):
-    monkeypatch.setattr("crt.cpu.multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr("crt.processor.multiplies_bfloat16", lambda: fast)
     tokenizer = Tokenizer.load(small_project.tokenizer)
     pixels = torch.from_numpy(PackedImages(small_project.data, "train").pixels(np.arange(100)))
     codes = {}
