@@ -112,7 +112,7 @@ def test_a_signal_stops_the_reading(tmp_path, monkeypatch):
 
 def test_three_processes_share_the_chunks(tmp_path):
     """Each does every third of four chunks; together they leave what one alone leaves, bit for bit."""
-    torch.multiprocessing.spawn(_fill_as_rank, args=(str(tmp_path),), nprocs=3)
+    torch.multiprocessing.start_processes(_fill_as_rank, (str(tmp_path),), nprocs=3, start_method="fork")
     alone = ChunkStore(tmp_path / "alone", len(VALUES), batch_size=6)
     alone.fill("test", work, ALONE)
     names = [path.name for path in sorted((tmp_path / "alone").iterdir())]

@@ -31,7 +31,8 @@ def memory_of(**changes: object) -> SamplingMemory:
 def test_caches_are_those_of_both_samplers(scale, sequences, precision, dtype) -> None:
     """Oracle: the keys and values that the CPU's and the GPU's sampler allocate, on a device without memory."""
     config = ar_config(load_params(PRESET), 1000)
-    model = ARTransformer(config).to(dtype).to("meta")
+    with torch.device("meta"):
+        model = ARTransformer(config).to(dtype)
     images = 3
     decoder = Decoder(model)
     decoder.resize(images * sequences)

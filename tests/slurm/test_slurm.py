@@ -12,8 +12,9 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -24,12 +25,8 @@ from tests.test_end_to_end import Project, make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-# Stage 1 lasts long enough to be disturbed many times.
-LONG = TINY | {
-    "train_tokenizer.steps": 1500,  # enough for five disturbances on a fast machine
-    "train_tokenizer.checkpoint_every": 10,
-    "train_tokenizer.validate_every": 1500,
-}
+# Of stage 1's training without a disturbance: enough for five of them.
+TRAINING_SECONDS = 75
 TWO_NODES = {"mpi": "srun", "nodes": 2, "tasks": 2}
 
 
@@ -40,18 +37,42 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Project:
-    """The same params, run on this machine without Slurm."""
-    project = make_project(tmp_path_factory.mktemp("local"), LONG)
-    project.run("snakemake", "--cores", "1", "all")
+def changes(tmp_path_factory) -> dict[str, Any]:
+    """Params of a run whose stage 1 lasts long enough on a machine of any speed."""
+    some = {"train_tokenizer.steps": 100, "train_tokenizer.validate_every": 100}
+    project = make_project(tmp_path_factory.mktemp("rate"), TINY | some)
+    project.run("snakemake", "--cores", "1", "train_tokenizer")
+    rate = float(re.findall(r"([\d.e+]+) steps/s, took", (project.root / "out/tokenizer.log").read_text())[-1])
+    steps = round(rate * TRAINING_SECONDS)
+    return TINY | {
+        "train_tokenizer.steps": steps,
+        "train_tokenizer.checkpoint_every": 10,
+        "train_tokenizer.validate_every": steps,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(changes, tmp_path_factory) -> Iterator[tuple[Project, subprocess.Popen[bytes]]]:
+    """The same params on this machine without Slurm, beside the other run: on a core that one leaves free."""
+    project = make_project(tmp_path_factory.mktemp("local"), changes)
+    process = subprocess.Popen(["snakemake", "--cores", "1", "all"], cwd=project.root, env=project.environment)
+    yield project, process
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def reference(undisturbed) -> Project:
+    """The result of the undisturbed run."""
+    project, process = undisturbed
+    assert process.wait(900) == 0
     return project
 
 
 class SlurmProject(Project):
     """A clone whose owner has edited the profile for the cluster at hand: no GPUs, little memory, one core a task."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(make_project(root, LONG).root)
+    def __init__(self, root: Path, changes: dict[str, Any]) -> None:
+        super().__init__(make_project(root, changes).root)
         path = root / "workflow/profiles/slurm/config.yaml"
         yaml = YAML()
         profile = yaml.load(path.read_text())
@@ -121,8 +142,8 @@ def slurm(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def project(cluster, reference, tmp_path_factory) -> SlurmProject:
-    project = SlurmProject(tmp_path_factory.mktemp("project") / "clone")
+def project(cluster, changes, undisturbed, tmp_path_factory) -> SlurmProject:
+    project = SlurmProject(tmp_path_factory.mktemp("project") / "clone", changes)
     project.start("train_tokenizer")
     yield project
     if project.controller is not None and project.controller.poll() is None:
