@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -38,7 +39,7 @@ def deepspeed_session(world: World) -> Iterator[None]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed looks here for one thing, a collective through shared memory, which on a CPU it would compile for a
     # minute at first use; gloo serves as well. Filled in, the table also spares the compiler runs that make it.
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     alone = not dist.is_initialized()
     if alone:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
