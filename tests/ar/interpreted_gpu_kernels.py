@@ -230,8 +230,7 @@ def test_a_batch_serves_again_and_with_any_draw(images: int, guided: bool) -> No
 
 def test_a_generator_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Generator` on what passes for a GPU; its batch is made anew where other settings need another."""
-    short = {"scale": 2.0, "grid": (1, 2), "layers": 1}
-    model = small_model(**short)
+    model = small_model(scale=2.0, grid=GRID, layers=1)
     generator, plain = Generator(model), Generator(model)
     monkeypatch.setattr(generator, "_takes_kernels", lambda: True)
     made: list[object] = []
@@ -247,7 +246,7 @@ def test_a_generator_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(generator._gpu_decoder)
     assert made[0] is made[1]
     assert len(set(map(id, made))) == 4
-    model.load_state_dict(small_model(seed=1, **short).state_dict(), assign=True)
+    model.load_state_dict(small_model(seed=1, scale=2.0, grid=GRID, layers=1).state_dict(), assign=True)
     assert torch.equal(calls[-1](generator), calls[-1](plain))
     assert generator._gpu_decoder is not made[-1]  # a graph would still read the weights that were
 

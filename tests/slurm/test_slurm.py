@@ -57,7 +57,7 @@ def undisturbed(changes, tmp_path_factory) -> Iterator[tuple[Project, subprocess
     project = make_project(tmp_path_factory.mktemp("local"), changes)
     process = subprocess.Popen(["snakemake", "--cores", "1", "all"], cwd=project.root, env=project.environment)
     yield project, process
-    process.kill()
+    process.terminate()  # Snakemake ends its stage with itself
 
 
 @pytest.fixture(scope="module")
