@@ -59,28 +59,16 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
         params: section train_tokenizer.
         with_regularizer: whether lambda is above 0; without, no regularizer runs.
     """
-    from crt.tokenizer.discriminator import build_discriminator
-    from crt.tokenizer.model import Tokenizer, TokenizerConfig
     from crt.tokenizer.objective import Objective
-    from crt.tokenizer.regularizer import build_regularizer
 
-    quantizer, size = params.quantizer, params.image_size
+    size = params.image_size
     with FakeTensorMode():
-        model = Tokenizer(TokenizerConfig.from_params(params))
         perceptual = _perceptual_network() if params.loss.lpips_weight > 0 else None
-        discriminator = build_discriminator(params.discriminator, size)
-        regularizer = None
-        if with_regularizer and params.regularizer.kind != "none":
-            regularizer = build_regularizer(
-                params.regularizer, quantizer.codebook_dim, model.num_tokens, quantizer.codebook_size
-            )
-
-        objective = Objective(
-            params, model, regularizer, discriminator, perceptual=perceptual, device=torch.device("cpu")
-        )
+        objective = Objective.untrained(params, with_regularizer, perceptual)
 
         def step(adversarial: bool, batch_size: int) -> None:
-            images, uniforms = torch.zeros(batch_size, 3, size, size), torch.zeros(batch_size, model.num_tokens)
+            images = torch.zeros(batch_size, 3, size, size)
+            uniforms = torch.zeros(batch_size, objective.model.num_tokens)
             made = objective.tokenizer_loss(images, uniforms, 1.0, adversarial)
             made.total.backward()
             if adversarial:
@@ -91,7 +79,7 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
             one, two = (count_flops(partial(step, adversarial, images)) for images in (1, 2))
             return one + (params.batch_size - 1) * (two - one)
 
-        start = params.steps if discriminator is None else min(params.discriminator.start_step, params.steps)
+        start = params.steps if objective.discriminator is None else min(params.discriminator.start_step, params.steps)
         after = flops(True) if start < params.steps else 0
         return (flops(False) * start if start else 0) + after * (params.steps - start)
 

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from crt.plan.cluster import make_cluster
     from crt.plan.layouts import layouts
     from crt.plan.sampling import sampling_memory
+    from crt.plan.tokenizer_memory import tokenizer_memory
     from crt.plan.work import ar_config, data_size, stage_work
 
     params = _with_options(load_params(args.params), args)
@@ -83,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
     )
     _print_sizes(params, config, data)
     _print_hours(args, stage_work(params, data, config), cluster, data)
+    stage1 = None
+    if params.train_tokenizer.steps:
+        stage1 = tokenizer_memory(params.train_tokenizer, params.lambda_ > 0, cluster.gpus)
+        _print_tokenizer_memory(stage1, cluster)
     _print_memory(ways, cluster, params.train_ar.compile)
     sampling = sampling_memory(params, config)
     _print_sampling_memory(sampling, params.sample.batch_size, cluster)
     return _print_verdict(
+        None if stage1 is None else _tokenizer_misfit(stage1, cluster),
         _sampling_misfit(sampling, params.sample.batch_size, cluster),
         _training_misfit(ways, cluster, params.train_ar.compile),
     )
@@ -157,10 +163,21 @@ def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any)
     print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...)")
 
 
+def _print_tokenizer_memory(memory: Any, cluster: Any) -> None:
+    available = cluster.available_bytes
+    largest = cluster.gpus * memory.largest(available)
+    print(
+        f"\ntrain_tokenizer's memory per GPU, derived, not measured; {_size(available)} after the reserve:\n"
+        f"  {_size(memory.peak)}{_mark(memory.peak, cluster)} at {memory.images} images at once: "
+        f"networks and optimizers {_size(memory.state)}, {_size(memory.per_image)} per image; "
+        f"largest batch_size {largest or 'none'}"
+    )
+
+
 def _print_memory(ways: Any, cluster: Any, compiled: bool) -> None:
     micro = ways[0].micro_batch
     print(
-        f"\ntrain_ar's memory per GPU, derived, not measured; {cluster.available_bytes / 1e9:g} GB after the reserve:\n"
+        f"\ntrain_ar's memory per GPU, likewise:\n"
         f"{'':2}{'ZeRO':5}{'offload':25}{'recompute':10}{'weights':>9}{'gradients':>10}{'optimizer':>10}"
         f"{'per image':>10}{f'peak at {micro}':>13}{'largest micro-batch':>20}{'host':>9}"
     )
@@ -193,9 +210,19 @@ def _mark(peak: int, cluster: Any) -> str:
 def _print_verdict(*misfits: str | None) -> int:
     """Print what does not fit and its remedy, or that all fits; returns the exit status."""
     found = [misfit for misfit in misfits if misfit]
-    for misfit in found or ["fits: train_ar and sample as the params have them"]:
+    for misfit in found or ["fits: train_tokenizer, train_ar and sample as the params have them"]:
         print(misfit)
     return 1 if found else 0
+
+
+def _tokenizer_misfit(memory: Any, cluster: Any) -> str | None:
+    available = cluster.available_bytes
+    if memory.peak <= available:
+        return None
+    largest = cluster.gpus * memory.largest(available)
+    fewer = f"set train_tokenizer.batch_size to {largest} or less, or use more GPUs"
+    remedy = fewer if largest else "use GPUs with more memory"
+    return f"does not fit: train_tokenizer needs {_size(memory.peak)} of {_size(available)}: {remedy}"
 
 
 def _sampling_misfit(memory: Any, batch_size: int, cluster: Any) -> str | None:

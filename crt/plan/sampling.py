@@ -1,6 +1,6 @@
 """Memory of one process of `sample`, derived from the params.
 
-Weights and caches are arithmetic; what drawing a code and decoding images need at once is tracked on fake tensors.
+Weights and caches are arithmetic; what drawing a code and decoding images need at once is followed on fake tensors.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from crt.ar.generator import DTYPES, DrawSettings, draw_next
 from crt.ar.model import ARConfig, count_parameters
 from crt.params import Params
+from crt.plan.live_bytes import LiveBytes
 from crt.stages.sample import images_decoded_at_once
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 
@@ -68,8 +68,7 @@ def sampling_memory(params: Params, config: ARConfig) -> SamplingMemory:
 
 
 def _most_bytes(call: Callable[[], object]) -> int:
-    """Held at once by what a call makes, weights apart."""
-    with MemTracker() as tracker:
+    """Held at once by what a call makes."""
+    with LiveBytes() as live:
         call()
-    sizes = tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]
-    return sum(size for kind, size in sizes.items() if getattr(kind, "name", "") in ("ACT", "TEMP"))
+    return live.peak

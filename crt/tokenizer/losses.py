@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -66,18 +68,16 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, weights: str | Path | None, key: str = "train_tokenizer.loss.lpips_weights") -> None:
         super().__init__()
-        import lpips
-
         try:
             with fetching(_vgg_file()) if weights is None else nullcontext():
-                network = lpips.LPIPS(net="vgg", pnet_rand=weights is not None, verbose=False)
+                network = _lpips_network(pnet_rand=weights is not None)
         except OSError as error:
             raise UserError(
                 f"{key}: null, and VGG-16 cannot be fetched ({error}): download vgg16-397923af.pth and name it there"
             ) from None
         if weights is not None:
             _load_lpips(network, Path(weights), key)
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.requires_grad_(False)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """A measuring instrument: it stays in evaluation mode."""
@@ -86,6 +86,22 @@ class PerceptualLoss(nn.Module):
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of the distance of (B, 3, H, W) images in [-1, 1]."""
         return self.network(reconstructions, images).float().mean()
+
+
+def untrained_perceptual_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """What `PerceptualLoss` computes, with random weights: nothing is read or fetched."""
+    network = _lpips_network(pretrained=False, pnet_rand=True).requires_grad_(False)
+    return lambda reconstructions, images: network(reconstructions, images).float().mean()
+
+
+def _lpips_network(**options: bool) -> nn.Module:
+    """The package's network on VGG-16, in evaluation mode."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # it asks in an old way
+        network: nn.Module = lpips.LPIPS(net="vgg", verbose=False, **options)
+    return network
 
 
 def _vgg_file() -> Path:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from crt.params import TrainTokenizer
 from crt.precision import autocast
+from crt.tokenizer.discriminator import build_discriminator
 from crt.tokenizer.losses import adaptive_weight, hinge_discriminator_loss, hinge_generator_loss, pixel_loss
-from crt.tokenizer.model import Tokenizer
+from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokenizer.quantizer import Quantized
-from crt.tokenizer.regularizer import Regularizer, scale_gradient
+from crt.tokenizer.regularizer import Regularizer, build_regularizer, scale_gradient
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,26 @@ class Objective:
         self.model, self.regularizer, self.discriminator = model, regularizer, discriminator
         self.perceptual = perceptual
         self.device = device
+
+    @classmethod
+    def untrained(
+        cls, params: TrainTokenizer, with_regularizer: bool, perceptual: Callable[[Tensor, Tensor], Tensor] | None
+    ) -> Objective:
+        """Of fresh networks on the CPU: on fake tensors it tells what a step costs.
+
+        Args:
+            params: section train_tokenizer.
+            with_regularizer: whether lambda is above 0; without, no regularizer is built.
+            perceptual: as above.
+        """
+        quantizer, model = params.quantizer, Tokenizer(TokenizerConfig.from_params(params))
+        regularizer = None
+        if with_regularizer and params.regularizer.kind != "none":
+            regularizer = build_regularizer(
+                params.regularizer, quantizer.codebook_dim, model.num_tokens, quantizer.codebook_size
+            )
+        discriminator = build_discriminator(params.discriminator, params.image_size)
+        return cls(params, model, regularizer, discriminator, perceptual=perceptual, device=torch.device("cpu"))
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in step number `step`, counted from 0."""

@@ -66,13 +66,7 @@ class TrainingState:
         quantizer = params.quantizer
         ema_decay = quantizer.ema_decay if quantizer.update == "ema" else None
         self.upkeep = CodebookUpkeep(self.model.quantizer, ema_decay, quantizer.revive_after_steps, seed)
-        self.optimizers = {"tokenizer": _adamw(self.model, params.optimizer, params.optimizer.learning_rate)}
-        if self.discriminator is not None:
-            rate = params.discriminator.learning_rate
-            self.optimizers["discriminator"] = _adamw(self.discriminator, params.optimizer, rate)
-        if self.regularizer is not None:
-            own = params.regularizer
-            self.optimizers["regularizer"] = _adamw(self.regularizer, own, own.learning_rate)
+        self.optimizers = build_optimizers(params, self.model, self.regularizer, self.discriminator)
 
     def compile(self) -> None:
         """Compile the networks that training runs; their weights keep their names."""
@@ -190,6 +184,23 @@ class TrainingState:
 def _previous(path: Path) -> Path:
     """Where the state stays that `path` held before."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def build_optimizers(
+    params: TrainTokenizer, model: Tokenizer, regularizer: nn.Module | None, discriminator: nn.Module | None
+) -> dict[str, torch.optim.AdamW]:
+    """One optimizer per network, by the network's name, each with a learning rate of its own.
+
+    Args:
+        params: section train_tokenizer.
+        model, regularizer, discriminator: the networks; None: there is none, and no optimizer.
+    """
+    optimizers = {"tokenizer": _adamw(model, params.optimizer, params.optimizer.learning_rate)}
+    if discriminator is not None:
+        optimizers["discriminator"] = _adamw(discriminator, params.optimizer, params.discriminator.learning_rate)
+    if regularizer is not None:
+        optimizers["regularizer"] = _adamw(regularizer, params.regularizer, params.regularizer.learning_rate)
+    return optimizers
 
 
 def _adamw(network: nn.Module, params: Any, learning_rate: float) -> torch.optim.AdamW:

@@ -269,7 +269,7 @@ def test_own_numbers_of_images_and_classes_come_before_the_known_ones() -> None:
 def test_command_tells_that_all_fits(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--params", str(IMAGENET), "--gpu", "h100", "--gpus", "8"]) == 0
     text = capsys.readouterr().out
-    fits = "fits: train_ar and sample as the params have them"
+    fits = "fits: train_tokenizer, train_ar and sample as the params have them"
     for part in ("774,699,520 parameters", "71,883,403 parameters", "20 views", fits):
         assert part in text
     for stage in ("prepare_data", "train_tokenizer", "tokenize", "train_ar", "sample", "evaluate"):
