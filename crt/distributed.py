@@ -25,6 +25,7 @@ from crt.launch import environment_rank, keep_freed_memory
 
 _COLLECTIVE_MINUTES = 30
 _BUCKET_BYTES = 64 * 2**20
+_as_one_process = False
 _POLL_SECONDS = 0.2
 # What one process may take longer than another to meet the same mistake.
 _REPORT_SECONDS = 10.0
@@ -87,7 +88,18 @@ def join_world() -> Iterator[World]:
 
 def world_size() -> int:
     """Number of processes that work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _as_one_process else 1
+
+
+@contextmanager
+def as_one_process() -> Iterator[None]:
+    """Whatever runs inside sends nothing and waits for nobody, as if there were no other process."""
+    global _as_one_process  # noqa: PLW0603
+    before, _as_one_process = _as_one_process, True
+    try:
+        yield
+    finally:
+        _as_one_process = before
 
 
 def barrier() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from crt.distributed import as_one_process
 from crt.precision import multiplies_as
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
     from crt.tokenizer.objective import Objective
 
     size = params.image_size
-    with FakeTensorMode():
+    # One of several processes counts while the others do not: nothing may be sent.
+    with FakeTensorMode(), as_one_process():
         perceptual = _perceptual_network() if params.loss.lpips_weight > 0 else None
         objective = Objective.untrained(params, with_regularizer, perceptual)
 

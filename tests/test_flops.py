@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from crt.ar.model import ARConfig, ARTransformer
+from crt.distributed import world_size
 from crt.flops import ar_flops_per_image, count_flops, matmul_rate, tokenizer_flops_per_image, tokenizer_training_flops
 from crt.params import TrainTokenizer, load_params
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
@@ -71,6 +74,20 @@ def test_the_discriminator_counts_from_its_start():
 
     assert flops(10) == flops(1000) == tokenizer_training_flops(changed(), False)
     assert flops(4) - flops(10) == 0.6 * (flops(0) - flops(10)) > 0
+
+
+def test_one_of_several_processes_counts_without_the_others(monkeypatch):
+    params = changed(discriminator={"kind": "patchgan", "channels": 8, "layers": 1, "start_step": 0})
+    alone = tokenizer_training_flops(params, True)
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: sent.append(1))
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        assert tokenizer_training_flops(params, True) == alone
+        assert world_size() == 2
+    finally:
+        dist.destroy_process_group()
+    assert not sent
 
 
 def test_lpips_is_two_forward_passes_through_vgg_and_one_backward():
