@@ -9,8 +9,8 @@ lambda 0; LlamaGen's step is run inside its progress report, in a process of its
 are medians over the turns: ours is so many times faster. With `--images` (any folder with pictures below it), weights
 imported from LlamaGen's format are held against its own code on them, in float32: codes that differ, and the largest
 difference of a decoded pixel. `--preset` measures ours alone as the preset has it, with regularizer and LPIPS (random
-weights serve for speed). The last line of the output is one JSON object; on a GPU it also tells images/s, peak memory,
-share of the bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
+weights serve for speed). The last line of the output is one JSON object; on a GPU it also tells images/s, peak memory
+(and what `plan` derives), share of the bf16 peak (`--peak-tflops`) and the days that 400,000 steps of 128 would take.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from crt.__main__ import main as crt_main
 from crt.data.transforms import center_crop, to_unit_range
 from crt.flops import tokenizer_flops_per_image
 from crt.params import load_params
+from crt.plan.tokenizer_memory import tokenizer_memory
 from crt.progress import Progress
 from crt.stages import train_tokenizer
 from crt.tokenizer.import_llamagen import import_llamagen_tokenizer
@@ -183,6 +184,8 @@ def measure_training(
         }
     if device.type == "cuda":
         figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        derived = tokenizer_memory(load_params(params_file).train_tokenizer, args.preset, processes=1)
+        figures["peak_memory_bytes_by_plan"] = derived.peak
     if args.peak_tflops:
         flops = tokenizer_flops_per_image(load_params(params_file).train_tokenizer, with_regularizer=args.preset)
         figures["share_of_peak"] = flops * args.batch / step / (args.peak_tflops * 1e12)
