@@ -7,6 +7,8 @@ works in a folder of its own that survives a kill, and publishes its output fold
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from crt import slurm
 from crt.errors import UserError
@@ -258,6 +260,16 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"{out}: exists and is a file: choose another folder")
 
 
+def _has_flock(path: Path) -> bool:
+    """Whether the file system of a file has locks that go with their process."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # held by another, mostly
+        return error.errno != errno.ENOSYS
+    return True
+
+
 @contextmanager
 def exclusive(run: StageRun) -> Iterator[None]:
     """Hold the output for this process alone, so that a job submitted twice cannot mix its writes.
@@ -275,8 +287,8 @@ def exclusive(run: StageRun) -> Iterator[None]:
     except Timeout:
         waits = slurm.requeue_behind(holder.read_text() if holder.exists() else "")
         remedy = waits or f"another process is writing it (lock {path}): wait for it, or stop it"
-        if not waits and isinstance(lock, SoftFileLock):
-            # What filelock turned to, for want of flock: there the file itself is the lock, and outlives a kill.
+        if not waits and not _has_flock(path):
+            # There filelock takes the file itself for the lock, which outlives a kill.
             remedy += "; if there is none, on any machine, delete that lock file"
         raise UserError(f"{run.out}: {remedy}") from None
     try:
