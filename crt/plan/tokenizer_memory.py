@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +35,9 @@ from crt.tokenizer.state import build_optimizers
 # Operations of ours that autocast computes in float32 on GPUs, and on CPUs in bfloat16.
 _WIDE_ON_GPUS = {"pow", "__pow__", "layer_norm", "softmax", "log_softmax"}
 
+# With so many in a step each further one mostly costs the same.
+_MANY_IMAGES = 16
+
 
 @dataclass(frozen=True)
 class TokenizerMemory:
@@ -41,8 +45,12 @@ class TokenizerMemory:
 
     state: int
     """Held between steps: networks, averaged weights, optimizers."""
+    fixed: int
+    """Held at the fullest moment of a step with many images, whatever their number."""
     per_image: int
-    """What each image adds to the fullest moment of a step."""
+    """What each image adds to that."""
+    least: int
+    """The fullest moment of a step with one image: with few it may be the update."""
     images: int
     """Of one process in a step, as the params have it."""
     peak: int
@@ -50,7 +58,7 @@ class TokenizerMemory:
 
     def largest(self, available: int) -> int:
         """Images per process that fit into `available` bytes; 0: none does."""
-        return max(self.images + (available - self.peak) // self.per_image, 0)
+        return max((available - self.fixed) // self.per_image, 0) if available >= self.least else 0
 
 
 def tokenizer_memory(params: TrainTokenizer, with_regularizer: bool, processes: int) -> TokenizerMemory:
@@ -69,12 +77,19 @@ def tokenizer_memory(params: TrainTokenizer, with_regularizer: bool, processes: 
         live = stack.enter_context(LiveBytes())
         step = _Step(params, with_regularizer)
         state = live.now
-        peaks = []
-        for count in (images, 2 * images):
+
+        @cache
+        def peak(count: int) -> int:
             live.restart()
             step.run(count)
-            peaks.append(live.peak)
-    return TokenizerMemory(state, (peaks[1] - peaks[0]) // images, images, peaks[0])
+            return live.peak
+
+        many = max(images, _MANY_IMAGES)
+        while peak(many) < 2 * state:  # the update, with gradients beside the state, may still be the fullest moment
+            many *= 4
+        per_image = (peak(2 * many) - peak(many)) // many
+        fixed = peak(many) - many * per_image
+        return TokenizerMemory(state, fixed, per_image, least=peak(1), images=images, peak=peak(images))
 
 
 class _Step:

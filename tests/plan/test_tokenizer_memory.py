@@ -138,8 +138,19 @@ def test_a_batch_costs_the_same_however_it_is_derived() -> None:
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:
-    memory = TokenizerMemory(state=100, per_image=10, images=4, peak=145)
-    assert [memory.largest(available) for available in (145, 154, 155, 144, 115, 114, 0)] == [4, 4, 5, 3, 1, 0, 0]
+    memory = TokenizerMemory(state=100, fixed=105, per_image=10, least=120, images=4, peak=145)
+    assert [memory.largest(available) for available in (145, 154, 155, 144, 120, 119, 0)] == [4, 4, 5, 3, 1, 0, 0]
+
+
+def test_where_images_are_small_and_the_networks_large_the_update_is_the_fullest_moment() -> None:
+    params = section("params.yaml", batch_size=2, architecture={"decoder_channels": 128, "decoder_blocks": 2})
+    memory = tokenizer_memory(params, True, 2)
+    assert (memory.images, memory.peak) == (1, memory.least)
+    assert memory.least > memory.fixed + memory.per_image
+    assert memory.largest(memory.least - 1) == 0
+    many = memory.largest(2 * memory.least)
+    tight = tokenizer_memory(params.model_copy(update={"batch_size": 2 * many}), True, 2)
+    assert tight.peak == pytest.approx(2 * memory.least, rel=0.01)
 
 
 @pytest.mark.parametrize(
