@@ -17,20 +17,19 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from crt import processor
-from crt.distributed import average_gradients
 from crt.params import TrainTokenizer
 from crt.plan.live_bytes import LiveBytes
 from crt.tokenizer.losses import untrained_perceptual_loss
 from crt.tokenizer.model import Tokenizer
 from crt.tokenizer.norm import GroupNorm
 from crt.tokenizer.objective import Objective
-from crt.tokenizer.state import build_optimizers
+from crt.tokenizer.state import build_optimizers, descend
 
 # Operations of ours that autocast computes in float32 on GPUs, and on CPUs in bfloat16.
 _WIDE_ON_GPUS = {"pow", "__pow__", "layer_norm", "softmax", "log_softmax"}
@@ -101,8 +100,8 @@ class _Step:
         o = self.objective
         self.averaged = Tokenizer(o.model.config).requires_grad_(False)
         self.optimizers = build_optimizers(params, o.model, o.regularizer, o.discriminator)
-        for name in self.optimizers:
-            for parameter in self._parameters(name):
+        for name, optimizer in self.optimizers.items():
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
                 parameter.grad = torch.zeros_like(parameter)
             self._descend(name)
 
@@ -121,14 +120,8 @@ class _Step:
             o.discriminator_loss(batch, made.reconstructions).backward()
             self._descend("discriminator")
 
-    def _parameters(self, name: str) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizers[name].param_groups for parameter in group["params"]]
-
     def _descend(self, name: str) -> None:
-        average_gradients(self._parameters(name))
-        nn.utils.clip_grad_norm_(self._parameters(name), 1.0)
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad(set_to_none=True)
+        descend(self.optimizers[name], self.params.optimizer.clip_norm)
 
 
 class _AsOnGPU(TorchFunctionMode):

@@ -96,13 +96,7 @@ class TrainingState:
         Returns:
             Norm of the network's gradient before clipping, a scalar.
         """
-        optimizer = self.optimizers[name]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        return descend(self.optimizers[name], clip_norm)
 
     @torch.no_grad()
     def average_weights(self, step: int, replaced_codes: Tensor) -> None:
@@ -184,6 +178,16 @@ class TrainingState:
 def _previous(path: Path) -> Path:
     """Where the state stays that `path` held before."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def descend(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+    """See `TrainingState.descend`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def build_optimizers(
