@@ -110,6 +110,8 @@ def _train(run: StageRun, world: World) -> None:
     check_same_step(first_step, checkpoint, world)
     if params.compile:
         state.compile()
+        if perceptual is not None:
+            perceptual.compile()
 
     log = _Log(run, world, first_step, regularized=state.regularizer is not None)
     progress = Progress("train_tokenizer", params.steps, "steps", done=first_step)

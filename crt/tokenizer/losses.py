@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crt.distributed import mean_over_ranks
 from crt.errors import UserError
@@ -85,13 +87,37 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
         """Mean over the batch of the distance of (B, 3, H, W) images in [-1, 1]."""
-        return self.network(reconstructions, images).float().mean()
+        return _mean_perceptual_distance(self.network, reconstructions, images)
 
 
 def untrained_perceptual_loss() -> Callable[[Tensor, Tensor], Tensor]:
     """What `PerceptualLoss` computes, with random weights: nothing is read or fetched."""
     network = _lpips_network(pretrained=False, pnet_rand=True).requires_grad_(False)
-    return lambda reconstructions, images: network(reconstructions, images).float().mean()
+    return partial(_mean_perceptual_distance, network)
+
+
+def _mean_perceptual_distance(network: Any, reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Mean of what the package's network returns for a batch, with less kept for the backward pass.
+
+    Features are compared in float32, in maps that hold more than VGG-16's own in bfloat16: they are made again there.
+    """
+    features, targets = network.scaling_layer(reconstructions), network.scaling_layer(images)
+    distances = []
+    for layers, weigh in zip(network.net.children(), network.lins, strict=True):
+        features, targets = layers(features), layers(targets)
+        distances.append(
+            checkpoint(_feature_distance, features, targets, weigh, use_reentrant=False, preserve_rng_state=False)
+        )
+    return sum(distances[1:], distances[0]).float().mean()
+
+
+def _feature_distance(features: Tensor, targets: Tensor, weigh: nn.Module) -> Tensor:
+    """(B, C, h, w) features of one layer of both sides to their (B, 1, 1, 1) distances."""
+    from lpips import normalize_tensor, spatial_average
+
+    difference = normalize_tensor(features.float()) - normalize_tensor(targets.float())
+    distances: Tensor = spatial_average(weigh(difference**2))
+    return distances
 
 
 def _lpips_network(**options: bool) -> nn.Module:

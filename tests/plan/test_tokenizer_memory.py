@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -77,7 +78,7 @@ def kept_by_forward_pass(params: TrainTokenizer, device: str) -> int:
         network = losses._lpips_network(pretrained=False, pnet_rand=True).requires_grad_(False)
         for name, constant in list(network.scaling_layer.named_buffers()):
             setattr(network.scaling_layer, name, constant.to(device))
-        perceptual = (lambda x, y: network(x, y).float().mean()) if params.loss.lpips_weight else None
+        perceptual = partial(losses._mean_perceptual_distance, network) if params.loss.lpips_weight else None
         objective = Objective.untrained(params, True, perceptual)
         objective.device = torch.device(device)
         images = torch.zeros(2, 3, params.image_size, params.image_size).contiguous(memory_format=torch.channels_last)

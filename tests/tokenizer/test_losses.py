@@ -71,6 +71,25 @@ def test_lpips_weights_from_a_file_of_vgg(tmp_path):
     assert torch.equal(PerceptualLoss(tmp_path / "whole.pth")(a, b), loss(a, b))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lpips_is_the_package_s_own_in_value_and_gradient_compiled_or_not(tmp_path, autocast):
+    loss = PerceptualLoss(vgg_file(tmp_path / "vgg16.pth"))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    noisy = (images + 0.1 * torch.randn(2, 3, 64, 64)).requires_grad_()
+
+    def value_and_gradient(distance):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = distance(noisy, images).float().mean()
+        return value, *torch.autograd.grad(value, noisy)
+
+    expected = value_and_gradient(loss.network)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    for ours in (loss, compiled):
+        for made, wanted in zip(value_and_gradient(ours), expected, strict=True):
+            # The package's squares are of bfloat16 under a CPU's autocast, of float32 under a GPU's, as ours are.
+            assert (made - wanted).norm() < (0.02 if autocast else 1e-5) * wanted.norm()
+
+
 def test_unusable_lpips_weights_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
