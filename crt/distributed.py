@@ -155,7 +155,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
     Its gradient is that of the mean loss over the processes once `average_gradients` has run.
     """
-    return _DifferentiableSum.apply(value) / world_size() if world_size() > 1 else value
+    return _differentiable_sum(value) / world_size() if world_size() > 1 else value
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -262,16 +262,18 @@ def _average(tensors: list[Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
-class _DifferentiableSum(torch.autograd.Function):
-    """Sum over the processes, whose gradient is the sum of the processes' gradients."""
+# An operator of torch, which its compiler takes as it is: of an autograd function with a collective in it, torch 2.11
+# makes a graph that passes no gradient, without a word.
+_differentiable_sum = torch.library.custom_op("crt::sum_over_ranks", sum_over_ranks, mutates_args=())
+_differentiable_sum.register_fake(torch.empty_like)
 
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
-        return sum_over_ranks(value)
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
-        return sum_over_ranks(gradients[0])
+def _differentiate_sum(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+    """Its gradient is the sum of the processes' gradients."""
+    return _differentiable_sum(gradient)
+
+
+_differentiable_sum.register_autograd(_differentiate_sum)
 
 
 def _tell_the_others(world: World) -> None:

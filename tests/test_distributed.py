@@ -89,12 +89,13 @@ with d.join_world() as world:
     assert d.sum_over_ranks(mine).tolist() == [4, 40]
     assert mine.tolist() == [1 + 2 * world.rank, 10 + 20 * world.rank]
 
-    variable = mine.clone().requires_grad_()
-    mean = d.mean_over_ranks(variable)
-    assert mean.tolist() == [2, 20]
-    # The loss of rank r is (1 + r) times the mean's sum: their mean is 1.5 times it, of which each number has a half.
-    ((1 + world.rank) * mean.sum()).backward()
-    assert (variable.grad / 2).tolist() == [0.75, 0.75]
+    for mean_over_ranks in d.mean_over_ranks, torch.compile(d.mean_over_ranks, backend="aot_eager", fullgraph=True):
+        variable = mine.clone().requires_grad_()
+        mean = mean_over_ranks(variable)
+        assert mean.tolist() == [2, 20]
+        # The loss of rank r is (1 + r) times the mean's sum: their mean is 1.5 times it, half of it for each number.
+        ((1 + world.rank) * mean.sum()).backward()
+        assert (variable.grad / 2).tolist() == [0.75, 0.75]
 
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (2, 4, 1, 3, 5, 2)]
     for number, parameter in enumerate(parameters):
