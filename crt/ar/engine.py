@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from crt.ar.decoder import is_partitioned
@@ -113,6 +114,7 @@ def deepspeed_engine(
     if params.zero_stage == 0 and params.precision == "bf16":
         # DeepSpeed has made this optimizer's state by a step with zero gradients, which Adam would count as its first.
         engine.optimizer.optimizer.state.clear()
+    _fill_masters(engine, initial or {}, world)
     if updates_in_place(world.size, params.zero_stage, params.offload, float32_sums="data_types" in settings):
         skip_partitioning(engine.optimizer)
     try:
@@ -137,6 +139,26 @@ def _take_over(model: ARTransformer, weights: Mapping[str, Tensor], world: World
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if world.is_main:
                 parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def _fill_masters(engine: Any, weights: Mapping[str, Tensor], world: World) -> None:
+    """Give float32 weights to the master weights, which DeepSpeed made of them rounded to the model's precision."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    masters = _unpartitioned_masters(engine.optimizer)
+    for name, parameter in engine.module.named_parameters():
+        if name not in weights:
+            continue
+        if id(parameter) in masters:
+            masters[id(parameter)].copy_(weights[name])
+        elif is_partitioned(engine.module):
+            # The function for whole ones fails at those that do not divide among the processes.
+            size = parameter.ds_tensor.numel()
+            own = weights[name].flatten()[world.rank * size : (world.rank + 1) * size]
+            safe_set_local_fp32_param(parameter, F.pad(own, (0, size - len(own))))
+        else:
+            safe_set_full_fp32_param(parameter, weights[name])
 
 
 def _compile(model: ARTransformer, world: World) -> None:

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from crt.__main__ import main
+from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights
 from crt.ar.generator import Generator
 from crt.ar.model import save_model
+from crt.distributed import join_world
 from crt.history import read_history
 from crt.manifest import read_manifest
+from crt.params import load_params
 from tests.ar.conftest import CODEBOOK, small_model
+from tests.conftest import ROOT
 
 Make = Callable[..., list[str]]
 
@@ -60,6 +64,22 @@ def test_without_a_step_they_come_out_as_they_went_in(
     summary = read_manifest(out_of(command)).summary
     assert summary["val_loss"] == row["loss"] > 3.6  # more than ln 32, of random guesses: the model is confident
     assert summary["training_flops"] == 0
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_training_in_bfloat16_begins_with_all_of_their_bits(zero_stage: int, micro_batch: int) -> None:
+    given = small_model(dropout=0.0)
+    changes = {"zero_stage": zero_stage, "precision": "bf16", "batch_size": 4, "micro_batch_size": micro_batch}
+    params = load_params(ROOT / "params.yaml").train_ar.model_copy(update=changes)
+    with (
+        join_world() as world,
+        deepspeed_session(world),
+        deepspeed_engine(params, given.config, 0, world, initial=given.state_dict()) as engine,
+    ):
+        begun = gather_weights(engine, world)
+    for name, weight in given.state_dict().items():
+        assert torch.equal(begun[name], weight), name
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
