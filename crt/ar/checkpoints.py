@@ -22,9 +22,10 @@ import torch
 
 from crt.ar.engine import quiet
 from crt.data.pool import available_cpus
-from crt.distributed import World, barrier, main_alone, said_by_main
+from crt.distributed import World, barrier, main_alone, raise_if_any_stopped, said_by_main
 from crt.errors import UserError
 from crt.files import flush, is_undamaged_archive, write_json
+from crt.interrupt import stop_requested
 from crt.progress import logger
 
 SCHEMA = 1
@@ -132,6 +133,7 @@ class Checkpoints:
 
         Raises:
             UserError: it failed; on all processes.
+            Stopped: a signal arrived at any process meanwhile.
         """
         result = checkpoint.folder / _UNIVERSAL
         with main_alone(self.world):
@@ -140,6 +142,7 @@ class Checkpoints:
                     "train_ar: regroups the state of %d processes for %d", checkpoint.world_size, self.world.size
                 )
                 _to_universal(checkpoint.folder)
+        raise_if_any_stopped(self.world)
         if not result.exists():
             raise UserError(
                 f"{checkpoint.folder}: cannot be regrouped: continue with {checkpoint.world_size} processes"
@@ -227,6 +230,8 @@ def _to_universal(folder: Path) -> None:
     folders = ["--input_folder", str(folder / _STATE), "--output_folder", str(temporary)]
     result = subprocess.run([*tool, *folders], capture_output=True, text=True, check=False)
     if result.returncode:
-        logger.error("%s", result.stderr.strip())
+        if not stop_requested():  # terminals and schedulers signal the tool too
+            logger.error("%s", result.stderr.strip())
     else:
+        _flush_files(temporary)
         os.replace(temporary, folder / _UNIVERSAL)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from crt import interrupt
 from crt.ar.checkpoints import SCHEMA, Checkpoints, _separate_groups
 from crt.ar.engine import deepspeed_engine, deepspeed_session, gather_weights, set_learning_rate
 from crt.distributed import World, join_world
@@ -150,8 +153,15 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "replace", look)
+    train(engine)
     of(tmp_path, world).save(engine, 4)
     assert names(tmp_path) == ["step_00000004"]
+    # Nor is what a regrouping makes of it.
+    checkpoints = of(tmp_path, World(0, 1, world.device))
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    checkpoints.convert(checkpoint)
+    assert len(list((checkpoint.folder / "universal").rglob("*.pt"))) > 2
 
 
 @pytest.mark.parametrize("schema", [SCHEMA - 1, SCHEMA + 1])
@@ -235,3 +245,22 @@ def test_one_that_cannot_be_regrouped_is_told_with_the_number_of_processes_that_
     # The state stays, for those to which it belongs.
     assert {"state", "complete.json"} <= set(names(checkpoint.folder))
     assert "universal" not in names(checkpoint.folder)
+
+
+def test_a_stop_while_it_is_regrouped_is_no_failure(running: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """A terminal's Ctrl-C reaches the tool too, which ends of it."""
+    engine, world = running
+    of(tmp_path, World(0, 3, world.device)).save(engine, 4)
+    checkpoints = of(tmp_path, world)
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+
+    def interrupted(*_: Any, **__: Any) -> SimpleNamespace:
+        monkeypatch.setattr(interrupt, "_received", [signal.SIGINT])
+        return SimpleNamespace(returncode=-signal.SIGINT, stderr="Traceback: KeyboardInterrupt")
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    start_logging(None)
+    with pytest.raises(interrupt.Stopped):
+        checkpoints.convert(checkpoint)
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
