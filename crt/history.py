@@ -42,9 +42,9 @@ class History:
 
 
 def write_rows(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """All rows as CSV, in one go; every row has the first one's columns."""
+    """All rows as CSV, in one go; empty where a row lacks a column that another has."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

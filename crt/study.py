@@ -38,13 +38,16 @@ from crt.yaml_files import Section, checked, in_yaml, read_yaml
 
 STUDY_FOLDER = Path("studies")
 # Raised when the page of a study changes.
-STUDY_VERSION = 9
+STUDY_VERSION = 10
 # Rules of a study's stages are named run_STAGE_FINGERPRINT.
 RUN_RULE = "run"
 RUN_FOLDER = Path("out/runs")
 REPORT_FOLDER = Path("out/studies")
 # What the results of a study have beside the figures of metrics.json: FLOPs of both trainings together.
 TRAINING_FLOPS = "training_flops"
+# Columns of a study's results beside its axes.
+_SEED = "seed"
+_RESULTS = {*METRICS, TRAINING_FLOPS}
 # A file's name, as an option's value, has a dot.
 _TARGET = re.compile(r"study_[\w-]+")
 _NAME = re.compile(r"\w[\w.-]*")
@@ -79,7 +82,7 @@ class Published(Section):
     cell: dict[str, str]
     """Name of the value by axis; axes that are left out do not matter."""
     metric: str
-    value: float
+    value: Annotated[float, Field(allow_inf_nan=False)]
     source: str
 
 
@@ -89,7 +92,7 @@ class Scale(Section):
     base: str
     """Params file that the overrides change."""
     overrides: Overrides
-    axes: Annotated[dict[str, dict[str, Overrides]], Field(min_length=1)]
+    axes: Annotated[dict[str, Annotated[dict[str, Overrides], Field(min_length=1)]], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
     metrics: Annotated[list[str], Field(min_length=1)]
     """Those of metrics.json to compare: their names depend on what evaluates (fd_classifier_gen, gfid)."""
@@ -101,6 +104,8 @@ class Scale(Section):
     def _check_form(cls, axes: Any) -> Any:
         """Say what an axis looks like to who wrote a list, a single value, or a number as a name."""
         for axis, values in axes.items() if isinstance(axes, dict) else ():
+            if axis == _SEED or axis in _RESULTS:
+                raise ValueError(f"{axis}: the results have a column of this name already: choose another")
             if not isinstance(axis, str):
                 raise ValueError(f'the name {in_yaml(axis)} is not text: put it into quotes: "{in_yaml(axis)}"')
             if not isinstance(values, dict):
@@ -175,7 +180,10 @@ def study_runs(path: str | Path, scale: str) -> list[StudyRun]:
     if scale not in study.scales:
         raise UserError(f"{path}: has no scale {scale!r}: it has {', '.join(study.scales)}")
     size = study.scales[scale]
-    base = read_yaml(size.base)
+    try:
+        base = read_yaml(size.base)
+    except UserError as error:
+        raise UserError(f"{path}: scales.{scale}.base: {error}") from None
     runs: list[StudyRun] = []
     made: dict[str, str] = {}
     for cell in itertools.product(*([(axis, name) for name in values] for axis, values in size.axes.items())):
@@ -277,7 +285,11 @@ def study_stamp(path: Path, scale: str, runs: list[StudyRun]) -> str:
 
 
 def _check_axes(path: str | Path, name: str, scale: Scale, study: Study) -> None:
-    """Refuse axes and values that the scale does not have."""
+    """Refuse axes and values that the scale does not have, and seeds that `seeds` would replace."""
+    if any(
+        _SEED in overrides for overrides in (scale.overrides, *(o for v in scale.axes.values() for o in v.values()))
+    ):
+        raise UserError(f"{path}: scale {name}: {_SEED}: is set by seeds alone: list its values there")
     named: list[tuple[str, str | None]] = [(axis, None) for figure in scale.figures for axis in figure.axes]
     if study.contrast is not None:
         named.append((study.contrast.axis, study.contrast.baseline))

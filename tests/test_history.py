@@ -63,3 +63,8 @@ def test_rows_are_written_with_their_columns_in_order(tmp_path):
     write_rows(rows, tmp_path / "sweep.csv")
     assert (tmp_path / "sweep.csv").read_text() == "scale,psnr,fid\n1.5,25.0,3.25\n2.0,24.0,3.5\n"
     assert read_history(tmp_path / "sweep.csv") == rows
+
+
+def test_a_column_that_not_all_rows_have_is_empty_in_the_others(tmp_path):
+    write_rows([{"psnr": 25.0}, {"psnr": 24.0, "ssim": 0.5}, {"lpips": 0.25, "psnr": 1.0}], tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_text() == "psnr,ssim,lpips\n25.0,,\n24.0,0.5,\n1.0,,0.25\n"

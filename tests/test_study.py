@@ -165,12 +165,16 @@ def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_fi
         "lambda": {"0": {"lambda": 0.0}, "0.5": {"lambda": 0.5}},
         "budget": {f"{steps} steps": {"train_ar.steps": steps} for steps in (10, 20, 40, 80)},
     }
-    changes = scale(axes=axes, figures=[figure], metrics=["stage2_val_loss"])
+    # Twice the same over each other: each has its picture and its statements.
+    again = figure | {"lines": ["lambda", "budget"]}
+    changes = scale(axes=axes, figures=[figure, again], metrics=["stage2_val_loss"])
     path = study_file(contrast={"axis": "lambda", "baseline": "0"}, **changes)
     in_a_folder_of_its_own(monkeypatch, tmp_path)
     for run in study_runs(path, "s"):
         compute = run.values["train_ar"]["steps"] * (1 + run.values["lambda"])
         metrics = {"stage2_training_flops": compute, "stage2_val_loss": 1 + compute**-0.5, "features": "classifier"}
+        # A figure that not every run has, such as the similarity of images of another size.
+        metrics |= {"ms_ssim": 0.5} if run.values["lambda"] else {}
         run.metrics_file.parent.mkdir(parents=True)
         run.metrics_file.write_text(json.dumps(metrics))
         losses = Path(run.stages["train_ar"].output) / "loss_per_position.csv"
@@ -180,11 +184,15 @@ def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_fi
     page = Path("out/studies/trial-s/index.html").read_text()
     for text in (
         "<h2>validation loss of stage 2 (nats per code) over training FLOPs of stage 2</h2>",
-        "<h2>Compute saved, by validation loss of stage 2 (nats per code)</h2>\n<ul>\n<li>lambda = 0.5: ",
+        '<h2>Compute saved, by validation loss of stage 2 (nats per code)</h2>\n<p class="note">Between those points ',
+        "</p>\n<ul>\n<li>lambda = 0.5: ",
         " less compute than lambda = 0, ",
         "<li>lambda = 0: alpha ",
+        "<li>from 80 FLOPs on: lambda = 0, 80 steps (",
+        "<dt><code>stage2_val_loss</code></dt><dd>validation loss of stage 2 (nats per code); lower is better</dd>",
     ):
         assert text in page
+    assert page.count("<img ") == 3
 
 
 def test_shipped_studies_unroll_at_every_scale(monkeypatch):
@@ -293,6 +301,18 @@ def test_a_scale_that_a_study_does_not_have_is_refused_with_those_that_it_has(st
         (scale(axes={"lambda": [0.1, 0.1]}), "scales.s.axes: lambda: give each value a name and the params"),
         (scale(axes={"a": {0: {"lambda": 0.0}}}), 'scales.s.axes: a: the name 0 is not text: put it into quotes: "0"'),
         (scale(axes={"a": {None: {}}}), 'a: the name null is not text: put it into quotes: "null"'),
+        *(
+            (scale(axes={name: {"b": {}}}), f"s.axes: {name}: the results have a column of this name already: choose")
+            for name in ("seed", "guidance_scale", "training_flops")
+        ),
+        (scale(axes={"a": {"b": {}}, "c": {}}), "scales.s.axes.c: too few entries: give at least 1, got {}"),
+        (scale(axes={"a": {"b": {"seed": 3}}}), "scale s: seed: is set by seeds alone: list its values there"),
+        (scale(overrides={"seed": 3}), "scale s: seed: is set by seeds alone: list its values there"),
+        (
+            scale(published=[{"cell": {"a": "b"}, "metric": "gfid", "value": float("nan"), "source": "?"}]),
+            "scales.s.published.0.value: must be a finite number, got NaN",
+        ),
+        (scale(base="absent.yaml"), "scales.s.base: absent.yaml: cannot be read (No such file or directory): give"),
         (scale(axes={3: {"b": {}}}), 'scales.s.axes: the name 3 is not text: put it into quotes: "3"'),
         (
             scale(axes={"a": {"b": 0.1}}),

@@ -42,7 +42,8 @@ def paired_difference(baseline: Mapping[int, float], other: Mapping[int, float])
     mean = float(differences.mean())
     if len(seeds) < 2:
         return PairedDifference(mean, float("nan"), float("nan"), float("nan"), len(seeds))
-    error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
+    # Of equal numbers the computed mean may differ from them by a rounding, and p would be of that.
+    error = float(differences.std(ddof=1) / np.sqrt(len(seeds))) if np.ptp(differences) > 0 else 0.0
     half = float(stats.t.ppf(0.975, len(seeds) - 1)) * error
     p_value = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error > 0 else float("nan")
     return PairedDifference(mean, mean - half, mean + half, p_value, len(seeds))

@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as MplFigure
+from numpy.typing import ArrayLike, NDArray
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
 from crt.analysis.scaling import Undetermined, fit_scaling_law, pareto_frontier
-from crt.evaluation.metric_table import axis_title
+from crt.evaluation.metric_table import axis_title, higher_is_better
 from crt.evaluation.wording import POSITION
 from crt.study import Figure, Published
 
@@ -33,6 +34,12 @@ def value_name(axis: str, value: str) -> str:
 def line_name(row: Row, figure: Figure) -> str:
     """Which line of a figure a run belongs to."""
     return ", ".join(value_name(axis, row[axis]) for axis in figure.axes)
+
+
+def as_loss(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Values of a figure with the sign by which lower is better; the same again gives the values back."""
+    array = np.asarray(values, dtype=np.float64)
+    return -array if higher_is_better(name) else array
 
 
 def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequence[Published] = ()) -> None:
@@ -62,9 +69,10 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
             axes.plot(*curve, color=color, linestyle="--", alpha=0.8)
     if over_compute:
         x, y = (np.array([mean[i] for mean in means]) for i in (1, 2))
-        best = pareto_frontier(x, y)
+        best = pareto_frontier(x, as_loss(figure.y, y))
         axes.plot(x[best], y[best], color="0.6", linewidth=5, alpha=0.35, zorder=0, label="compute-optimal")
-        axes.set_xscale("log")
+        if x.min() > 0:
+            axes.set_xscale("log")
     for value in published:
         places = [row[figure.x] for row in rows if all(row[axis] == name for axis, name in value.cell.items())]
         if value.metric == figure.y and places:
@@ -157,16 +165,27 @@ def compute_optimal(rows: Sequence[Row], figure: Figure, name: str) -> list[list
     x, y = (
         np.array([mean_and_spread([row[key] for row in group])[0] for group in own]) for key in (figure.x, figure.y)
     )
-    best = pareto_frontier(x, y)
+    best = pareto_frontier(x, as_loss(figure.y, y))
     if x[best].max() < x.max() / _MAX_UNSEEN:
         raise Undetermined(f"beyond {x[best].max():.3g} FLOPs nothing is better than what less compute reaches")
     return [own[index] for index in best]
 
 
+def points_of_law(rows: Sequence[Row], figure: Figure, name: str) -> tuple[list[float], list[float]]:
+    """Compute and loss of every run of one line's compute-optimal cells, for `fit_scaling_law`.
+
+    Raises:
+        Undetermined: as `compute_optimal`; or the figure rises with quality, while L(C) falls.
+    """
+    if higher_is_better(figure.y):
+        raise Undetermined("the law is one of figures that fall with compute")
+    best = [row for cell in compute_optimal(rows, figure, name) for row in cell]
+    return [row[figure.x] for row in best], [row[figure.y] for row in best]
+
+
 def _fitted_curve(rows: Sequence[Row], figure: Figure, name: str) -> tuple[np.ndarray, np.ndarray] | None:
     try:
-        points = [(row[figure.x], row[figure.y]) for cell in compute_optimal(rows, figure, name) for row in cell]
-        fit = fit_scaling_law(*zip(*points, strict=True), resamples=0)
+        fit = fit_scaling_law(*points_of_law(rows, figure, name), resamples=0)
     except Undetermined:
         return None
     x = np.geomspace(*fit.compute_range, 60)

@@ -8,7 +8,6 @@ exactly (variable projection). Confidence intervals come from a bootstrap over t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +56,7 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
     """Fit L(C) = L_min + C^alpha e^lambda_0 by least squares.
 
     Args:
-        compute: (N,) training FLOPs of each run, positive.
+        compute: (N,) training FLOPs of each run.
         loss: (N,) its loss or distance; several runs (seeds) may share a compute.
         resamples: bootstrap resamples, drawn over all runs, that is over seeds and points together. Drawing seeds
             within each compute would give intervals that are too narrow when seeds are few.
@@ -67,14 +66,16 @@ def fit_scaling_law(compute: ArrayLike, loss: ArrayLike, *, resamples: int = 500
         The fit; `undetermined` says why it must not be extrapolated, if so.
 
     Raises:
-        Undetermined: fewer than three distinct computes, or a loss that does not fall with compute as the law has it.
-        ValueError: shapes differ, or values are not positive and finite.
+        Undetermined: fewer than three distinct computes, a run without training, or a loss that does not fall with
+            compute as the law has it.
+        ValueError: shapes differ, or values are not finite.
     """
     c, y = np.asarray(compute, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     if c.shape != y.shape or c.ndim != 1:
         raise ValueError(f"compute has shape {c.shape}, loss {y.shape}: both must be (N,)")
-    if not (np.isfinite(c).all() and np.isfinite(y).all() and (c > 0).all()):
-        raise ValueError("compute must be positive and all values finite")
+    if not (np.isfinite(c).all() and np.isfinite(y).all()):
+        raise ValueError("all values must be finite")
+    _refuse_free_runs(c)
     if np.unique(c).size < 3:
         raise Undetermined(f"{np.unique(c).size} distinct computes: three parameters need at least three")
     loss_min, alpha, lambda_0, rms = _fit(c, y)
@@ -110,7 +111,7 @@ def pareto_frontier(compute: ArrayLike, loss: ArrayLike) -> NDArray[np.int64]:
 
 
 def compute_saved(
-    baseline: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]]
+    baseline: tuple[ArrayLike, ArrayLike], other: tuple[ArrayLike, ArrayLike]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How many times less compute `other` needs than `baseline` for the same quality.
 
@@ -121,10 +122,11 @@ def compute_saved(
         (loss levels that both reach, baseline compute / other compute at each), interpolated in log compute.
 
     Raises:
-        Undetermined: the frontiers share no level of quality.
+        Undetermined: the frontiers share no level of quality, or a run was not trained.
     """
     curves = []
     for compute, loss in (baseline, other):
+        _refuse_free_runs(compute)
         rows = pareto_frontier(compute, loss)
         curves.append((np.asarray(loss, float)[rows][::-1], np.log(np.asarray(compute, float)[rows])[::-1]))
     low = max(curve[0].min() for curve in curves)
@@ -135,6 +137,11 @@ def compute_saved(
     levels = levels[(levels >= low) & (levels <= high)]
     first, second = (np.interp(levels, *curve) for curve in curves)
     return levels, np.exp(first - second)
+
+
+def _refuse_free_runs(compute: ArrayLike) -> None:
+    if np.min(compute) <= 0:
+        raise Undetermined("of models that were given, not trained, the compute is unknown")
 
 
 def _fit(c: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float, float, float]:

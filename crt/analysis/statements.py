@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from crt.analysis.comparison import Row, cells, mean_and_spread
-from crt.analysis.figures import compute_optimal, line_name, value_name
+from crt.analysis.figures import as_loss, compute_optimal, line_name, points_of_law, value_name
 from crt.analysis.scaling import Undetermined, compute_saved, fit_scaling_law, pareto_frontier
 from crt.evaluation.metric_table import axis_title
 from crt.study import Figure
@@ -18,15 +18,15 @@ def scaling_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
     lines = []
     for name in _lines(rows, figure):
         try:
-            best = compute_optimal(rows, figure, name)
-            fit = fit_scaling_law(*zip(*((row[figure.x], row[figure.y]) for cell in best for row in cell), strict=True))
+            fit = fit_scaling_law(*points_of_law(rows, figure, name))
         except Undetermined as error:
             lines.append(f"{name}: no fit: {error}")
             continue
         low, high = fit.alpha_interval
         text = f"{name}: alpha {fit.alpha:.3f} ({low:.3f} .. {high:.3f}), L_min {fit.loss_min:.4g}"
         count = len(cells(row for row in rows if line_name(row, figure) == name))
-        text += f", on its {len(best)} compute-optimal cells of {count}" if len(best) < count else ""
+        best = len(compute_optimal(rows, figure, name))
+        text += f", on its {best} compute-optimal cells of {count}" if best < count else ""
         lines.append(text + (f"; not to be extrapolated: {fit.undetermined}" if fit.undetermined else ""))
     return lines
 
@@ -38,10 +38,11 @@ def savings_lines(rows: Sequence[Row], figure: Figure, baseline: str) -> list[st
     baseline = ", ".join(value_name(axis, baseline) for axis in figure.axes)
     for name in (name for name in curves if name != baseline):
         try:
-            levels, factors = compute_saved(curves[baseline], curves[name])
+            levels, factors = compute_saved(*((x, as_loss(figure.y, y)) for x, y in (curves[baseline], curves[name])))
         except Undetermined as error:
             lines.append(f"{name}: {error}")
             continue
+        levels = as_loss(figure.y, levels)
         ranges = f"{axis_title(figure.y)} {levels.min():.4g} to {levels.max():.4g}"
         lines.append(
             f"{name}: {factors.min():.2f} to {factors.max():.2f} times less compute than {baseline}, "
@@ -56,7 +57,7 @@ def winner_lines(rows: Sequence[Row], figure: Figure) -> list[str]:
     x, y = (np.array([point[i] for point in points]) for i in (0, 1))
     lines: list[str] = []
     before: str | None = None
-    for index in pareto_frontier(x, y):
+    for index in pareto_frontier(x, as_loss(figure.y, y)):
         name = points[index][2]
         if name != before:
             lines.append(f"from {x[index]:.3g} FLOPs on: {name} ({axis_title(figure.y)} {y[index]:.4g})")

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from crt.analysis.comparison import Row, mean_text, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
+from crt.evaluation.metric_table import description
+from crt.evaluation.wording import glossary
+from crt.files import refuse_unreadable
 from crt.history import read_history
 from crt.pages import data_url, write_page
 from crt.study import TRAINING_FLOPS, Contrast, Scale, Study, StudyRun
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """A heading of the page and what stands below it."""
+
+    heading: str
+    content: list[list[str]] | list[str] | Path
+    """A table (lines of cells, the first a header), a list of sentences, or a picture."""
+    note: str = ""
+    """How to read it."""
 
 
 def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
@@ -24,9 +39,13 @@ def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
     for run in runs:
         try:
             metrics = json.loads(run.metrics_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"{run.metrics_file}: missing or damaged: run the study through snakemake") from None
-        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+            numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        except (OSError, ValueError, AttributeError) as error:
+            refuse_unreadable(run.metrics_file, error)
+            raise UserError(
+                f"{run.metrics_file}: missing or damaged: delete its folder, if there is one, and run the "
+                "study through snakemake"
+            ) from None
         numbers[TRAINING_FLOPS] = sum(numbers.get(f"stage{stage}_training_flops", 0) for stage in (1, 2))
         wanted = {*scale.metrics, *(name for figure in scale.figures for name in (figure.x, figure.y))}
         missing = sorted(wanted - set(numbers))
@@ -102,7 +121,10 @@ def published_table(rows: Sequence[Row], scale: Scale) -> list[list[str]]:
 def contrast_table(
     rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[str], contrast: Contrast
 ) -> list[list[str]]:
-    """Header and lines: each other value of the contrast's axis against the baseline, paired over seeds."""
+    """Header and lines: each other value of the contrast's axis against the baseline, paired over seeds.
+
+    Empty where there is no other value.
+    """
     axis, baseline = contrast.axis, contrast.baseline
     others = [name for name in axes if name != axis]
     lines = [[*others, axis, "metric", f"difference to {baseline}", "95% interval", "p (paired)", "seeds"]]
@@ -123,11 +145,11 @@ def contrast_table(
             p_value = f"{d.p_value:.2g}" if d.p_value == d.p_value else "-"
             names = [cell[other] for other in others]
             lines.append([*names, cell[axis], metric, f"{d.mean:+.4g}", interval, p_value, str(d.pairs)])
-    return lines
+    return lines if len(lines) > 1 else []
 
 
 def write_study_page(
-    path: Path, title: str, study: Study, sections: Mapping[str, list[list[str]] | list[str] | Path]
+    path: Path, title: str, study: Study, sections: Sequence[PageSection], figures: Sequence[str] = ()
 ) -> None:
     """One self-contained HTML page.
 
@@ -135,15 +157,28 @@ def write_study_page(
         path: the file.
         title: of the page.
         study: for its question.
-        sections: by heading: a table (lines of cells, the first a header), a list of sentences, or a picture.
-            One that is empty is left out with its heading.
+        sections: in their order. One that is empty is left out with its heading.
+        figures: names in metrics.json that the page is to explain.
     """
-    shown = {
-        heading: data_url(content) if isinstance(content, Path) else content
-        for heading, content in sections.items()
-        if content
-    }
-    write_page(path, "study.html.j2", title=title, question=study.question, sections=shown)
+    shown = [
+        {
+            "heading": section.heading,
+            "content": data_url(section.content) if isinstance(section.content, Path) else section.content,
+            "note": section.note,
+        }
+        for section in sections
+        if section.content
+    ]
+    names = dict.fromkeys(figures)
+    write_page(
+        path,
+        "study.html.j2",
+        title=title,
+        question=study.question,
+        sections=shown,
+        figures=[(name, description(name)) for name in names],
+        glossary=glossary(names),
+    )
 
 
 def _cells(rows: Sequence[Row], axes: Sequence[str]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from crt.evaluation.metric_table import METRICS, RESULTS, title
+from crt.evaluation.metric_table import METRICS, RESULTS, higher_is_better, title
 from crt.evaluation.wording import POSITION
 from crt.history import read_history
 
@@ -118,7 +118,8 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], chosen: float, path: str | P
                 color="gray",
                 label="perfect images",
             )
-        axis.set(title=f"{title(name)} ({METRICS[name].better or 'higher'} is better)", xlabel="scale of guidance")
+        better = "higher" if higher_is_better(name) else "lower"
+        axis.set(title=f"{title(name)} ({better} is better)", xlabel="scale of guidance")
         if METRICS[name].unit == "%":
             axis.set_ylim(0, 1)
         axis.legend()

@@ -70,7 +70,7 @@ METRICS = {
         "share of samples recognised as the class asked for", more="; real images: {classifier_accuracy:.4g}",
         title="agreement with the class", axis="share of samples recognised as their class", unit="%",
     ),
-    "classifier_accuracy": Metric(),
+    "classifier_accuracy": Metric(unit="%"),
     "psnr": Metric("dB, reconstructions", "higher", title="PSNR", axis="PSNR of reconstructions (dB)", unit="dB"),
     "ms_ssim": Metric("reconstructions", "higher", ", 1 at most", title="MS-SSIM", needs="large images"),
     "ssim": Metric("reconstructions", "higher", ", 1 at most", title="SSIM", needs="small images"),
@@ -113,9 +113,21 @@ def figure_names(params: Params) -> list[str]:
     return [name for name, metric in METRICS.items() if metric.needs in met]
 
 
+def higher_is_better(name: str) -> bool:
+    """Whether a figure is the better the higher it is, as shares are, of which that goes without saying."""
+    metric = METRICS.get(name, Metric())
+    return metric.better == "higher" or (not metric.better and metric.unit == "%")
+
+
 def title(name: str) -> str:
     """A figure's name for people."""
     return METRICS.get(name, Metric()).title or name.replace("_", " ")
+
+
+def description(name: str) -> str:
+    """What a figure is and which of its values are better, for a page without a run's other figures."""
+    better = "higher" if higher_is_better(name) else METRICS.get(name, Metric()).better
+    return f"{axis_title(name)}{better and f'; {better} is better'}"
 
 
 def axis_title(name: str) -> str:

@@ -30,6 +30,13 @@ def test_one_pair_has_a_difference_and_no_certainty():
     assert math.isnan(result.low)
 
 
+def test_equal_differences_have_no_p_value():
+    # Their mean by floating point is 0.20000000000000004.
+    result = paired_difference(dict.fromkeys(range(3), 0.0), dict.fromkeys(range(3), 0.2))
+    assert math.isnan(result.p_value)
+    assert result.low == result.high == result.mean
+
+
 def test_methods_without_a_common_seed_are_refused():
     with pytest.raises(ValueError, match="share no seed"):
         paired_difference({0: 1.0}, {1: 1.0})

@@ -15,7 +15,14 @@ from crt.analysis.comparison import cells
 from crt.analysis.figures import compute_optimal, draw_figure, draw_position_losses, line_name
 from crt.analysis.scaling import fit_scaling_law
 from crt.analysis.statements import savings_lines, scaling_lines, winner_lines
-from crt.analysis.study_page import contrast_table, published_table, read_results, summary_table, write_study_page
+from crt.analysis.study_page import (
+    PageSection,
+    contrast_table,
+    published_table,
+    read_results,
+    summary_table,
+    write_study_page,
+)
 from crt.errors import UserError
 from crt.evaluation.metric_table import METRICS, axis_title
 from crt.study import TRAINING_FLOPS, Contrast, Figure, Published, Scale, Study
@@ -103,6 +110,40 @@ def test_the_winner_is_the_best_in_the_mean_over_seeds():
         for seed, loss in enumerate(losses)
     ]
     assert winner_lines(rows, FIGURE) == ["from 1 FLOPs on: crt (loss 2.6)"]
+
+
+def test_of_figures_that_rise_with_quality_the_highest_wins(tmp_path, drawn):
+    """A score S(C) = 9 - 40 C^-0.5, which the one tokenizer reaches with half of the other's compute."""
+    rows = [
+        {name: row[name] for name in ("tokenizer", "generator", "seed", "stage2_training_flops")}
+        | {"inception_score": 10 - row["loss"]}
+        for row in make_rows(factor=2.0)
+    ]
+    figure = Figure(x="stage2_training_flops", y="inception_score", lines="tokenizer")
+    first = next(row["inception_score"] for row in rows if row["tokenizer"] == "crt")
+    assert winner_lines(rows, figure) == [f"from 1e+03 FLOPs on: crt (Inception score {first:.4g})"]
+    (saved,) = savings_lines(rows, figure, "plain")
+    (losses,) = savings_lines(make_rows(factor=2.0), FIGURE, "plain")
+    assert saved.split(", where")[0] == losses.split(", where")[0]
+    reached = [float(word) for word in saved.rsplit("Inception score ", 1)[1].split(" to ")]
+    assert reached == pytest.approx([8.105, 8.842], abs=1e-3)
+    assert scaling_lines(rows, figure) == [
+        f"{name}: no fit: the law is one of figures that fall with compute" for name in ("plain", "crt")
+    ]
+    draw_figure(rows, figure, tmp_path / "figure.png")
+    lines = drawn[0].axes[0].lines
+    assert not any(line.get_linestyle() == "--" for line in lines)
+    (frontier,) = [line for line in lines if line.get_label() == "compute-optimal"]
+    assert list(frontier.get_ydata()) == sorted(row["inception_score"] for row in rows[12::3])
+
+
+def test_models_that_were_given_and_not_trained_have_no_law_and_a_page_all_the_same(tmp_path, drawn):
+    rows = [row | {"stage2_training_flops": 0} for row in make_rows(factor=2.0)]
+    reason = "of models that were given, not trained, the compute is unknown"
+    assert scaling_lines(rows, FIGURE) == [f"{name}: no fit: {reason}" for name in ("plain", "crt")]
+    assert savings_lines(rows, FIGURE, "plain") == [f"crt: {reason}"]
+    draw_figure(rows, FIGURE, tmp_path / "figure.png")
+    assert drawn[0].axes[0].get_xscale() == "linear"  # a logarithmic one would show no point
 
 
 def test_too_few_computes_give_no_law():
@@ -250,23 +291,30 @@ def test_a_contrast_of_the_baseline_alone_makes_a_page_without_the_empty_section
     rows = [row for row in make_rows() if row["tokenizer"] == "plain"]
     contrast = Contrast(axis="tokenizer", baseline="plain")
     study = Study(question="?", contrast=contrast, scales={"small": make_scale()})
-    sections = {
-        "Results": summary_table(rows, AXES, ["loss"]),
-        "Paired differences": contrast_table(rows, AXES, ["loss"], contrast),
-        "Compute saved": savings_lines(rows, FIGURE, "plain"),
-        "Scaling law": scaling_lines(rows, FIGURE),
-    }
-    write_study_page(tmp_path / "index.html", "Study", study, sections)
+    sections = [
+        PageSection("Results", summary_table(rows, AXES, ["loss"])),
+        PageSection("Paired differences", contrast_table(rows, AXES, ["loss"], contrast)),
+        PageSection("Compute saved", savings_lines(rows, FIGURE, "plain")),
+        PageSection("Scaling law", scaling_lines(rows, FIGURE), "how to read it"),
+    ]
+    write_study_page(tmp_path / "index.html", "Study", study, sections, ["gfid", "psnr", "gfid"])
     page = (tmp_path / "index.html").read_text()
-    assert "<h2>Results</h2>\n<table>" in page
-    assert "<h2>Scaling law</h2>\n<ul>\n<li>plain: alpha" in page
-    assert "Compute saved" not in page
+    assert "<h2>Results</h2>\n<table class=" in page
+    assert '<h2>Scaling law</h2>\n<p class="note">how to read it</p>\n<ul>\n<li>plain: alpha' in page
+    assert "Compute saved" not in page and "Paired differences" not in page
+    # What its figures are, once each, and the words that these need.
+    assert page.count("<dt><code>gfid</code></dt><dd>gFID; lower is better</dd>") == 1
+    assert "<dd>PSNR of reconstructions (dB); higher is better</dd>" in page
+    assert "<dt>FID (rFID, gFID)</dt>" in page and "<dt>Inception score</dt>" not in page
 
 
 def test_results_are_read_with_the_compute_of_both_stages(tmp_path):
     file = tmp_path / "metrics.json"
     run = SimpleNamespace(choices={"tokenizer": "plain"}, seed=0, metrics_file=file)
     with pytest.raises(UserError, match="missing or damaged"):
+        read_results([run], make_scale())
+    file.write_text("[1.0]")
+    with pytest.raises(UserError, match="missing or damaged: delete its folder"):
         read_results([run], make_scale())
     metrics = {"loss": 1.0, "stage1_training_flops": 5, "stage2_training_flops": 7, "features": "classifier"}
     file.write_text(json.dumps(metrics))

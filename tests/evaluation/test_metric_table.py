@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crt.evaluation.metric_table import METRICS, RESULTS, axis_title, figure_names, title
+from crt.evaluation.metric_table import METRICS, RESULTS, axis_title, description, figure_names, higher_is_better, title
 from crt.evaluation.wording import meaning
 from crt.params import MS_SSIM_MIN_SIDE, load_params
 from tests.conftest import ROOT, write_params
@@ -59,6 +59,18 @@ def test_distances_and_losses_are_better_low_and_scores_and_shares_high():
 def test_a_figure_is_told_beside_what_it_is_to_be_held_against(name, beside):
     values = {name: float(index) for index, name in enumerate(METRICS, start=100)}
     assert f" {values[beside]:g} " in f"{meaning(RESULTS[name], values)} "
+
+
+def test_shares_are_better_high_without_being_told_so():
+    shares = {"precision", "recall", "class_agreement", "classifier_accuracy", "codebook_usage"}
+    scores = {"inception_score", "psnr", "ssim", "ms_ssim"}
+    assert {name for name in (*METRICS, "training_flops") if higher_is_better(name)} == shares | scores
+    for name, text in (
+        ("codebook_usage", "share of codes in use; higher is better"),
+        ("rfid", "rFID; lower is better"),
+        ("training_flops", "training FLOPs of both stages"),
+    ):
+        assert description(name) == text
 
 
 def test_names_for_people():
