@@ -25,7 +25,7 @@ from crt.evaluation.passes import Networks, Passes, Sources
 from crt.evaluation.precision_recall import class_agreement, inception_score, precision_recall
 from crt.evaluation.sources import AdmBatch, ImageSource, SampleSource, SplitSource
 from crt.params import Evaluate
-from crt.pictures import spread
+from crt.randomness import numpy_generator
 from crt.tokenizer.validation import collapse_warning
 from crt.tokens.statistics import CodebookUse
 
@@ -136,7 +136,7 @@ def generation_metrics(
     ).items():
         metrics |= {figure: distance, f"{figure}_of_perfect_images": expected}
     stores = samples, reference.store
-    x, y = (store.column("features", spread(store.count, params.pairwise_images)) for store in stores)
+    x, y = (store.column("features", rows_of_pairs(store.count, params.pairwise_images, seed)) for store in stores)
     if min(len(x), len(y)) > params.neighbours:
         metrics[kernel_name] = kernel_distance(
             x, y, subsets=params.kernel_subsets, subset_size=params.kernel_subset_size, seed=seed
@@ -150,6 +150,16 @@ def generation_metrics(
             np.concatenate(probabilities), params.inception_score_splits, seed
         )
     return metrics
+
+
+def rows_of_pairs(count: int, wanted: int, seed: int) -> np.ndarray:
+    """Up to `wanted` of `count` rows, drawn at random, ascending.
+
+    Samples are of all classes in turn: of every so many of them some classes would come twice as often as others.
+    """
+    if wanted >= count:
+        return np.arange(count)
+    return np.sort(numpy_generator(seed, "images in pairs").choice(count, wanted, replace=False))
 
 
 def code_metrics(counts: np.ndarray, tokens_per_image: int, stage2_val_loss: float, warnings: list[str]) -> Metrics:

@@ -20,6 +20,7 @@ from crt.evaluation.metrics import (
     generation_metrics,
     open_reference,
     other_shares_warning,
+    rows_of_pairs,
 )
 from crt.evaluation.precision_recall import inception_score, precision_recall
 from crt.evaluation.sources import SplitSource
@@ -82,9 +83,22 @@ def test_too_few_of_either_are_warned_of(tmp_path, made, real, named):
 def test_pairs_are_taken_of_so_many_images_from_all_over_the_sets(tmp_path):
     made, real = features(70), features(90) + 0.5
     found, _ = figures(tmp_path, made, real, seed=5, pairwise_images=30)
-    x, y = made[spread(70, 30)], real[spread(90, 30)]
+    rows = [rows_of_pairs(count, 30, seed=5) for count in (70, 90)]
+    for chosen, count in zip(rows, (70, 90), strict=True):
+        assert len(np.unique(chosen)) == 30 and (np.diff(chosen) > 0).all()
+        assert chosen.min() < count / 4 and chosen.max() >= 3 * count / 4
+    x, y = made[rows[0]], real[rows[1]]
     assert found["kd_classifier_gen"] == pytest.approx(kernel_distance(x, y, subsets=4, subset_size=10, seed=5))
     assert (found["precision"], found["recall"]) == precision_recall(x, y, 3)
+
+
+@pytest.mark.parametrize(("count", "wanted", "classes"), [(15_000, 5_000, 3), (50_000, 5_000, 10)])
+def test_a_part_of_the_samples_is_of_all_classes_alike(count, wanted, classes):
+    """Samples are of all classes in turn; rows at equal distances are of the first one for half of its share."""
+    chosen = rows_of_pairs(count, wanted, seed=0)
+    expected, deviation = wanted / classes, np.sqrt(wanted / classes * (1 - 1 / classes) * (1 - wanted / count))
+    assert np.bincount(chosen % classes) == pytest.approx(np.full(classes, expected), abs=4 * deviation)
+    assert np.bincount(spread(count, wanted) % classes)[0] < expected - 10 * deviation
 
 
 @pytest.mark.parametrize(("made", "real"), [(3, 40), (40, 3)])
