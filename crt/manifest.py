@@ -77,6 +77,8 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _read_unstamped(folder: Path) -> Manifest:
     """`read_manifest` without a look at the stamp, which Snakemake takes away while a stage runs."""
     if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{folder}: is not a folder: move it away, and make it with {_renew_command(folder)}")
         raise UserError(f"{folder}: not found: make it first with {_renew_command(folder)}")
     path = folder / MANIFEST
     if not path.exists() and (folder / _MODEL_CONFIG).exists() and not any(folder.glob(stamp_name("*"))):
@@ -104,23 +106,31 @@ def _read_unstamped(folder: Path) -> Manifest:
     return manifest
 
 
-def read_current(folder: str | Path, values: Mapping[str, Any], params_file: str | Path) -> Manifest:
+def read_current(
+    folder: str | Path, values: Mapping[str, Any], params_file: str | Path, stage: str | None = None
+) -> Manifest:
     """`read_manifest`, and check that the folder and all that it was made from agree with the params in force.
 
     Args:
         folder: a stage's output.
         values: the params in force, as a plain mapping.
         params_file: their file, for messages.
+        stage: that must have made the folder; None: any.
 
     Raises:
-        UserError: as `read_manifest`; or some key has another value now, which the message names.
+        UserError: as `read_manifest`; or some key has another value now, which the message names; or another stage
+            made it.
     """
     manifest = read_manifest(folder)
+    if stage not in (None, manifest.stage):
+        raise UserError(
+            f"{folder}: made by {manifest.stage}: move it away, and run {_renew_command(Path(folder), stage)}"
+        )
     stale = _first_difference({manifest.stage: manifest.ancestry}, values)
     if stale:
-        stage, key, then, now = stale
+        changed, key, then, now = stale
         raise UserError(
-            f"{folder}: stale: {stage} was run with {key} = {in_yaml(then)}, {params_file} now says {in_yaml(now)}: "
+            f"{folder}: stale: {changed} was run with {key} = {in_yaml(then)}, {params_file} now says {in_yaml(now)}: "
             + _renewal(Path(folder), manifest.stage)
         )
     outdated = _first_old_version({manifest.stage: manifest.ancestry})

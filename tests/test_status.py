@@ -68,6 +68,43 @@ def test_a_stale_result_is_told_with_the_key_and_the_remedy(project: Path, capsy
         assert re.match(rf"stale     {folder}: {changed}.*\b{name}\b", told[name])
 
 
+def test_what_another_stage_made_is_not_current(project: Path, capsys: pytest.CaptureFixture) -> None:
+    make(*load_stages())
+    shutil.rmtree("out/tokens")
+    shutil.copytree("out/samples", "out/tokens")
+    assert main(["status"]) == 1
+    told = states(capsys)
+    assert re.match(r"stale     out/tokens: made by sample: move it away, and run .*\btokenize\b", told.pop("tokenize"))
+    assert all(text.startswith("current ") for text in told.values())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda out: (out / "file").write_bytes(bytes(8)), "out/evaluation/file: damaged: its content is not what"),
+        (lambda out: shutil.rmtree(out) or shutil.copytree("out/samples", out), "out/evaluation: made by sample: move"),
+    ],
+    ids=["zeros", "another stage's"],
+)
+def test_results_of_a_spoiled_evaluation_are_one_line(
+    project: Path, capsys: pytest.CaptureFixture, spoil, told
+) -> None:
+    make(*load_stages())
+    spoil(Path("out/evaluation"))
+    assert main(["results"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {told}") and error.count("\n") == 1
+
+
+def test_a_file_in_the_place_of_a_result_is_not_called_absent(project: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("out").mkdir()
+    Path("out/tokens").touch()
+    assert main(["status"]) == 1
+    assert states(capsys)["tokenize"].startswith(
+        "stale     out/tokens: is not a folder: move it away, and make it with"
+    )
+
+
 def test_a_damaged_result_is_not_current_though_all_after_it_are(project: Path, capsys: pytest.CaptureFixture) -> None:
     make(*load_stages())
     Path("out/tokenizer/file").unlink()

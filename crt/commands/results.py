@@ -18,7 +18,7 @@ from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.evaluation.metric_table import RESULTS
 from crt.evaluation.wording import has_classes, meaning, protocol_text, shown
 from crt.files import refuse_unreadable
-from crt.manifest import read_current
+from crt.manifest import check_content, read_current
 from crt.params import load_params
 from crt.pipeline import load_stages
 
@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     if args.results:
         return _print_results(args.results)
     stage = load_stages()["evaluate"]
-    read_current(stage.output, load_params(args.params).model_dump(by_alias=True), args.params)
     folder = Path(stage.output)
+    read_current(folder, load_params(args.params).model_dump(by_alias=True), args.params, stage.name)
+    check_content(folder)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     files = {"all metrics": stage.metrics[0], "report": folder / "report.html"}
     files |= {picture.stem: picture for picture in sorted(folder.glob("*.png"))}

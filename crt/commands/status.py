@@ -21,10 +21,8 @@ def run(args: argparse.Namespace) -> int:
             state, text = "not made", stage.output
         else:
             try:
-                state, text = (
-                    "current",
-                    f"{stage.output} (recipe {read_current(stage.output, values, args.params).fingerprint[:16]})",
-                )
+                manifest = read_current(stage.output, values, args.params, stage.name)
+                state, text = "current", f"{stage.output} (recipe {manifest.fingerprint[:16]})"
             except UserError as error:
                 # The column says it already.
                 state, text = "stale", str(error).replace(": stale: ", ": ", 1)
