@@ -159,7 +159,7 @@ def test_what_may_change_while_a_study_is_stopped_reaches_the_runs_that_read_it(
     assert load_params(files["train_ar"]).train_ar.keep_checkpoints == 1
 
 
-def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_file, monkeypatch, tmp_path):
+def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_file, monkeypatch, tmp_path, capsys):
     figure = {"x": "stage2_training_flops", "y": "stage2_val_loss", "lines": "lambda"}
     axes = {
         "lambda": {"0": {"lambda": 0.0}, "0.5": {"lambda": 0.5}},
@@ -170,7 +170,9 @@ def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_fi
     changes = scale(axes=axes, figures=[figure, again], metrics=["stage2_val_loss"])
     path = study_file(contrast={"axis": "lambda", "baseline": "0"}, **changes)
     in_a_folder_of_its_own(monkeypatch, tmp_path)
-    for run in study_runs(path, "s"):
+    for number, run in enumerate(study_runs(path, "s")):
+        if number == 3:
+            assert main(["study", "--study", str(path), "--scale", "s"]) == 2
         compute = run.values["train_ar"]["steps"] * (1 + run.values["lambda"])
         metrics = {"stage2_training_flops": compute, "stage2_val_loss": 1 + compute**-0.5, "features": "classifier"}
         # A figure that not every run has, such as the similarity of images of another size.
@@ -180,6 +182,8 @@ def test_the_page_of_made_up_results_names_figures_and_lines_for_people(study_fi
         losses = Path(run.stages["train_ar"].output) / "loss_per_position.csv"
         losses.parent.mkdir(parents=True)
         losses.write_text("position,loss\n1,2.0\n2,1.5\n")
+    told = f"{path}: 5 of 8 runs have no results yet, such as {study_runs(path, 's')[3].metrics_file}: run "
+    assert capsys.readouterr().err == f"error: {told}`snakemake --cores all study_trial`\n"
     assert main(["study", "--study", str(path), "--scale", "s"]) == 0
     page = Path("out/studies/trial-s/index.html").read_text()
     for text in (

@@ -19,10 +19,11 @@ from crt.analysis.study_page import (
     summary_table,
     write_study_page,
 )
+from crt.errors import UserError
 from crt.evaluation.metric_table import axis_title
 from crt.files import make_folder
 from crt.history import write_rows
-from crt.study import load_study, study_runs, study_stamp
+from crt.study import load_study, study_runs, study_stamp, study_target
 
 # How to read the page's sections.
 _PAIRED = (
@@ -64,6 +65,12 @@ def run(args: argparse.Namespace) -> int:
     study = load_study(args.study)
     runs = study_runs(args.study, args.scale)
     scale = study.scales[args.scale]
+    absent = [run.metrics_file for run in runs if not run.metrics_file.exists()]
+    if absent:
+        raise UserError(
+            f"{args.study}: {len(absent)} of {len(runs)} runs have no results yet, such as {absent[0]}: run "
+            f"`snakemake --cores all {study_target(args.study, args.scale, study)}`"
+        )
     rows, axes = read_results(runs, scale), list(scale.axes)
     stamp = Path(study_stamp(args.study, args.scale, runs))
     folder = stamp.parent
