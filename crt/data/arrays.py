@@ -1,23 +1,22 @@
-"""Arrays of images: .npz, .npy and HDF5 files, as MedMNIST, Keras, ADM and PCam have them, and MNIST's idx files.
+"""Arrays of images: .npz, .npy, HDF5 and .mat files, as MedMNIST, Keras, ADM, PCam and SVHN have them, MNIST's idx
+files, and the binary files of CIFAR-100 and STL-10.
 
 Images are an array called images, imgs, x, data or arr_0, and labels the one called labels, y or arr_1 beside it, with
 a split's name before or behind (`train_images`, `x_train`) or in the file's name. "Called" is a .npy file's own name,
 and an array's name inside the others. One file may hold the labels of another (`train_x.h5` and `train_y.h5`; arr_0 of
 KMNIST's `train-imgs.npz` and of `train-labels.npz`). idx files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`
-and the same of t10k, also gzipped. Nothing is unpickled.
+and the same of t10k, also gzipped. The formats are those of `crt.data.array_files`.
 Pixels are first copied to the stage's working folder, since those in archives cannot be read singly.
 """
 
 from __future__ import annotations
 
-import errno
-import gzip
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,39 +25,21 @@ import h5py
 import numpy as np
 
 from crt import interrupt
+from crt.data.array_files import ALONE, IDX_IMAGES, SVHN_EXTRA, Array, array_files, arrays_in, idx_pair, reading
 from crt.data.class_folders import ONE_CLASS
 from crt.data.listing import first_three, printable, sorted_listing
+from crt.data.other_kinds import ARCHIVES, read_otherwise
 from crt.data.shards import classes_of_labels, splits_of_shards
 from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
 from crt.errors import UserError
-from crt.files import NUMPY_ERRORS
 from crt.progress import Progress
 
-_HDF5 = (".h5", ".hdf5")
-# What may be the path by itself.
-_ALONE = (".npz", ".npy", *_HDF5)
-_FILES = re.compile(r".*(\.npz|\.npy|\.h5|\.hdf5|images[-.]idx3-ubyte(\.gz)?)")
 _WORDS = {"images": "labels", "imgs": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
-_IDX_HEADER_BYTES = {b"\0\0\x08\x03": 16, b"\0\0\x08\x01": 8}  # of uint8 with three axes, or with one
-_SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k")
-# How HDF5 says that it looked for a plugin.
-_NO_FILTER = re.compile(r"can't open directory|required filter|filter '")
+# Of files of one data set; SVHN and STL-10 have such others beside these two.
+_SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k|extra(?=_32x32)|unlabeled(?=_x)")
 _PART_BYTES = 2**26  # copied at once
-
-
-@dataclass(frozen=True)
-class _Array:
-    """An array that has not been read yet."""
-
-    file: str
-    name: str
-    """Of the file and, if it holds several, of the array in it: tells the split."""
-    key: str
-    """What the array itself is called."""
-    read: Callable[[], Any]
-    """Gives it as an ndarray or h5py.Dataset."""
 
 
 def open_arrays(path: Path, work: Path) -> Source:
@@ -75,7 +56,7 @@ def open_arrays(path: Path, work: Path) -> Source:
     with ExitStack() as opened:
         for number, (images, of_images) in enumerate(_image_arrays(path, folder, files, opened, notes)):
             name, where = images.name, printable(f"{folder}/{images.name}")
-            with _reading(where):
+            with reading(where):
                 pixels, texts = images.read(), None if of_images is None else of_images.read()
             channels_first = _channels_first(pixels, where)
             labels[name] = _texts(texts, len(pixels), where)
@@ -104,15 +85,23 @@ def open_arrays(path: Path, work: Path) -> Source:
 
 def _files(path: Path) -> tuple[Path, list[str]]:
     """The folder of the arrays, and the files in it that may hold some."""
-    if os.path.isfile(path) and path.suffix.lower() in _ALONE:
+    if os.path.isfile(path) and path.suffix.lower() in ALONE:
         return path.parent, [path.name]
     if not os.path.isdir(path):
-        state = f"is neither a folder nor a file {', '.join(_ALONE)}" if os.path.exists(path) else "not found"
-        raise UserError(f"{path}: {state}: set prepare_data.path to such a file, or to the folder of MNIST's idx files")
-    found = [name for name in folder_tree(path).files if _FILES.fullmatch(name.lower())]
+        state = f"is neither a folder nor a file {', '.join(ALONE)}" if os.path.exists(path) else "not found"
+        first = "unpack it and " if path.name.lower().endswith(ARCHIVES) else ""
+        raise UserError(
+            f"{path}: {state}: {first}set prepare_data.path to such a file, or to the folder of MNIST's idx files"
+        )
+    everything = folder_tree(path).files
+    found = array_files(everything)
     files = [name for name in found if (twin := _twin(name)) == name or twin not in found]
     if not files:
-        raise UserError(f"{path}: holds no files {', '.join(_ALONE)} or *-images-idx3-ubyte: give the folder that does")
+        other = read_otherwise(everything)
+        raise UserError(
+            f"{path}: holds no files {', '.join(ALONE)} or *-images-idx3-ubyte: give the folder that does"
+            f"{other and f', or {other}'}"
+        )
     return path, files
 
 
@@ -123,7 +112,7 @@ def _twin(name: str) -> str:
 
 def _image_arrays(
     path: Path, folder: Path, files: list[str], opened: ExitStack, notes: list[str]
-) -> Iterator[tuple[_Array, _Array | None]]:
+) -> Iterator[tuple[Array, Array | None]]:
     """The arrays of images, each with that of its labels if there is one.
 
     Args:
@@ -136,14 +125,14 @@ def _image_arrays(
     Raises:
         UserError: a file cannot be read, holds neither images nor labels of some, or is of another data set.
     """
-    arrays: dict[str, _Array] = {}
-    pairs: list[tuple[_Array, _Array | None]] = []
+    arrays: dict[str, Array] = {}
+    pairs: list[tuple[Array, Array | None]] = []
     for file in files:
-        if file.lower().endswith(_ALONE):
-            with _reading(printable(f"{folder}/{file}")):
-                arrays |= {array.name: array for array in _arrays(folder, file, opened)}
+        if IDX_IMAGES.fullmatch(file):
+            pairs.append(idx_pair(folder, file))
         else:
-            pairs.append(_idx_pair(folder, file))
+            with reading(printable(f"{folder}/{file}")):
+                arrays |= {array.name: array for array in arrays_in(folder, file, opened)}
     for array in arrays.values():
         if (word := _image_word(array.key)) and not _is_labels_alone(array, arrays):
             pairs.append((array, _labels_of(array, word, arrays)))
@@ -168,6 +157,15 @@ def _image_arrays(
             f"{path}: {' and '.join(map(printable, list(kinds.values())[:2]))} look like two data sets: set "
             "prepare_data.path to one file, or to a folder with the files of one data set"
         )
+    without = [images.file for images, labels in pairs if labels is None and "unlabeled" in images.file.lower()]
+    if len(without) < len(pairs):
+        pairs = [pair for pair in pairs if pair[0].file not in without]
+        for file in without:
+            notes.append(f"{path}: {file} is not used: to have it, set prepare_data.path to a folder of it alone")
+    for place, (images, labels) in enumerate(pairs):
+        if PurePosixPath(images.file).name == SVHN_EXTRA:
+            notes.append(f"{path}: images of {images.file} are training images too: move it away to do without")
+            pairs[place] = replace(images, name=f"train/{images.name}"), labels
     yield from sorted(pairs, key=lambda pair: files.index(pair[0].file))
 
 
@@ -175,35 +173,6 @@ def _data_set(file: str) -> tuple[str, ...]:
     """What files of one data set have in common: their path without the splits' names, and without their numbers."""
     *folders, name = PurePosixPath(file.lower()).parts
     return (*filter(None, (_SPLIT.sub("", part) for part in folders)), re.sub("[^a-z]", "", _SPLIT.sub("", name)))
-
-
-def _arrays(folder: Path, file: str, opened: ExitStack) -> Iterator[_Array]:
-    """All arrays of one file that is no idx file."""
-    path = folder / file
-    if file.lower().endswith(".npy"):
-        yield _Array(file, file, path.stem, partial(np.load, path, mmap_mode="r", allow_pickle=False))
-    elif file.lower().endswith(".npz"):
-        archive = opened.enter_context(np.load(path, allow_pickle=False))
-        for key in archive.files:
-            yield _Array(file, f"{file}/{key}", key, partial(archive.__getitem__, key))
-    else:
-        data = opened.enter_context(h5py.File(path, "r"))
-        found: list[str | bytes] = []
-        data.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
-        for key in found:
-            text = os.fsdecode(key)  # bytes where it is no UTF-8
-            yield _Array(file, f"{file}/{text}", text, partial(data.__getitem__, key))
-
-
-def _idx_pair(folder: Path, file: str) -> tuple[_Array, _Array]:
-    """MNIST's images, and the labels that must lie beside them."""
-    labels_file = re.sub("images([-.])idx3", r"labels\1idx1", file, flags=re.IGNORECASE)
-    if not (folder / labels_file).exists():
-        raise UserError(f"{folder / labels_file}: not found: put it beside the images that it labels")
-    images, labels = (
-        _Array(name, name.replace("t10k", "test"), name, partial(_idx, folder / name)) for name in (file, labels_file)
-    )
-    return images, labels
 
 
 def _image_word(key: str) -> str | None:
@@ -217,13 +186,13 @@ def _tells_labels(name: str) -> bool:
     return any(_word(labels).search(name) for labels in _WORDS.values())
 
 
-def _is_labels_alone(array: _Array, arrays: dict[str, _Array]) -> bool:
+def _is_labels_alone(array: Array, arrays: dict[str, Array]) -> bool:
     """Whether an array without a name of its own, alone in its file, is called labels by that file's name."""
     alone = array.key == "arr_0" and f"{array.file}/arr_1" not in arrays
     return alone and _tells_labels(PurePosixPath(array.file).name)
 
 
-def _labels_of(images: _Array, word: str, arrays: dict[str, _Array]) -> _Array | None:
+def _labels_of(images: Array, word: str, arrays: dict[str, Array]) -> Array | None:
     """The array whose name has the word for labels instead, in upper case or lower: the nearest one first."""
     path, swapped = PurePosixPath(images.file), partial(_word(word).sub, _WORDS[word])
     if images.name == images.file:
@@ -239,42 +208,6 @@ def _labels_of(images: _Array, word: str, arrays: dict[str, _Array]) -> _Array |
 
 def _word(word: str) -> re.Pattern[str]:
     return re.compile(f"(?<![a-z]){word}(?![a-z])", re.IGNORECASE)
-
-
-def _idx(path: Path) -> np.ndarray:
-    """The array of an idx file.
-
-    Raises:
-        ValueError: it is none of uint8 with one axis or three, or not whole.
-    """
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        data = file.read()
-    start = _IDX_HEADER_BYTES.get(data[:4])
-    if start is None:
-        raise ValueError
-    return np.frombuffer(data, np.uint8, offset=start).reshape(np.frombuffer(data[4:start], ">u4"))
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Turn what reading a file raises into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # that is what seeking to a wrong place ends with
-            raise UserError(f"{where}: cannot be read ({error.strerror}): fix that and run again") from None
-        if _NO_FILTER.search(str(error)):
-            raise UserError(
-                f"{where}: packed by a filter that is no part of HDF5: write it anew, "
-                "h5repack -f GZIP=1 FILE NEW_FILE, where it can be read"
-            ) from None
-        raise _damaged(where) from None  # gzip's, and HDF5's of what it does not know
-    except (KeyError, RuntimeError, *NUMPY_ERRORS):
-        raise _damaged(where) from None
-
-
-def _damaged(where: str) -> UserError:
-    return UserError(f"{where}: damaged, or holds Python objects, which are not read: get it again")
 
 
 def _channels_first(images: Any, where: str) -> bool:
@@ -308,7 +241,7 @@ def _parts(images: Any, channels_first: bool, where: str) -> Iterator[np.ndarray
     rows, highest = max(1, _PART_BYTES // math.prod(images.shape[1:])), 0
     for start in range(0, len(images), rows):
         interrupt.raise_if_stopped()
-        with _reading(where):
+        with reading(where):
             part = images[start : start + rows]
         highest = max(highest, int(part.max()))
         if part.ndim == 3:
@@ -326,7 +259,7 @@ def _texts(labels: Any, num_images: int, where: str) -> list[str | None]:
     if labels is None:
         return [None] * num_images
     if isinstance(labels, h5py.Dataset):
-        with _reading(where):
+        with reading(where):
             labels = labels.asstr()[()] if h5py.check_string_dtype(labels.dtype) else labels[()]
     kind = "U" if labels.dtype == object else labels.dtype.kind
     if kind not in "iuU" or labels.size != num_images or len(labels) != num_images:

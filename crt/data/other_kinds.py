@@ -21,13 +21,15 @@ _KINDS = {
     _TAR: "set prepare_data.source to webdataset to read images inside these files",
     r".*\.parquet": "set prepare_data.source to parquet to read images inside these files",
     r".*\.(mdb|lmdb)": "set prepare_data.source to lmdb to read LMDB files",
-    r".*\.(npz|npy|h5|hdf5)|.*[-.]idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read arrays of "
-    "images in .npz, .npy, HDF5 and idx files",
+    r".*\.(npz|npy|h5|hdf5|mat)|.*[-.]idx[13]-ubyte(\.gz)?": "set prepare_data.source to arrays to read arrays of "
+    "images in .npz, .npy, HDF5, .mat and idx files",
+    r"fine_label_names\.txt|(train|test|unlabeled)_x\.bin": "set prepare_data.source to arrays to read the binary "
+    "versions of CIFAR-100 and STL-10",
     r"(data_batch_\d|test_batch)(\.bin)?": "set prepare_data.source to cifar10 to read CIFAR-10's binary version",
-    r"fine_label_names\.txt|file\.txt~": "get CIFAR-100 as Parquet files from the Hugging Face Hub and set "
-    "prepare_data.source to parquet: its own versions are not read",
+    r"file\.txt~": "get CIFAR-100's binary version, unpack it and set prepare_data.source to arrays: pickles are not "
+    "read",
     r".*\.arrow": "set prepare_data.source to arrow to read images inside these files",
-    r".*\.(mat|tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
+    r".*\.(tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
     rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",
 }
 

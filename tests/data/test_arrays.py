@@ -298,9 +298,11 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
         make.write(raw / "train-labels-idx1-ubyte", damaged)
         assert "train-images-idx3-ubyte: damaged" in refused(path=raw, **ARRAYS)
     assert "gone: not found: set prepare_data.path" in refused(path=tmp_path / "gone", **ARRAYS)
-    assert "holds no files .npz, .npy, .h5, .hdf5 or *-images-idx3-ubyte" in refused(
-        path=make.write(tmp_path / "c" / "x.txt", b"").parent, **ARRAYS
-    )
+    for name, other in (("x.txt", ""), ("data_batch_1.bin", ", or set prepare_data.source to cifar10 to read")):
+        told = f"holds no files .npz, .npy, .h5, .hdf5, .mat or *-images-idx3-ubyte: give the folder that does{other}"
+        assert told in refused(path=make.write(tmp_path / "c" / name, b"").parent, **ARRAYS)
+    told = "a folder nor a file .npz, .npy, .h5, .hdf5, .mat: unpack it and set prepare_data.path to such a file"
+    assert told in refused(path=make.write(tmp_path / "stl10_binary.tar.gz", b""), **ARRAYS)
 
 
 PACKED = gzip.compress(idx(pixels(1, 50, 8, 8)))

@@ -10,7 +10,13 @@ KINDS = [
     ("train-images-idx3-ubyte.gz", "set prepare_data.source to arrays"),
     ("pathmnist.npz", "set prepare_data.source to arrays"),
     ("data_batch_1", "set prepare_data.source to cifar10"),
-    ("train_32x32.mat", "write the images as files into a folder for each class, or get the data set as Parquet files"),
+    ("train_32x32.mat", "set prepare_data.source to arrays to read arrays of images in .npz, .npy, HDF5, .mat and idx"),
+    (
+        "stl10_binary/train_X.bin",
+        "set prepare_data.source to arrays to read the binary versions of CIFAR-100 and STL-10",
+    ),
+    ("train.rec", "write the images as files into a folder for each class, or get the data set as Parquet files"),
+    ("cifar-100-python/file.txt~", "get CIFAR-100's binary version, unpack it and set prepare_data.source to arrays"),
     ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
     ("bedroom_train_lmdb/data.mdb", "set prepare_data.source to lmdb"),
     ("train/data-00000-of-00001.arrow", "set prepare_data.source to arrow to read images inside these files"),
@@ -29,7 +35,8 @@ def test_folders_of_other_kinds_of_files_are_told_what_to_do(refused, make, tmp_
 def test_cifar100_and_archives_in_folders(refused, make, tmp_path):
     make.write(tmp_path / "a" / "fine_label_names.txt", b"apple")
     make.write(tmp_path / "a" / "train.bin", b"data")
-    assert "get CIFAR-100 as Parquet files" in refused(path=tmp_path / "a", source="cifar10")
+    told = "set prepare_data.source to arrays to read the binary versions of CIFAR-100"
+    assert told in refused(path=tmp_path / "a", source="cifar10")
     make.write(tmp_path / "b" / "faces.zip", b"data")
     assert "set prepare_data.path to the archive itself, such as faces.zip, or unpack it" in refused(
         path=tmp_path / "b"
@@ -45,7 +52,7 @@ def test_archives_in_an_archive_are_to_be_unpacked(refused, make, tmp_path):
     assert refused(path=archive).endswith(f"or unpack it and {told}")
     assert refused(path=tmp_path / "x").endswith(f"or {told}")
     shutil.rmtree(tmp_path / "x")
-    make.write(tmp_path / "x" / "train_32x32.mat", b"data")
+    make.write(tmp_path / "x" / "train.tfrecord", b"data")
     archive = shutil.make_archive(str(tmp_path / "svhn"), "zip", tmp_path / "x")
     assert "or write the images as files into a folder for each class" in refused(path=archive)
 
