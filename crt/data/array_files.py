@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ _STL10_RECORD = np.dtype([("image", "u1", (3, 96, 96))])  # each channel column 
 SVHN_EXTRA = "extra_32x32.mat"
 """SVHN's further images, which it calls neither training nor test images."""
 _SVHN = re.compile(r"(train|test|extra)_32x32\.mat", re.IGNORECASE)
+_DOWNSAMPLED = re.compile(r"(train_data(_batch_\d+)?|val_data)\.npz")  # ImageNet's downsampled versions
 _IDX_HEADER_BYTES = {b"\0\0\x08\x03": 16, b"\0\0\x08\x01": 8}  # of uint8 with three axes, or with one
 # How HDF5 says that it looked for a plugin.
 _NO_FILTER = re.compile(r"can't open directory|required filter|filter '")
@@ -79,10 +81,12 @@ def arrays_in(folder: Path, file: str, opened: ExitStack) -> Iterator[Array]:
     elif ending.endswith(".npz"):
         archive = opened.enter_context(np.load(path, allow_pickle=False))
         for key in archive.files:
-            yield Array(file, f"{file}/{key}", key, partial(archive.__getitem__, key))
+            get = partial(archive.__getitem__, key)
+            is_planar = key == "data" and _DOWNSAMPLED.fullmatch(path.name)
+            yield Array(file, f"{file}/{key}", key, partial(_planar, get) if is_planar else get)
     elif ending.endswith(".mat") and not h5py.is_hdf5(path):
-        for key, get in matlab_arrays(path):
-            yield Array(file, f"{file}/{key}", key, partial(_matlab, path, key, get))
+        for key, read in matlab_arrays(path):
+            yield Array(file, f"{file}/{key}", key, partial(_matlab, path, key, read))
     elif _STL10.fullmatch(file):
         yield Array(file, file, path.stem, partial(_stl10, path))
     elif _CIFAR100.fullmatch(file):
@@ -131,6 +135,13 @@ def _idx(path: Path) -> np.ndarray:
 def _reversed(get: Callable[[], h5py.Dataset]) -> np.ndarray:
     """An array of a .mat file that is HDF5, where all axes are in reverse."""
     return np.asarray(get()[()]).T
+
+
+def _planar(get: Callable[[], np.ndarray]) -> np.ndarray:
+    """Square images (n, 3, side, side) of which each is stored as one row."""
+    rows = get()
+    side = math.isqrt(rows[0].size // 3) if rows.ndim == 2 and len(rows) else 0
+    return rows.reshape(-1, 3, side, side) if rows.shape[1:] == (3 * side * side,) else rows
 
 
 def _matlab(path: Path, key: str, get: Callable[[], np.ndarray]) -> np.ndarray:

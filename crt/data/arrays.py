@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,11 +35,12 @@ from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
 from crt.errors import UserError
-from crt.progress import Progress
+from crt.progress import Progress, human_bytes
 
 _WORDS = {"images": "labels", "imgs": "labels", "x": "y", "data": "labels", "arr_0": "arr_1"}
-# Of files of one data set; SVHN and STL-10 have such others beside these two.
-_SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k|extra(?=_32x32)|unlabeled(?=_x)")
+# Of files of one data set. SVHN and STL-10 have such others beside these two, and ImageNet's downsampled versions have
+# their training images in batches.
+_SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k|_batch(?=_[0-9])|extra(?=_32x32)|unlabeled(?=_x)")
 _PART_BYTES = 2**26  # copied at once
 
 
@@ -60,6 +62,7 @@ def open_arrays(path: Path, work: Path) -> Source:
                 pixels, texts = images.read(), None if of_images is None else of_images.read()
             channels_first = _channels_first(pixels, where)
             labels[name] = _texts(texts, len(pixels), where)
+            _refuse_more_than_fits(pixels, copies, where)
             container, places[name] = raw_container(copies / f"{number:05d}.rgb", _parts(pixels, channels_first, where))
             places[name]["container"], places[name]["modified"] = number, (folder / images.file).stat().st_mtime_ns
             containers.append(container)
@@ -227,6 +230,21 @@ def _channels_first(images: Any, where: str) -> bool:
     )
 
 
+def _refuse_more_than_fits(images: Any, folder: Path, where: str) -> None:
+    """Tell that a disk has no room for the copy of all images before it is full: in their file they may be packed.
+
+    Raises:
+        UserError: as said.
+    """
+    needed = math.prod(images.shape) * (1 if images.ndim == 4 and 3 in (images.shape[1], images.shape[-1]) else 3)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{where}: {_shape(images)} takes {human_bytes(needed)} in {folder}, where {human_bytes(free)} are free: "
+            "free some space, or make it smaller"
+        )
+
+
 def _shape(array: Any) -> str:
     return f"{array.dtype} ({', '.join(map(str, array.shape))})"
 
@@ -261,6 +279,9 @@ def _texts(labels: Any, num_images: int, where: str) -> list[str | None]:
     if isinstance(labels, h5py.Dataset):
         with reading(where):
             labels = labels.asstr()[()] if h5py.check_string_dtype(labels.dtype) else labels[()]
+    elif labels.dtype.kind == "S":
+        with reading(where):
+            labels = np.char.decode(labels, "utf-8")
     kind = "U" if labels.dtype == object else labels.dtype.kind
     if kind not in "iuU" or labels.size != num_images or len(labels) != num_images:
         raise UserError(

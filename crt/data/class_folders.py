@@ -155,6 +155,8 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
     if not any(found.values()):
         hint = read_otherwise([name for name in tree.files if name.startswith(root)])
         hint = tree.unpack_first + hint if hint.startswith("set prepare_data.") else hint
+        if not hint and "no extension" in ignored:
+            hint = f"if those without one are images, give their names an extension, such as {EXTENSIONS[0]}"
         raise UserError(
             f"{where}: holds no images ({', '.join(EXTENSIONS)}){kinds and f', but {kinds}'}: add some, "
             f"or set prepare_data.path to the folder that holds them{hint and f', or {hint}'}"
@@ -221,6 +223,11 @@ def _refuse_flat_val(tree: Tree, root: str, train: str) -> None:
         UserError: as said.
     """
     images = _images_in(tree, root)
+    if not images and not read_otherwise([name for name in tree.files if name.startswith(root)]):
+        raise UserError(
+            f"{tree.name}: {root} holds no images: add some, or remove it: validation images are then set aside from "
+            f"{train}"
+        )
     if images and not any("/" in name for name in images):
         raise UserError(
             f"{tree.name}: {root} holds images without class folders: give it class folders, or remove it: "
@@ -252,8 +259,10 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
     """Refuse validation classes without training images; note classes without validation images."""
     strange = sorted(set(val_classes) - set(classes))
     if strange:
-        shown = printable(strange[0])
-        raise UserError(f"{name}: class {shown} has validation images, but no training images: add some")
+        shown, other = printable(strange[0]), ""
+        if set(classes).isdisjoint(val_classes):
+            other = "; or, as no class has both, if they are no classes, put all images of each split into one folder"
+        raise UserError(f"{name}: class {shown} has validation images, but no training images: add some{other}")
     missing = sorted(set(classes) - set(val_classes))
     if missing:
         what = "1 class has" if len(missing) == 1 else f"{len(missing)} classes have"

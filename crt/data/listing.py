@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PLACE = np.dtype([("container", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<i8"), ("modified", "<i8")])
 _ZIP_HEADER_BYTES = 30
 _DEFLATED = 8
+_MOST_BYTES = 2**30  # of an image file: uncompressed pixels of as many as are decoded take less
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,10 @@ def _unzipped(data: bytes, crc: int) -> bytes:
     """Content of a zip member from its method (2 bytes) and stored bytes."""
     method, content = int.from_bytes(data[:2], "little"), data[2:]
     try:
-        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content) if method == _DEFLATED else content
+        if method == _DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, _MOST_BYTES + 1)
+            if len(content) > _MOST_BYTES:
+                raise Undecodable(f"more than {_MOST_BYTES} bytes")
     except zlib.error as error:
         raise Undecodable(f"corrupt in the archive: {error}") from None
     if zlib.crc32(content) != crc:

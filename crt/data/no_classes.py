@@ -26,6 +26,7 @@ _ANNOTATIONS = re.compile(
 _PART = re.compile("(.*[^a-z])?(images?|imgs?|photos?|pictures?|parts?|batch|chunk|shard)[^a-z]*[0-9]+")
 # Images in each numbered part: of FFHQ and StyleGAN's tool, and of img2dataset.
 _PART_SIZES = (1000, 10000)
+_NUM_BUCKETS = 1000  # folders over which Danbooru's images are spread
 ONE_CLASS = "images"
 """The class of images that have none."""
 LABEL_FILES = (".csv", ".tsv", ".jsonl")
@@ -64,7 +65,7 @@ def without_parts(tree: Tree, root: str, by_class: dict[str, list[int]], notes: 
     if len(by_class) < 2 or not _are_parts(tree, by_class):
         return by_class
     shown = f"{tree.name}: folders {first_three([root + name for name in sorted(by_class)])}"
-    parts = f"{shown} hold images numbered on from one to the next, so they are parts of one set, not classes"
+    parts = f"{shown} hold images whose numbers say which folder they lie in, so they are parts of one set, not classes"
     labels = f"{root}{STYLEGAN_LABELS}"
     if labels in tree.files:
         first = tree.unpack_first
@@ -151,15 +152,28 @@ def _inner_folder(tree: Tree, row: int) -> str | None:
 
 
 def _are_parts(tree: Tree, by_class: Mapping[str, list[int]]) -> bool:
-    """Whether each image's number says which folder it lies in: 01000/01234.png or 00001/img00001234.png."""
-    numbers = []
+    """Whether each image's number says which folder it lies in.
+
+    As its first digits do, in 01000/01234.png or 00001/img00001234.png, or its last three, in Danbooru's 0234/1234.jpg.
+    """
+    found: list[tuple[int, int]] = []
     for name, rows in by_class.items():
-        if not re.fullmatch("[0-9]{5}", name):
+        if not re.fullmatch("[0-9]{3,5}", name):
             return False
-        found = [re.search(r"([0-9]+)\.[^.]+$", tree.files[row]) for row in rows]
-        numbers += [(int(name), int(number[1]) if number else -1) for number in found]
-    return any(
-        all(number // size * step == folder for folder, number in numbers) for size in _PART_SIZES for step in (1, size)
+        ends = [re.search(r"([0-9]+)\.[^.]+$", tree.files[row]) for row in rows]
+        found += [(int(name), int(end[1]) if end else -1) for end in ends]
+    if all(len(name) == 5 for name in by_class):
+        return any(
+            all(number // size * step == folder for folder, number in found)
+            for size in _PART_SIZES
+            for step in (1, size)
+        )
+    numbers = {number for _, number in found}
+    # Two images of one number, or none above the folders' own, are classes whose images bear their number.
+    return (
+        max(numbers) >= _NUM_BUCKETS
+        and len(numbers) == len(found)
+        and all(number % _NUM_BUCKETS == folder for folder, number in found)
     )
 
 

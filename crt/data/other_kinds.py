@@ -30,6 +30,8 @@ _KINDS = {
     "read",
     r".*\.arrow": "set prepare_data.source to arrow to read images inside these files",
     r".*\.(tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
+    r".*\.(rar|7z|t?zst|z\d\d|(zip|tar|gz|tgz|7z|rar)\.(\d{2,3}|a[a-z]))": "unpack it, from all its parts if there are "
+    "several: archives of this kind are not read",
     rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",
 }
 

@@ -17,7 +17,8 @@ from crt.errors import UserError
 from crt.interrupt import raise_if_stopped
 from crt.progress import Progress
 
-_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# Of macOS, Windows, network drives of Synology (whose @eaDir hold thumbnails of the images beside) and disks' roots.
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,18 @@ def test_damage_inside_a_zip_member_is_that_files_alone(tmp_path):
             read_entry([tree.container], "a.png", tree.places[0])
 
 
+def test_a_zip_member_that_unpacks_to_far_more_than_an_image_is_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr("crt.data.listing._MOST_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fits.png", b"1" * 1000)
+        archive.writestr("bomb.png", b"0" * 1001)
+    tree = open_tree(tmp_path / "a.zip", "prepare_data.path", tmp_path)
+    assert tree.files == ["bomb.png", "fits.png"]
+    assert read_entry([tree.container], "fits.png", tree.places[1]) == b"1" * 1000
+    with pytest.raises(Undecodable, match="more than 1000 bytes"):
+        read_entry([tree.container], "bomb.png", tree.places[0])
+
+
 def test_a_changed_archive_is_unpacked_anew(tmp_path):
     path = build_tar(tmp_path / "x.tar.gz", "w:gz", {"a/1.png": b"old"})
     assert contents(path, tmp_path) == {"a/1.png": b"old"}

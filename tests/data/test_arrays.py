@@ -70,6 +70,25 @@ def test_mnist_as_kaggle_has_it(prepare, make, tmp_path, forms):
     check(out, "val", *made["t10k"])
 
 
+@pytest.mark.parametrize("width", [8, 4])
+def test_imagenets_downsampled_versions(prepare, tmp_path, width):
+    """As published: a row of 3 x side x side values for each image, channel by channel, and labels from 1."""
+    made = {
+        name: (pixels(seed, 11, width, width, 3), np.arange(11) % 5 + 1)
+        for seed, name in enumerate(("train_data_batch_1", "train_data_batch_2", "val_data"))
+    }
+    for name, (images, labels) in made.items():
+        rows = images.transpose(0, 3, 1, 2).reshape(11, -1)
+        np.savez(tmp_path / f"{name}.npz", data=rows, labels=labels, mean=rows.mean(0))
+    status, out = prepare(path=tmp_path, source="arrays", image_size=width)
+    assert status == 0 and len(PackedImages(out, "train")) == 22
+    check(out, "val", *made["val_data"])
+    part = PackedImages(out, "train")
+    for row in range(22):
+        name, _, origin = part.source_id(row).replace(".npz/data", "").partition("/")
+        assert np.array_equal(part.image(row), made[name][0][int(origin)])
+
+
 @pytest.mark.parametrize("saved", [np.savez, np.savez_compressed])
 def test_kmnist(prepare, tmp_path, saved):
     made = {name: (pixels(seed, 11, 8, 8), np.arange(11)) for seed, name in enumerate(("train", "test"))}
@@ -134,6 +153,22 @@ def test_names_count_in_upper_case_too_but_not_inside_words(tmp_path, images):
         source = open_arrays(path, tmp_path / "work")
         assert source.class_ids == ["a", "b"]
         assert source.splits["all"].labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_labels_may_be_bytes_of_text(tmp_path):
+    np.savez(tmp_path / "a.npz", images=RGB, labels=np.char.encode(["b", "é", "é", "b", "é"], "utf-8"))
+    source = open_arrays(tmp_path / "a.npz", tmp_path)
+    assert source.class_ids == ["b", "é"] and source.splits["all"].labels.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_images_of_which_the_disk_cannot_hold_a_copy_are_refused_before_it_is_full(refused, make, tmp_path):
+    """An HDF5 file of a few bytes may tell of terabytes."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("images", (10**9, 64, 64, 3), "u1", chunks=(1, 64, 64, 3))
+    assert "a.h5/images: uint8 (1000000000, 64, 64, 3) takes 12.3 TB in " in refused(path=tmp_path, **ARRAYS)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("images", (10**9, 64, 64), "u1", chunks=(1, 64, 64))
+    assert "takes 12.3 TB in " in refused(path=tmp_path, **ARRAYS)
 
 
 def test_labels_are_no_images_whatever_else_their_name_says(tmp_path):

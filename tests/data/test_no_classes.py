@@ -26,10 +26,11 @@ def files(make, root: Path, names: list[str]) -> Path:
 
 FFHQ = [f"{part:05d}/{part + number:05d}.png" for part in (0, 1000, 2000) for number in (0, 1, 999)]
 STYLEGAN = [f"{part:05d}/img{1000 * part + number:08d}.png" for part in (0, 1) for number in (0, 1, 2, 3, 999)]
+DANBOORU = [f"512px/{part:04d}/{number}{part:03d}.jpg" for part in (0, 1, 999) for number in (1, 23, 456)]
 IMG2DATASET = [f"{part:05d}/{10000 * part + number:09d}.jpg" for part in (0, 1) for number in (0, 1, 2, 3, 9999)]
 
 
-@pytest.mark.parametrize("names", [FFHQ, [f"images1024x1024/{name}" for name in FFHQ], STYLEGAN, IMG2DATASET])
+@pytest.mark.parametrize("names", [FFHQ, [f"images1024x1024/{name}" for name in FFHQ], STYLEGAN, IMG2DATASET, DANBOORU])
 def test_numbered_parts_of_one_set_are_one_class(prepare, make, tmp_path, capfd, names):
     status, out = prepare(path=images(make, tmp_path / "faces", names))
     assert status == 0
@@ -65,6 +66,9 @@ def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind, 
         [f"{label}/{1000 * label + number:05d}.png" for label in range(3) for number in range(4)],
         [f"{label:05d}/{4 * label + number:05d}.png" for label in range(3) for number in range(4)],
         [f"{label:05d}/x.{number}.d.png" for label in range(3) for number in range(4)],
+        [f"{label:03d}/{camera}_{label:03d}.png" for label in range(3) for camera in range(4)],
+        [f"{label:03d}/{camera}_{1000 + label}.png" for label in range(3) for camera in range(4)],
+        [f"{label:03d}/{number}_{label:03d}7.png" for label in range(3) for number in range(4)],
     ],
 )
 def test_classes_called_by_numbers_are_classes(prepare, make, tmp_path, names):

@@ -20,6 +20,10 @@ KINDS = [
     ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
     ("bedroom_train_lmdb/data.mdb", "set prepare_data.source to lmdb"),
     ("train/data-00000-of-00001.arrow", "set prepare_data.source to arrow to read images inside these files"),
+    *(
+        (f"a/{name}", "unpack it, from all its parts")
+        for name in ("x.rar", "x.7z", "x.tar.zst", "x.zip.001", "x.tar.ab")
+    ),
     ("a/photo.jxl", "convert them to PNG or JPEG"),
 ]
 

@@ -303,6 +303,8 @@ def test_hidden_and_foreign_files_are_ignored(prepare, make, tmp_path, capfd):
     root = make.class_folders(tmp_path / "images", {"a": 3, "b": 3})
     for name in (".DS_Store", "a/.DS_Store", "a/._000.png", "__MACOSX/a/000.png", ".hidden/x.png", "Thumbs.db"):
         make.write(root / name, b"clutter")
+    for name in ("a/@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x.png", "lost+found/x.png"):
+        make.write(root / name, b"clutter")
     make.write(root / "LICENSE", b"text")
     make.write(root / "a" / "labels.csv", b"text")
     status, out = prepare(path=root)
@@ -379,6 +381,9 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     make.write(tmp_path / "text" / "photo.JXL", b"jxl")
     assert "text: holds no images (.jpg, " in (message := refused(path=tmp_path / "text"))
     assert ".pnm), but 1 .jxl, 1 .txt: add some, or set prepare_data.path" in message
+    make.write(tmp_path / "bare" / "photo", make.encode(make.noise(50)))
+    told = "but 1 no extension: add some, or set prepare_data.path to the folder that holds them, or if those without"
+    assert told in refused(path=tmp_path / "bare")
     make.write(tmp_path / "text" / "0.tar", b"shard")
     assert "set prepare_data.source to webdataset" in refused(path=tmp_path / "text")
     make.write(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", b"table")
@@ -391,6 +396,13 @@ def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
     make.class_folders(root / "val", {"a": 1, "c": 1}, first_seed=50)
     assert "class c has validation images, but no training images" in refused(path=root)
     shutil.rmtree(root / "val" / "c")
+    shutil.rmtree(root / "val" / "a")
+    told = "val/ holds no images: add some, or remove it: validation images are then set aside from train/"
+    assert told in refused(path=root)
+    make.class_folders(root / "val", {"patient1": 1, "patient2": 1}, first_seed=50)
+    assert refused(path=root).endswith("if they are no classes, put all images of each split into one folder")
+    shutil.rmtree(root / "val")
+    make.class_folders(root / "val", {"a": 1}, first_seed=50)
     make.class_folders(root / "extra", {"a": 1}, first_seed=60)
     assert "folder extra beside train/ and val/" in refused(path=root)
     shutil.rmtree(root / "extra")
