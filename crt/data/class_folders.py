@@ -292,7 +292,8 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
             notes.append(
                 f"{tree.name}: training images are those of {train[0]}/, validation images those of {val[0]}/{unused}"
             )
-            return {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
+            roots = {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
+            return {split: _entered(tree, inner, notes) for split, inner in roots.items()}
         plain = _named(top, _PLAIN_TRAIN) and _named(top, _PLAIN_VAL)
         if plain or (train and val and top == {*train, *val}):
             strange = min(top - {train[0], *val})
@@ -308,6 +309,14 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
             return {"all": root}
         root += min(top) + "/"
         notes.append(f"{tree.name}: class folders are those in {root}")
+
+
+def _entered(tree: Tree, root: str, notes: list[str]) -> str:
+    """A split's folder, or the one inside that holds its class folders: some archives have train/train/CLASS."""
+    while _wraps(tree, root, top := _folders_in(tree, root)):
+        root += min(top) + "/"
+        notes.append(f"{tree.name}: class folders are those in {root}")
+    return root
 
 
 def _without_bare(tree: Tree, root: str, top: set[str], splits: Sequence[str], notes: list[str]) -> set[str]:

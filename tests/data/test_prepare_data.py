@@ -391,6 +391,18 @@ def test_sources_laid_out_otherwise_are_refused(refused, make, tmp_path):
     assert message.endswith("or set prepare_data.source to parquet to read images inside these files")
 
 
+@pytest.mark.parametrize("inner", [("seg_train", "seg_test"), ("train", "test"), ("images", "images"), ("a/b", "a")])
+def test_class_folders_may_lie_deeper_in_splits(prepare, make, tmp_path, capfd, inner):
+    """Kaggle's archives have them so: train/train/CLASS."""
+    for seed, (split, folder) in enumerate(zip(("train", "test"), inner, strict=True)):
+        make.class_folders(tmp_path / "images" / split / folder, {"cat": 3, "dog": 3}, first_seed=10 * seed)
+    status, out = prepare(path=tmp_path / "images")
+    assert status == 0
+    for split in ("train", "val"):
+        assert PackedImages(out, split).class_names == ["cat", "dog"] and len(PackedImages(out, split)) == 6
+    assert f"class folders are those in train/{inner[0]}/" in capfd.readouterr().err
+
+
 def test_split_folders_laid_out_otherwise_are_refused(refused, make, tmp_path):
     root = make.class_folders(tmp_path / "images" / "train", {"a": 2, "b": 2}).parent
     make.class_folders(root / "val", {"a": 1, "c": 1}, first_seed=50)
