@@ -82,7 +82,9 @@ ViewName = Annotated[str, AfterValidator(_possible_view)]
 class PrepareData(Section):
     """Where the images come from and how they are stored."""
 
-    source: Literal["digits", "cifar10", "imagefolder", "imagenet", "webdataset", "parquet", "arrow", "lmdb", "arrays"]
+    source: Literal[
+        "digits", "cifar10", "imagefolder", "imagenet", "webdataset", "tfrecord", "parquet", "arrow", "lmdb", "arrays"
+    ]
     path: PathText | None
     storage: Literal["pixels", "encoded"]
     image_size: PositiveInt | None

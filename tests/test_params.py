@@ -132,7 +132,7 @@ def test_shipped_files_are_complete_and_valid(path):
         ({"sample.guidance_scale": 2.0, "sample.guidance_sweep": [2.0]}, "or guidance_scale 2 again"),
         *(
             ({"prepare_data.source": source}, f"source '{source}' needs a folder or archive: set prepare_data.path")
-            for source in ("imagefolder", "imagenet", "webdataset", "parquet", "arrow", "lmdb", "arrays")
+            for source in ("imagefolder", "imagenet", "webdataset", "tfrecord", "parquet", "arrow", "lmdb", "arrays")
         ),
         ({"prepare_data.path": "digits"}, "source 'digits' comes with scikit-learn: set prepare_data.path to null"),
         ({"prepare_data.path": 2012}, "prepare_data.path: must be text, got 2012: put it into quotes"),

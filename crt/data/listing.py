@@ -31,9 +31,9 @@ _MOST_BYTES = 2**30  # of an image file: uncompressed pixels of as many as are d
 class Container:
     """A file that holds images at known offsets, or a folder of image files.
 
-    Layouts: "folder" (an image's id is its path in it); "tar" (image files, whole); "zip" (image files
-    behind a local header, as they are or deflated); "lmdb" (image files by key, which is an image's id
-    from character `offset` on); "raw" (uint8 RGB pixels of one `shape`).
+    Layouts: "folder" (an image's id is its path in it); "tar" (image files, whole, in a tar or a TFRecord
+    file); "zip" (image files behind a local header, as they are or deflated); "lmdb" (image files by key,
+    which is an image's id from character `offset` on); "raw" (uint8 RGB pixels of one `shape`).
     """
 
     path: str

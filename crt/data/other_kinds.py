@@ -29,7 +29,9 @@ _KINDS = {
     r"file\.txt~": "get CIFAR-100's binary version, unpack it and set prepare_data.source to arrays: pickles are not "
     "read",
     r".*\.arrow": "set prepare_data.source to arrow to read images inside these files",
-    r".*\.(tfrecord.*|beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
+    r".*\.(tfrecords?|tfrec)(-\d+-of-\d+)?|.*-\d{5}-of-\d{5}": "set prepare_data.source to tfrecord to read TFRecord "
+    "files",
+    r".*\.(beton|rec|bin|pt|pth|pkl|pickle)": _CONVERT,
     r".*\.(rar|7z|t?zst|z\d\d|(zip|tar|gz|tgz|7z|rar)\.(\d{2,3}|a[a-z]))": "unpack it, from all its parts if there are "
     "several: archives of this kind are not read",
     rf".*({'|'.join(map(re.escape, UNREAD_PICTURES))})": "convert them to PNG or JPEG",

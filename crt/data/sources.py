@@ -16,6 +16,7 @@ from crt.data.listing import read_entry, sorted_listing
 from crt.data.lmdb import open_lmdb_files
 from crt.data.parquet import open_arrow, open_parquet
 from crt.data.source import Source, raw_container
+from crt.data.tfrecord import open_tfrecords
 from crt.data.tree import Tree, open_tree
 from crt.data.webdataset import open_webdataset
 from crt.errors import UserError
@@ -26,7 +27,12 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 _CIFAR_TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
 _CIFAR_VAL_FILE = "test_batch"
 _CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
-_READ_IN_PLACE = {"imagenet": open_imagenet, "webdataset": open_webdataset, "lmdb": open_lmdb_files}
+_READ_IN_PLACE = {
+    "imagenet": open_imagenet,
+    "webdataset": open_webdataset,
+    "lmdb": open_lmdb_files,
+    "tfrecord": open_tfrecords,
+}
 _READ_WITH_COPIES = {
     "imagefolder": open_class_folders,
     "parquet": open_parquet,

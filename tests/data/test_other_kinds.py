@@ -17,7 +17,8 @@ KINDS = [
     ),
     ("train.rec", "write the images as files into a folder for each class, or get the data set as Parquet files"),
     ("cifar-100-python/file.txt~", "get CIFAR-100's binary version, unpack it and set prepare_data.source to arrays"),
-    ("mnist-train.tfrecord-00000-of-00001", "write the images as files into a folder for each class"),
+    ("mnist-train.tfrecord-00000-of-00001", "set prepare_data.source to tfrecord"),
+    ("train-00000-of-01024", "set prepare_data.source to tfrecord to read TFRecord files"),
     ("bedroom_train_lmdb/data.mdb", "set prepare_data.source to lmdb"),
     ("train/data-00000-of-00001.arrow", "set prepare_data.source to arrow to read images inside these files"),
     *(
@@ -56,7 +57,7 @@ def test_archives_in_an_archive_are_to_be_unpacked(refused, make, tmp_path):
     assert refused(path=archive).endswith(f"or unpack it and {told}")
     assert refused(path=tmp_path / "x").endswith(f"or {told}")
     shutil.rmtree(tmp_path / "x")
-    make.write(tmp_path / "x" / "train.tfrecord", b"data")
+    make.write(tmp_path / "x" / "train.rec", b"data")
     archive = shutil.make_archive(str(tmp_path / "svhn"), "zip", tmp_path / "x")
     assert "or write the images as files into a folder for each class" in refused(path=archive)
 
