@@ -63,9 +63,7 @@ def _read(path: Path, start: int, length: int, is_compressed: bool, order: str) 
         stream = zlib.decompressobj()
         tag = stream.decompress(content, 8)
         length = int(np.frombuffer(tag, f"{order}u4", 1, 4)[0])
-        content = stream.decompress(stream.unconsumed_tail, length + 1)
-        if not stream.eof:  # where its checksum is
-            raise ValueError
+        content = stream.decompress(stream.unconsumed_tail, length + 1)  # one more, and the checksum behind is held too
     array_class, shape, name, at = _head(content, order)
     if array_class not in _NUMBERS:
         raise UserError(f"{path}: {name} is no array of numbers, as alone are read: write it as one")

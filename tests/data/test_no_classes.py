@@ -48,6 +48,11 @@ def test_numbered_parts_of_splits_are_one_class_in_both(prepare, make, tmp_path)
     assert PackedImages(out, "val").num_classes == 1
 
 
+def test_folders_of_one_image_called_like_them_are_no_parts(prepare, make, tmp_path):
+    status, out = prepare(path=images(make, tmp_path / "images", [f"{row:03d}/{row:03d}.png" for row in range(12)]))
+    assert status == 0 and PackedImages(out, "train").num_classes == 12
+
+
 @pytest.mark.parametrize("below", ["", "around/"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind, below):

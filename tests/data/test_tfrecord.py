@@ -166,6 +166,8 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path):
         (b"", "empty"),
         (records(b"\x0f\x01"), "record 0 is damaged"),
         (records(b"\x0a\x7f\x01"), "record 0 is damaged"),
+        (records(b"\x0a\x80"), "record 0 is damaged"),
+        (records(example({"image": b"abc"}).replace(b"\3abc", b"\7abc")), "record 0 is damaged"),
     ):
         make.write(tmp_path / "a.tfrecord", damaged)
         assert f"a.tfrecord: {told}" in refused(path=tmp_path, **TFRECORD)
