@@ -142,7 +142,8 @@ def test_numbers_in_mat_files(tmp_path, dtype, compressed):
 def test_shapes_of_other_sizes_and_what_matlab_keeps_for_itself(tmp_path):
     savemat(tmp_path / "a.mat", {"X": pixels(1, 8, 8, 3, 5), "o": np.arange(3.0)})
     clean = (tmp_path / "a.mat").read_bytes()
-    assert clean.count(shape := struct.pack("<4i", 8, 8, 3, 5)) == clean.count(name := b"\1\0\1\0o\0\0\0") == 1
+    shape, name = struct.pack("<4i", 8, 8, 3, 5), b"\1\0\1\0o\0\0\0"
+    assert clean.count(shape) == clean.count(name) == 1
     (tmp_path / "a.mat").write_bytes(clean.replace(name, struct.pack("<2I", 1, 0)))
     assert [found for found, _ in matlab_arrays(tmp_path / "a.mat")] == ["X"]
     for other in (4, 6):
