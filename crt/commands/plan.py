@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from crt.data.sampler import rank_slice
     from crt.plan.cluster import make_cluster
     from crt.plan.layouts import layouts
-    from crt.plan.sampling import sampling_memory
+    from crt.plan.sampling_memory import sampling_memory
     from crt.plan.tokenizer_memory import tokenizer_memory
     from crt.plan.work import ar_config, data_size, stage_work
 

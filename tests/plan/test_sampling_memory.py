@@ -12,7 +12,7 @@ from crt.ar.decoder import Decoder
 from crt.ar.gpu_decoder import GPUDecoder
 from crt.ar.model import ARTransformer, count_parameters
 from crt.params import load_params
-from crt.plan.sampling import SamplingMemory, sampling_memory
+from crt.plan.sampling_memory import SamplingMemory, sampling_memory
 from crt.plan.work import ar_config
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from tests.conftest import ROOT, write_params
