@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,12 +59,13 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
         params: section train_tokenizer.
         with_regularizer: whether lambda is above 0; without, no regularizer runs.
     """
+    from crt.tokenizer.losses import untrained_perceptual_loss
     from crt.tokenizer.objective import Objective
 
     size = params.image_size
     # One of several processes counts while the others do not: nothing may be sent.
     with FakeTensorMode(), as_one_process():
-        perceptual = _perceptual_network() if params.loss.lpips_weight > 0 else None
+        perceptual = untrained_perceptual_loss() if params.loss.lpips_weight > 0 else None
         objective = Objective.untrained(params, with_regularizer, perceptual)
 
         def step(adversarial: bool, batch_size: int) -> None:
@@ -89,14 +89,6 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
 def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) -> int:
     """`tokenizer_training_flops` over all steps and images of a batch."""
     return tokenizer_training_flops(params, with_regularizer) // max(params.steps * params.batch_size, 1)
-
-
-def _perceptual_network() -> Callable[[Tensor, Tensor], Tensor]:
-    """VGG-16 up to the last layer that LPIPS compares; the package's 1x1 convolutions of one output are left out."""
-    from torchvision.models import vgg16
-
-    network = vgg16(weights=None).features[:30].requires_grad_(False)
-    return lambda reconstructions, images: (network(reconstructions) - network(images)).mean()
 
 
 def ar_flops_per_image(config: ARConfig, activation_checkpointing: bool = False) -> int:

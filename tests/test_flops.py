@@ -94,13 +94,14 @@ def test_lpips_is_two_forward_passes_through_vgg_and_one_backward():
     side, channels, expected = 16, 3, 0
     for width, layers in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):  # Simonyan and Zisserman 2015, D
         for _ in range(layers):
-            expected += 2 * side**2 * 9 * channels * width
+            expected += 3 * 2 * side**2 * 9 * channels * width
             channels = width
+        expected += 2 * 2 * side**2 * width  # the weights of the squared differences: one pass there and one back
         side //= 2
     params = changed(loss={"lpips_weight": 1.0})
     added = tokenizer_training_flops(params, False) - tokenizer_training_flops(changed(), False)
     assert load_params(ROOT / "params.yaml").train_tokenizer.image_size == 16
-    assert added == params.steps * params.batch_size * 3 * expected
+    assert added == params.steps * params.batch_size * expected
 
 
 def test_rate_of_matrix_products_is_that_of_this_machine() -> None:
