@@ -9,6 +9,9 @@ the backward pass makes them, ZeRO 3 also the weights. Three moments can be the 
 - the backward pass ends: activations are gone, gradients are complete, with ZeRO 1 still whole;
 - the update: float32 copies of the gradients beside bfloat16 ones.
 
+Without a step (`train_ar.steps: 0`) the model is only validated: there are no moments yet, and of gradients only what
+ZeRO 3 sets aside.
+
 Activations are not estimated: the forward pass runs on fake tensors and autograd tells what it keeps. Tests hold the
 split state against a run of two processes and the activations against real tensors; on an H200 the peaks of sizes B
 and L agree within 5% (`benchmarks/stage2.md`). What is not in it: the CUDA context and NCCL's buffers, which the
@@ -46,6 +49,8 @@ class Split:
     activation_checkpointing: bool
     accumulating: bool
     """Whether a step has more than one micro-batch."""
+    trains: bool = True
+    """Whether there is any step."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Memory:
     host: int
     """In the host's memory, by offload."""
     activations_per_image: int
-    """Kept by the forward pass, and the working set of the losses."""
+    """Kept by the forward pass, and the working set of the losses; without a step, of a pass that keeps nothing."""
 
     def peak(self, micro_batch: int) -> int:
         """The fullest moment of a step with so many images in a micro-batch."""
@@ -79,20 +84,20 @@ class Memory:
 
 
 def held_bytes(num_parameters: int, split: Split) -> tuple[int, int, int, int]:
-    """(weights, gradients, optimizer state, buffers) on the device between backward pass and update."""
+    """(weights, gradients, optimizer state, buffers) on the device between backward pass and update, if any."""
     share = 1 / split.processes
     low = split.precision == "bf16"
     weight = 2 if low else 4
     accumulates_wide = low and split.accumulating and split.zero_stage > 0
     gradient = 4 if accumulates_wide else weight
-    optimizer = 12 if low else 8
+    moments = 8 if split.trains else 0
     stage, buffers = split.zero_stage, 0.0
     if stage == 0:
         # float32 master weights come with bfloat16 weights only.
-        weights, gradients, state = float(weight), float(gradient), float(optimizer)
+        weights, gradients, state = float(weight), float(gradient), moments + (4.0 if low else 0.0)
     else:
         # Even in float32 the flat master copy of a process's share stands beside the weights.
-        state = 12 * share
+        state = (4 + moments) * share
         weights = weight * (share if stage == 3 else 1)
         gradients = gradient * share
         if stage == 1 and accumulates_wide:
@@ -102,6 +107,8 @@ def held_bytes(num_parameters: int, split: Split) -> tuple[int, int, int, int]:
             buffers = weight * bucket_elements(num_parameters) / num_parameters
     if split.offload != "none":
         state = gradients = 0.0
+    if not split.trains and stage < 3:
+        gradients = 0.0
     if split.offload == "optimizer_and_parameters":
         weights = 0.0
     bytes_of = [round(per_parameter * num_parameters) for per_parameter in (weights, gradients, state, buffers)]
@@ -127,12 +134,14 @@ def stage2_memory(config: ARConfig, split: Split) -> Memory:
     if split.precision == "bf16" and split.offload == "none":
         share = {0: num_parameters, 1: num_parameters // split.processes, 2: num_parameters // split.processes, 3: 0}
         copies = 4 * (min(num_parameters, GPU_PIECE) if in_place else share[split.zero_stage] or bucket)
+    if not split.trains:
+        travelling = whole = copies = 0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         buffers=buffers,
-        backward_start=base + travelling + (gradients if split.accumulating else 0),
+        backward_start=base + travelling + (gradients if split.accumulating or not split.trains else 0),
         backward_end=base + travelling + max(whole, gradients),
         update=weights + optimizer + buffers + gradients + copies,
         host=_host_bytes(num_parameters, split),
@@ -151,6 +160,11 @@ def _host_bytes(num_parameters: int, split: Split) -> int:
 def _activations_per_image(config: ARConfig, split: Split) -> int:
     """What one image's forward pass keeps, and the most that its backward pass needs beside at once."""
     kept, block = activation_bytes(config, split.precision, split.activation_checkpointing, "cuda:0")
+    if not split.trains:
+        # Nothing is kept: logits, the same in float32 where they are not, and log-probabilities; a block needs less
+        # than it would keep.
+        bytes_per_logit = 4 + 4 + (2 if split.precision == "bf16" else 0)
+        return max(bytes_per_logit * config.num_tokens * config.codebook_size, block)
     # When blocks are recomputed the losses' part is over.
     return kept + (max(loss_bytes(config), block) if split.activation_checkpointing else loss_bytes(config))
 

@@ -7,7 +7,6 @@ that is assumed: give your own measured one.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: bad params or options, a batch of either training that does not divide among the GPUs.
     """
     from crt.data.sampler import rank_slice
-    from crt.plan.cluster import make_cluster
+    from crt.plan.cluster import check_within, make_cluster
     from crt.plan.layouts import layouts
     from crt.plan.sampling_memory import sampling_memory
     from crt.plan.tokenizer_memory import tokenizer_memory
@@ -64,11 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if args.models:
         _print_models(params, data.classes)
         return 0
-    for option in ("mfu", "mfu_tokenizer", "mfu_sample", "images_per_second"):
-        value = getattr(args, option)
-        most, words = (1, ", and at most 1") if option.startswith("mfu") else (math.inf, "")
-        if not 0 < value < math.inf or value > most:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be finite and greater than 0{words}")
+    for option, share in (("mfu", args.mfu), ("mfu-tokenizer", args.mfu_tokenizer), ("mfu-sample", args.mfu_sample)):
+        check_within(f"--{option}", share, most=1)
+    check_within("--images-per-second", args.images_per_second)
     cluster = make_cluster(args.gpu, args.gpus, args.gpu_memory, args.peak, args.reserve)
     try:
         rank_slice(params.train_tokenizer.batch_size, 0, cluster.gpus)  # as the stage will
@@ -84,15 +81,13 @@ def run(args: argparse.Namespace) -> int:
     )
     _print_sizes(params, config, data)
     _print_hours(args, stage_work(params, data, config), cluster, data)
-    stage1 = None
-    if params.train_tokenizer.steps:
-        stage1 = tokenizer_memory(params.train_tokenizer, params.lambda_ > 0, cluster.gpus)
-        _print_tokenizer_memory(stage1, cluster)
+    stage1 = tokenizer_memory(params.train_tokenizer, params.lambda_ > 0, cluster.gpus)
+    _print_tokenizer_memory(stage1, cluster)
     _print_memory(ways, cluster, params.train_ar.compile)
     sampling = sampling_memory(params, config)
     _print_sampling_memory(sampling, params.sample.batch_size, cluster)
     return _print_verdict(
-        None if stage1 is None else _tokenizer_misfit(stage1, cluster),
+        _tokenizer_misfit(stage1, cluster),
         _sampling_misfit(sampling, params.sample.batch_size, cluster),
         _training_misfit(ways, cluster, params.train_ar.compile),
     )
@@ -140,7 +135,9 @@ def _print_sizes(params: Params, config: Any, data: Any) -> None:
         "codes": f"{config.num_tokens} per image ({config.grid[0]} x {config.grid[1]}) of {config.codebook_size:,}",
         "token cache": f"{_size(cache_bytes(params, data, config))}: {data.train:,} images in {views_text(params)}, "
         f"{data.val:,} in 1",
-        "checkpoint": f"{_size(checkpoint)}, at most {kept} at once: {_size(kept * checkpoint)}",
+        "checkpoint": f"{_size(checkpoint)}, at most {kept} at once: {_size(kept * checkpoint)}"
+        if stage2.steps
+        else "none: nothing is trained",
         "finished model": f"{_size(4 * parameters)} in float32",
     }
     for name, text in lines.items():
@@ -151,15 +148,17 @@ def _print_hours(args: argparse.Namespace, stages: Any, cluster: Any, data: Any)
     print(f"\n{'stage':16} {'FLOPs':>10} {'MFU':>5} {'':9}{'hours':>10} {'GPU-hours':>10}")
     hours = (data.train + data.val) / args.images_per_second / 3600
     print(f"{'prepare_data':16} {'-':>10} {'-':>5} {'':9}{_time(hours):>10} {'-':>10}  the host decodes {args.images_per_second:g} images/s")  # fmt: skip  # noqa: E501
-    total = 0.0
+    total, on_gpus = hours, 0.0
     for work in stages:
         mfu = {"train_ar": args.mfu, "sample": args.mfu_sample}.get(work.stage, args.mfu_tokenizer)
-        gpu_hours = work.flops / (cluster.peak_flops[work.precision] * mfu) / 3600
-        total += gpu_hours
+        per_hour = cluster.peak_flops[work.precision] * mfu * 3600
+        hours = ((work.flops - work.alone) / cluster.gpus + work.alone) / per_hour
+        total += hours
+        on_gpus += hours
         print(
-            f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{_time(gpu_hours / cluster.gpus):>10} {_time(gpu_hours):>10}  {work.text}"  # noqa: E501
+            f"{work.stage:16} {work.flops:10.3e} {mfu:5.0%} {work.precision:9}{_time(hours):>10} {_time(hours * cluster.gpus):>10}  {work.text}"  # noqa: E501
         )
-    print(f"{'all':16} {'':>10} {'':>5} {'':9}{_time(total / cluster.gpus):>10} {_time(total):>10}")
+    print(f"{'all':16} {'':>10} {'':>5} {'':9}{_time(total):>10} {_time(on_gpus * cluster.gpus):>10}")
     print("hours = FLOPs / (GPUs x peak x MFU); the MFU is assumed (--mfu...)")
 
 
@@ -259,5 +258,5 @@ def _time(hours: float) -> str:
     """Hours in three digits; what takes less than half a minute in seconds, with their unit."""
     seconds = 3600 * hours
     if seconds >= _HALF_A_MINUTE:
-        return f"{hours:.3g}"
+        return f"{float(f'{hours:.3g}'):,.15g}"  # no powers of ten
     return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from crt.errors import UserError
@@ -65,7 +64,7 @@ def make_cluster(
     """A named GPU so many times, with own figures where given; one own peak rate holds in every precision.
 
     Raises:
-        UserError: no GPU has that name, or a figure is not positive and finite.
+        UserError: no GPU has that name, or a figure is none that one could have.
     """
     if name not in GPUS:
         raise UserError(f"--gpu {name}: unknown: use one of {', '.join(GPUS)}, or --gpu-memory and --peak with any")
@@ -74,11 +73,21 @@ def make_cluster(
     if peak_tflops is not None:
         peaks = dict.fromkeys(peaks, peak_tflops)
     memory = gpu.memory_gb if memory_gb is None else memory_gb
-    for option, value in (("--gpus", gpus), ("--gpu-memory", memory), ("--peak", peaks["bf16"])):
-        if not 0 < value < math.inf:
-            raise UserError(f"{option} {value}: must be finite and greater than 0")
+    check_within("--gpus", gpus, least=1)
+    check_within("--gpu-memory", memory)
+    check_within("--peak", peaks["bf16"])
     if not 0 <= reserve_gb < memory:
         raise UserError(f"--reserve {reserve_gb}: must be 0 or more, and less than the GPU's {memory:g} GB")
     own = "" if memory_gb is None and peak_tflops is None else " with own figures"
     flops = {precision: peak * 1e12 for precision, peak in peaks.items()}
     return Cluster(name + own, gpus, round(memory * GB), flops, round(reserve_gb * GB))
+
+
+def check_within(option: str, value: float, *, least: float = 1e-6, most: float = 1e9) -> None:
+    """Refuse what no cluster has, and what sums and quotients would overflow with.
+
+    Raises:
+        UserError: the value is not within the bounds.
+    """
+    if not least <= value <= most:
+        raise UserError(f"{option} {value}: must be from {least:g} to {most:g}")

@@ -38,11 +38,11 @@ def layouts(params: TrainAR, config: ARConfig, cluster: Cluster) -> Iterator[Lay
         UserError: the batch does not divide among the GPUs.
     """
     micro, accumulation = micro_batches(params, cluster.gpus)
-    share = params.batch_size // cluster.gpus
+    share, trains = params.batch_size // cluster.gpus, params.steps > 0
     for stage in range(4):
         for offload in _offloads(stage):
             for checkpointing in (False, True):
-                split = Split(cluster.gpus, params.precision, stage, offload, checkpointing, accumulation > 1)
+                split = Split(cluster.gpus, params.precision, stage, offload, checkpointing, accumulation > 1, trains)
                 memory = stage2_memory(config, split)
                 largest = _largest(config, split, share, cluster.available_bytes)
                 chosen = (stage, offload, checkpointing) == (

@@ -1,5 +1,7 @@
 """Memory of one process of `train_tokenizer`: whole steps are walked through on fake tensors.
 
+Without a step (`train_tokenizer.steps: 0`) the tokenizer is only validated: then a batch of that is walked through.
+
 Fake tensors on the CPU, since the backward pass of fake ones on a GPU needs a GPU. Where a GPU keeps something else
 this module puts it in its place: group norm by the kernels of `crt/tokenizer/norm_kernels.py`, and what autocast
 computes in float32. Not in it: the CUDA context, which the caller sets aside, cuDNN's workspaces, what compilation
@@ -61,7 +63,7 @@ class TokenizerMemory:
 
 
 def tokenizer_memory(params: TrainTokenizer, with_regularizer: bool, processes: int) -> TokenizerMemory:
-    """All of it, with the discriminator if it takes part in any step.
+    """All of it, with the discriminator if it takes part in any step; without a step, of the validation.
 
     Args:
         params: section train_tokenizer.
@@ -74,7 +76,7 @@ def tokenizer_memory(params: TrainTokenizer, with_regularizer: bool, processes: 
             stack.enter_context(context)
         stack.enter_context(patch.object(processor, "multiplies_bfloat16", lambda: True))
         live = stack.enter_context(LiveBytes())
-        step = _Step(params, with_regularizer)
+        step = _Step(params, with_regularizer and params.steps > 0)
         state = live.now
 
         @cache
@@ -92,13 +94,15 @@ def tokenizer_memory(params: TrainTokenizer, with_regularizer: bool, processes: 
 
 
 class _Step:
-    """Everything that a step holds, once the optimizers have their state."""
+    """Everything that a step holds, once the optimizers have their state; or a validation, if there is no step."""
 
     def __init__(self, params: TrainTokenizer, with_regularizer: bool) -> None:
         perceptual = untrained_perceptual_loss() if params.loss.lpips_weight > 0 else None
         self.params, self.objective = params, Objective.untrained(params, with_regularizer, perceptual)
         o = self.objective
-        self.averaged = Tokenizer(o.model.config).requires_grad_(False)
+        self.averaged = Tokenizer(o.model.config).eval().requires_grad_(False)
+        if not params.steps:
+            return
         self.optimizers = build_optimizers(params, o.model, o.regularizer, o.discriminator)
         for name, optimizer in self.optimizers.items():
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
@@ -108,9 +112,12 @@ class _Step:
     def run(self, images: int) -> None:
         """All passes over so many images, and the updates."""
         o, size = self.objective, self.params.image_size
-        adversarial = o.is_adversarial(self.params.steps - 1)
         layout = torch.channels_last if self.params.channels_last else torch.contiguous_format
         batch = torch.zeros(images, 3, size, size).contiguous(memory_format=layout)
+        if not self.params.steps:
+            self.averaged(batch)
+            return
+        adversarial = o.is_adversarial(self.params.steps - 1)
         made = o.tokenizer_loss(batch, torch.zeros(images, o.model.num_tokens), 1.0, adversarial)
         made.total.backward()
         self._descend("tokenizer")

@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crt.ar.model import ARConfig, ARTransformer, count_parameters
 from crt.errors import UserError
+from crt.evaluation.classifier import ConvClassifier
 from crt.flops import ar_flops_per_image, count_flops, tokenizer_flops_per_image
 from crt.params import Params, parse_view
+from crt.tokenizer.losses import untrained_perceptual_loss
 from crt.tokenizer.model import Tokenizer, TokenizerConfig
 from crt.tokens.layout import CacheHeader
 
@@ -44,6 +46,8 @@ class StageWork:
     flops: float
     precision: str
     text: str
+    alone: float = 0.0
+    """FLOPs among them of the first process, for which the others wait."""
 
 
 def data_size(params: Params, images: int | None, classes: int | None) -> DataSize:
@@ -127,6 +131,25 @@ def tokenizer_flops(params: Params) -> tuple[int, int, int]:
         )
 
 
+def classifier_flops(params: Params, data: DataSize) -> tuple[int, int]:
+    """(FLOPs of training evaluate's classifier, of its features of one image)."""
+    settings, side = params.evaluate.classifier, params.train_tokenizer.image_size
+    with FakeTensorMode():
+        network = ConvClassifier(settings.channels, data.classes, side)
+        images = torch.zeros(2, side, side, 3, dtype=torch.uint8)  # of one alone there may be nothing to normalise
+        step = count_flops(lambda: network(images).sum().backward())
+        with torch.no_grad():
+            features = count_flops(partial(network.features, images))
+    return settings.steps * min(settings.batch_size, data.train) * step // 2, features // 2
+
+
+def perceptual_flops(side: int) -> int:
+    """FLOPs of LPIPS of one image of that side in pixels, forward."""
+    with FakeTensorMode(), torch.no_grad():
+        images = torch.zeros(1, 3, side, side)
+        return count_flops(partial(untrained_perceptual_loss(), images, images))
+
+
 def num_views(params: Params) -> int:
     """Views of each training image in the token cache; of a validation image there is one."""
     return sum(10 if parse_view(view)[0] == "ten_crop" else 1 for view in params.tokenize.views)
@@ -180,10 +203,6 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
     train_image, forward = ar_flops(config, stage2.activation_checkpointing), ar_forward_flops(config)
     # Guidance of 1 needs no pass without a class.
     passes = [2 if scale != 1 else 1 for scale in sample.scales]
-    features = _INCEPTION_FLOPS if params.evaluate.features == "inception" else 0.0
-    # Features of val are taken in any case, beside its reconstructions.
-    references = {"val": 0, "train": data.train, "adm_train": 10_000}[params.evaluate.generation_reference]
-    drawn = sample.num_images * len(passes)
     again = ", blocks twice" if stage2.activation_checkpointing else ""
     return [
         StageWork(
@@ -212,10 +231,21 @@ def stage_work(params: Params, data: DataSize, config: ARConfig) -> list[StageWo
             if len(passes) == 1
             else f"{sample.num_images:,} images at each of {len(passes)} scales, {sum(passes)} passes in all",
         ),
-        StageWork(
-            "evaluate",
-            (encode + decode + 2 * features) * data.val + features * (drawn + references),
-            "float32",
-            "reconstructions and features",
-        ),
+        _evaluation(params, data, encode + decode, sample.num_images * len(passes)),
     ]
+
+
+def _evaluation(params: Params, data: DataSize, reconstruction: int, drawn: int) -> StageWork:
+    """Work of `evaluate`, at so many FLOPs for a reconstruction, on so many drawn images."""
+    evaluate, references = params.evaluate, {"val": 0, "train": data.train, "adm_train": 10_000}
+    training, classified = classifier_flops(params, data)
+    # The classifier sees all but reconstructions, also where distances are of other features.
+    features, seen = _INCEPTION_FLOPS, _INCEPTION_FLOPS + classified
+    if evaluate.features == "classifier":
+        features = seen = classified
+    compared = perceptual_flops(evaluate.image_size or params.train_tokenizer.image_size) if evaluate.lpips else 0
+    # The images of val are seen in any case, beside their reconstructions.
+    shared = data.val * (reconstruction + features + compared)
+    shared += seen * (data.val + references[evaluate.generation_reference] + drawn)
+    text = "reconstructions and features; one GPU trains the classifier"
+    return StageWork("evaluate", shared + training, "float32", text, alone=training)

@@ -1,8 +1,8 @@
 """Bytes of all tensors alive on each process between the backward pass and the update: `torchrun ... JOBS RESULTS`.
 
-JOBS is a JSON list of params files; RESULTS gets, for each process, the bytes of each. Once the backward
-pass is over no activation lives, so what is left is what the run must hold: weights, gradients, optimizer state and
-DeepSpeed's buffers.
+Where the params have no step: before the validation. JOBS is a JSON list of params files; RESULTS gets, for each
+process, the bytes of each. Once the backward pass is over no activation lives, so what is left is what the run must
+hold: weights, gradients, optimizer state and DeepSpeed's buffers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOOKS = 5
 
 
 def measure(params_file: str, world: World) -> int:
-    """Bytes that this process holds for a run, between the backward pass of its second step and the update."""
+    """Bytes that this process holds for a run, between the backward pass of its second step and the update, if any."""
     params = load_params(params_file).train_ar
     model = params.model
     config = small_config(layers=model.layers, heads=model.heads, width=model.width, ffn_multiple=model.ffn_multiple)
@@ -38,7 +38,7 @@ def measure(params_file: str, world: World) -> int:
     gc.freeze()  # what is there already is not looked at again
     with deepspeed_engine(params, config, 0, world) as engine:
         set_learning_rate(engine, 1e-3)
-        for step in range(2):
+        for step in range(min(params.steps, 2)):
             for index in range(accumulation):
                 engine.backward(engine(codes, labels).mean())
                 if step == 0 or index < accumulation - 1:

@@ -15,22 +15,26 @@ from crt.ar.memory import Memory, Split, activation_bytes, held_bytes, saved_byt
 from crt.ar.model import ARTransformer, count_parameters
 from crt.ar.sizes import resized
 from crt.params import load_params
+from crt.plan.live_bytes import LiveBytes
 from crt.plan.work import ar_config
 from tests.ar.conftest import SMALL, small_config
 from tests.ar.test_processes import torchrun
 from tests.conftest import ROOT, write_params
 
 WIDTH = 256  # wide enough that weights outweigh everything else
-KEYS = ("precision", "zero_stage", "micro_batch_size")
-RUNS = [*(("bf16", stage, micro) for stage in range(4) for micro in (None, 4))]
-RUNS += [("float32", stage, 4) for stage in (0, 1, 3)]
+KEYS = ("precision", "zero_stage", "micro_batch_size", "steps")
+RUNS = [*(("bf16", stage, micro, 10) for stage in range(4) for micro in (None, 4))]
+RUNS += [("float32", stage, 4, 10) for stage in (0, 1, 3)]
+# Of released weights that are only validated.
+RUNS += [*(("bf16", stage, None, 0) for stage in range(4)), *(("float32", stage, None, 0) for stage in (0, 1, 3))]
 
 
 def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
-    """Oracle: the bytes of all tensors alive between backward pass and update, on each of two processes."""
+    """Oracle: the bytes of all tensors alive between backward pass and update, if any, on each of two processes."""
     jobs = []
     for index, run in enumerate(RUNS):
         changes = {f"train_ar.{key}": value for key, value in zip(KEYS, run, strict=True)}
+        changes["train_ar.init_from"] = None if changes["train_ar.steps"] else "weights"
         jobs.append(str(write_params(tmp_path / f"{index}.yaml", SMALL | changes | {"train_ar.model.width": WIDTH})))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [*torchrun(2), "-m", "tests.ar.state_ranks", str(tmp_path / "jobs.json"), str(tmp_path / "results.json")]
@@ -39,14 +43,15 @@ def test_two_processes_hold_what_the_arithmetic_says(tmp_path: Path) -> None:
     parameters = count_parameters(small_config(width=WIDTH))
     totals = {}
     for run, *by_rank in zip(RUNS, *json.loads((tmp_path / "results.json").read_text()), strict=True):
-        precision, stage, micro = run
-        derived = sum(held_bytes(parameters, Split(2, precision, stage, "none", False, micro is not None)))
+        precision, stage, micro, steps = run
+        split = Split(2, precision, stage, "none", False, micro is not None, trains=steps > 0)
+        derived = sum(held_bytes(parameters, split))
         assert by_rank == pytest.approx([derived] * 2, rel=0.05), run
         totals[run] = max(by_rank)
     # Memory falls with the stage; ZeRO 3 adds one buffer, which for a model of this size is as large as the model.
-    zero, one, two, three = (totals["bf16", stage, 4] for stage in range(4))
+    zero, one, two, three = (totals["bf16", stage, 4, 10] for stage in range(4))
     assert zero > one > two > three - 2 * bucket_elements(parameters)
-    zero, one, three = (totals["float32", stage, 4] for stage in (0, 1, 3))
+    zero, one, three = (totals["float32", stage, 4, 10] for stage in (0, 1, 3))
     assert zero > one > three - 4 * bucket_elements(parameters)
 
 
@@ -115,6 +120,38 @@ def test_the_fullest_moments_of_bfloat16_on_four_processes(zero_stage: int, offl
     assert memory.backward_start == pytest.approx(held + travelling)
     assert memory.backward_end == pytest.approx(held + travelling + complete)
     assert memory.update == pytest.approx(held + gradients + copies)
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_without_a_step_nothing_is_fuller_than_a_validation(zero_stage: int, accumulating: bool) -> None:
+    config = small_config(width=WIDTH)
+    p = count_parameters(config)
+    gathered = 2 * (min(max_live_elements(p), p) + bucket_elements(p)) if zero_stage == 3 else 0
+    split = Split(4, "bf16", zero_stage, "none", False, accumulating, trains=False)
+    memory = stage2_memory(config, split)
+    held = sum(held_bytes(p, split)) + gathered
+    assert (memory.backward_start, memory.backward_end) == (held, held)
+    assert memory.peak(3) == held + 3 * memory.activations_per_image
+
+
+@pytest.mark.usefixtures("general_forms")
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("codebook_size", "bounds"), [(16, (1.0, 1.5)), (4096, (0.99, 1.01))])
+def test_a_validation_needs_what_its_losses_or_a_block_do(
+    precision: str, dtype: torch.dtype, codebook_size: int, bounds: tuple[float, float]
+) -> None:
+    """Oracle: the tensors of a forward pass without gradients; a block keeps somewhat more than it needs at once."""
+    config, images = small_config(codebook_size=codebook_size, ffn_multiple=256), 4
+    codes, labels = torch.zeros(images, config.num_tokens, dtype=torch.int64), torch.zeros(images, dtype=torch.int64)
+    with torch.no_grad(), LiveBytes() as live:
+        model = ARTransformer(config).to(dtype).eval()
+        before = live.now
+        live.restart()
+        model(codes, labels)
+    split = Split(1, precision, 1, "none", False, False, trains=False)
+    derived = images * stage2_memory(config, split).activations_per_image
+    assert bounds[0] < derived / (live.peak - before) < bounds[1]
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:

@@ -22,13 +22,18 @@ from crt.params import Params, TrainAR, load_params
 from crt.plan.cluster import make_cluster
 from crt.plan.layouts import layouts
 from crt.plan.work import (
+    DataSize,
+    StageWork,
+    _evaluation,
     ar_config,
     ar_flops,
     ar_forward_flops,
     cache_bytes,
     checkpoint_bytes,
+    classifier_flops,
     data_size,
     num_views,
+    perceptual_flops,
     stage_work,
     tokenizer_flops,
 )
@@ -176,31 +181,71 @@ def test_trainings_cost_their_images(lambda_: float, checkpointing: bool, again:
     assert work["train_ar"].text == f"30 steps of {step2:.3e}{again}"
 
 
-def test_sampling_and_evaluation_cost_what_their_stages_do() -> None:
-    """Oracle: the stages. Each scale is drawn, and its features are taken; those of real images are taken once."""
+def test_sampling_costs_what_its_stage_does() -> None:
+    """Oracle: the stage. Each scale is drawn and decoded."""
     params = load_params(ROOT / "params.yaml")
     data = data_size(params, None, None)
     config = ar_config(params, data.classes)
 
-    def flops(sweep: list[float], reference: str) -> tuple[float, float, str]:
-        sample = params.sample.model_copy(update={"guidance_sweep": sweep, "num_images": 100})
-        evaluate = params.evaluate.model_copy(update={"features": "inception", "generation_reference": reference})
-        changed = params.model_copy(update={"sample": sample, "evaluate": evaluate})
-        work = {stage.stage: stage for stage in stage_work(changed, data, config)}
-        return work["sample"].flops, work["evaluate"].flops, work["sample"].text
+    def work(sweep: list[float]) -> StageWork:
+        sampling = changed(params, sample={"guidance_sweep": sweep, "num_images": 100})
+        return {stage.stage: stage for stage in stage_work(sampling, data, config)}["sample"]
 
+    forward, decode = ar_forward_flops(config), tokenizer_flops(params)[1]
+    assert work([]).flops == 100 * (2 * forward + decode)
+    assert work([]).text == "100 images, 2 passes each"
+    assert work([1.0, 3.0]).flops == 100 * ((2 + 1 + 2) * forward + 3 * decode)
+    assert work([1.0, 3.0]).text == "100 images at each of 3 scales, 5 passes in all"
+
+
+def classifier_of_digits() -> tuple[int, int]:
+    """FLOPs of its features of an image, and of a step of its training for one: 16 channels at 16 px, 10 classes."""
+
+    def convolution(kernel: int, inputs: int, outputs: int, side: int) -> int:
+        return 2 * kernel**2 * inputs * outputs * side**2
+
+    stem = convolution(3, 3, 16, 16)
+    features = stem + 2 * convolution(3, 16, 16, 16)
+    for inputs, outputs, side in ((16, 32, 8), (32, 64, 4)):
+        features += convolution(3, inputs, outputs, side) + convolution(3, outputs, outputs, side)
+        features += convolution(1, inputs, outputs, side)
+    # Images have no gradient.
+    return features, 3 * (features + 2 * 64 * 10) - stem
+
+
+@pytest.mark.parametrize(("features", "inception"), [("inception", INCEPTION), ("classifier", 0)])
+def test_evaluation_costs_what_its_stage_does(features: str, inception: float) -> None:
+    """Oracle: the stage. Real and drawn images and reconstructions are looked at once, by both networks or by one."""
+    params = load_params(ROOT / "params.yaml")
+    data = data_size(params, None, None)
+    config = ar_config(params, data.classes)
     encode, decode, _ = tokenizer_flops(params)
-    forward = ar_forward_flops(config)
-    sampled, evaluated, text = flops([], "val")
-    assert sampled == 100 * (2 * forward + decode)
-    assert evaluated == data.val * (encode + decode) + (2 * data.val + 100) * INCEPTION
-    assert text == "100 images, 2 passes each"
-    swept, evaluated_sweep, text = flops([1.0, 3.0], "val")
-    assert swept == 100 * ((2 + 1 + 2) * forward + 3 * decode)
-    assert evaluated_sweep - evaluated == 2 * 100 * INCEPTION
-    assert text == "100 images at each of 3 scales, 5 passes in all"
-    assert flops([], "train")[1] - evaluated == data.train * INCEPTION
-    assert flops([], "adm_train")[1] - evaluated == 10_000 * INCEPTION
+    classifier, step = classifier_of_digits()
+    training = params.evaluate.classifier.steps * params.evaluate.classifier.batch_size * step
+    looked, copied = classifier + inception, inception or classifier
+
+    reconstruction = encode + decode
+    evaluating = changed(params, evaluate={"features": features}, sample={"num_images": 100, "guidance_sweep": [3.0]})
+    (alone,) = [work for work in stage_work(evaluating, data, config) if work.stage == "evaluate"]
+    assert alone.alone == training
+    assert alone.flops == training + data.val * (reconstruction + copied) + (data.val + 200) * looked
+
+    def added(drawn: int, **evaluate: object) -> float:
+        return _evaluation(changed(evaluating, evaluate=evaluate), data, reconstruction, drawn).flops - alone.flops
+
+    assert added(300) == 100 * looked
+    assert added(200, generation_reference="train") == data.train * looked
+    assert added(200, generation_reference="adm_train") == 10_000 * looked
+    compared = [added(200, lpips=True, image_size=side) for side in (None, 32)]
+    # VGG-16 sees both images of a pair, and four times the pixels at twice the side.
+    assert compared == [data.val * perceptual_flops(16), 4 * data.val * perceptual_flops(16)]
+    assert perceptual_flops(224) == pytest.approx(2 * 2 * 15.3e9, rel=0.01)
+
+
+def test_the_classifier_sees_no_more_images_in_a_step_than_there_are() -> None:
+    params = load_params(ROOT / "params.yaml")
+    whole, few = (classifier_flops(params, DataSize(train, 10, 10))[0] for train in (128, 32))
+    assert whole == 4 * few
 
 
 def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
@@ -308,10 +353,33 @@ def test_command_tells_what_does_not_fit_and_what_would(
         (0.0130, "0.013"),
         (10.9, "10.9"),
         (190.2, "190"),
+        (1033.4, "1,030"),
+        (12.3456e6, "12,300,000"),
     ],
 )
 def test_times_are_hours_or_seconds_that_say_so(hours: float, text: str) -> None:
     assert _time(hours) == text
+
+
+def test_hours_follow_from_flops_rate_and_gpus(capsys: pytest.CaptureFixture) -> None:
+    """Oracle: the printed FLOPs; the classifier's training, of which there is a closed form, is one GPU's."""
+    rates = ["--peak", "0.0001", "--mfu", "0.4", "--mfu-tokenizer", "0.3", "--mfu-sample", "0.1"]
+    assert main(["plan", "--gpus", "4", "--images-per-second", "0.1", *rates]) == 0
+    rows = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    (prepared,) = [float(row[3]) for row in rows if row[:2] == ["prepare_data", "-"]]
+    assert prepared == pytest.approx(1797 / 0.1 / 3600, rel=0.01)
+    shares = {"train_tokenizer": 0.3, "tokenize": 0.3, "train_ar": 0.4, "sample": 0.1, "evaluate": 0.3}
+    table = {row[0]: (float(row[1]), float(row[4]), float(row[5])) for row in rows if row[2:3] and row[2].endswith("%")}
+    assert list(table) == list(shares)
+    classifier = load_params(ROOT / "params.yaml").evaluate.classifier
+    alone = classifier.steps * classifier.batch_size * classifier_of_digits()[1]
+    for stage, (flops, hours, gpu_hours) in table.items():
+        one = alone if stage == "evaluate" else 0
+        assert hours == pytest.approx(((flops - one) / 4 + one) / (1e8 * shares[stage]) / 3600, rel=0.01)
+        assert gpu_hours == pytest.approx(4 * hours, rel=0.01)
+    (total,) = [row for row in rows if row[:1] == ["all"]]
+    assert float(total[1]) == pytest.approx(prepared + sum(hours for _, hours, _ in table.values()), rel=0.01)
+    assert float(total[2]) == pytest.approx(sum(gpu_hours for *_, gpu_hours in table.values()), rel=0.01)
 
 
 def test_the_plan_of_small_params_has_no_powers_of_ten_among_its_times(capsys: pytest.CaptureFixture) -> None:
@@ -330,16 +398,20 @@ def test_models_are_printed_as_blocks_to_copy(capsys: pytest.CaptureFixture) -> 
     ("options", "message"),
     [
         (["--gpu", "h300"], "--gpu h300: unknown"),
-        (["--gpus", "0"], "--gpus 0: must be finite and greater than 0"),
+        (["--gpus", "0"], "--gpus 0: must be from 1 to 1e+09\n"),
         (["--gpus", "7"], "does not divide among 7 processes"),
         (["--gpus", "256"], "train_tokenizer.batch_size 128 does not divide among 256 processes"),
         (["--gpu-memory", "-1"], "--gpu-memory -1"),
-        (["--gpu-memory", "inf"], "--gpu-memory inf: must be finite"),
+        (["--gpu-memory", "inf"], "--gpu-memory inf: must be from 1e-06 to 1e+09\n"),
         (["--gpu-memory", "nan"], "--gpu-memory nan"),
-        (["--peak", "inf"], "--peak inf: must be finite"),
+        (["--gpu-memory", "1e300"], "--gpu-memory 1e+300: must be"),
+        (["--peak", "inf"], "--peak inf: must be from"),
+        (["--peak", "1e-310"], "--peak 1e-310: must be from 1e-06"),
         (["--reserve", "inf"], "--reserve inf"),
-        (["--images-per-second", "inf"], "--images-per-second inf: must be finite and greater than 0\n"),
-        (["--mfu", "1.5"], "--mfu 1.5: must be finite and greater than 0, and at most 1\n"),
+        (["--images-per-second", "inf"], "--images-per-second inf: must be from 1e-06 to 1e+09\n"),
+        (["--mfu", "1.5"], "--mfu 1.5: must be from 1e-06 to 1\n"),
+        (["--mfu-tokenizer", "nan"], "--mfu-tokenizer nan: must be from 1e-06 to 1\n"),
+        (["--mfu-sample", "0"], "--mfu-sample 0.0: must be from 1e-06 to 1\n"),
         (["--images", "-5"], "--images -5: must be greater than 0"),
         (["--images", "0"], "--images 0"),
         (["--classes", "-3"], "--classes -3: must be greater than 0"),
