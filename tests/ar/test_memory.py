@@ -122,6 +122,17 @@ def test_the_fullest_moments_of_bfloat16_on_four_processes(zero_stage: int, offl
     assert memory.update == pytest.approx(held + gradients + copies)
 
 
+def test_one_process_needs_no_buffer_unless_gradients_accumulate_in_float32() -> None:
+    """Oracle: `crt/ar/one_process.py`, which leaves those to DeepSpeed; in bytes of p parameters and a bucket of b."""
+    config = small_config(width=WIDTH)
+    p = count_parameters(config)
+    b = bucket_elements(p)
+    once, several = (stage2_memory(config, Split(1, "bf16", 1, "none", False, some)) for some in (False, True))
+    assert (once.backward_start, once.backward_end) == (14 * p, 14 * p + 2 * p)
+    # A process's share and the sums over micro-batches, both whole.
+    assert several.backward_start == several.backward_end == 14 * p + 2 * b + 8 * p
+
+
 @pytest.mark.parametrize("zero_stage", range(4))
 @pytest.mark.parametrize("accumulating", [False, True])
 def test_without_a_step_nothing_is_fuller_than_a_validation(zero_stage: int, accumulating: bool) -> None:
