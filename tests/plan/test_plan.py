@@ -264,6 +264,14 @@ def test_what_fits_grows_with_memory_and_is_a_divisor() -> None:
     assert largest[0] != largest[1] != largest[2]
 
 
+def test_the_chosen_way_is_that_of_the_params() -> None:
+    changes = {"batch_size": 64, "micro_batch_size": 8, "zero_stage": 2, "activation_checkpointing": True}
+    params = load_params(ROOT / "params.yaml").train_ar.model_copy(update=changes)
+    (way,) = [way for way in layouts(params, small_config(), make_cluster("h100", 4, 80, None, 4.0)) if way.chosen]
+    assert way.split == Split(4, params.precision, 2, params.offload, True, accumulating=True, trains=True)
+    assert way.micro_batch == 8
+
+
 def test_the_largest_micro_batch_of_each_way_is_the_last_divisor_that_fits() -> None:
     """Oracle: the derived peak of every divisor of a process's share; less than the whole share accumulates."""
     params, config = load_params(ROOT / "params.yaml").train_ar, small_config()
