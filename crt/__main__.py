@@ -6,7 +6,6 @@ Exit status: 0 done (or already current), 2 bad input with one line that says so
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import os
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 from crt import __version__, interrupt, slurm
 from crt.errors import UserError
 from crt.files import make_folder
-from crt.launch import environment_rank, launch_command, leave, name_user, wait_briefly
+from crt.launch import environment_rank, import_large, launch_command, leave, name_user, wait_briefly
 from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import (
@@ -152,7 +151,7 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
         make_folder(run.staging)
         with deletion_told(run):
             try:
-                importlib.import_module(f"crt.stages.{name}").run(run)
+                import_large(f"crt.stages.{name}").run(run)
             except BaseException:
                 if rank == 0:
                     run.note_seconds()
@@ -207,7 +206,7 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ar
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=f"{description}.")
         if name in arguments[:1]:  # import only what runs: most commands need torch
-            module = importlib.import_module(f"crt.commands.{name}")
+            module = import_large(f"crt.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(function=module.run)
     return parser, dict(commands.choices)

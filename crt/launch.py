@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import getpass
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from crt import slurm
 
@@ -130,20 +132,31 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def leave(status: int) -> NoReturn:
-    """End this process; where it is one of several, or has failed, before C and C++ destroy what is left.
+def import_large(name: str) -> Any:
+    """Import a module and its large libraries; what they hold stays, so Python is to look for no garbage in it."""
+    if name not in sys.modules:
+        gc.disable()
+        try:
+            importlib.import_module(name)
+        finally:
+            gc.freeze()
+            gc.enable()
+    return sys.modules[name]
 
-    DeepSpeed keeps references to process groups that were destroyed, and gloo's threads live as long: under load a
-    process whose work was complete then aborted now and then ("terminate called without an active exception"). And
-    HDF5 crashes where a file that it could not write, on a full disk, is closed once more.
+
+def leave(status: int) -> NoReturn:
+    """End this process before Python, C and C++ destroy what is left of it.
+
+    That takes up to two seconds where large libraries were imported, and is not safe. DeepSpeed keeps references to
+    process groups that were destroyed, and gloo's threads live as long: under load a process whose work was complete
+    then aborted now and then ("terminate called without an active exception"). And HDF5 crashes where a file that it
+    could not write, on a full disk, is closed once more.
     """
-    if environment_rank()[1] > 1 or status:
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # which has been told, or cannot be
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # which has been told, or cannot be
+            stream.flush()
+    os._exit(status)
 
 
 def has_gpu() -> bool:

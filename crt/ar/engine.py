@@ -22,6 +22,7 @@ from crt.ar.model import ARConfig, ARTransformer, count_parameters
 from crt.ar.one_process import skip_partitioning, updates_in_place
 from crt.distributed import World
 from crt.errors import UserError
+from crt.launch import import_large
 from crt.params import Optimizer, TrainAR
 from crt.randomness import seed_torch
 
@@ -33,6 +34,7 @@ def deepspeed_session(world: World) -> Iterator[None]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed takes the device's number from here. Under srun a process may see its own GPU only, as number 0.
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+    import_large("deepspeed")
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
