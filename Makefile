@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Stages are started as `python -m crt ...` by both engines: they must find the environment's python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# As containers set it: each of the hundreds of processes of a run, or of the tests, would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run study test check prove slurm-test lock clean
