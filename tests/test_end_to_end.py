@@ -148,33 +148,34 @@ def test_every_stage_leaves_a_log_with_rate_and_time(project):
         assert f"{stage.name}: done in" in log
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("manifest.json", lambda path: path.unlink(), "missing or damaged"),
+def test_snakemake_tells_once_of_a_result_that_is_damaged_behind_its_stamp(project):
+    kinds = (
+        ("manifest.json", Path.unlink, "missing or damaged"),
         ("model.safetensors", lambda path: os.truncate(path, 5), r"has 5 bytes instead of \d+"),
-    ],
-)
-def test_snakemake_tells_once_of_a_result_that_is_damaged_behind_its_stamp(project, name, damage, message):
-    path = project.root / "out/tokenizer" / name
-    content = path.read_bytes()
-    damage(path)
+    )
     try:
         # Where it has jobs to run, too.
         write_params(project.params, {"evaluate.neighbours": 4}, base=project.params)
-        for options in ((), ("-n",)):
-            text = project.run("snakemake", "--cores", "1", "train_ar", *options)
-            assert "Nothing to be done" in text
-            assert re.search(
-                f"^warning: out/tokenizer/{name}: {message}: delete out/tokenizer and run `snakemake --cores all "
-                "train_tokenizer` or `dvc repro train_tokenizer`$",
-                text,
-                re.MULTILINE,
-            )
-        assert project.run("snakemake", "--cores", "1", "all", status=1).count("warning: ") == 1
-        assert project.run("python", "-m", "crt", "status", status=1).count(" stale ") > 0
+        for name, damage, message in kinds:
+            path = project.root / "out/tokenizer" / name
+            content = path.read_bytes()
+            damage(path)
+            try:
+                for options in ((), ("-n",)):
+                    text = project.run("snakemake", "--cores", "1", "train_ar", *options)
+                    assert "Nothing to be done" in text
+                    assert re.search(
+                        f"^warning: out/tokenizer/{name}: {message}: delete out/tokenizer and run `snakemake --cores "
+                        "all train_tokenizer` or `dvc repro train_tokenizer`$",
+                        text,
+                        re.MULTILINE,
+                    )
+                assert project.run("snakemake", "--cores", "1", "all", status=1).count("warning: ") == 1
+                assert project.run("python", "-m", "crt", "status", status=1).count(" stale ") > 0
+            finally:
+                path.write_bytes(content)
     finally:
-        path.write_bytes(content)
+        # Snakemake has deleted what evaluate had made.
         write_params(project.params, {"evaluate.neighbours": 3}, base=project.params)
         project.run("snakemake", "--cores", "1", "all")
     assert "warning" not in project.run("snakemake", "--cores", "1", "all")
