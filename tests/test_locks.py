@@ -86,7 +86,7 @@ def test_a_signal_ends_the_waiting(tmp_path, monkeypatch):
 
 
 # In place of the network: notes that it was asked, takes a while, and gives the file.
-FETCHERS = """
+FETCHERS = '''
 import io, os, sys, time, types, urllib.request
 from pathlib import Path
 
@@ -95,11 +95,22 @@ def served(notes, data):
     time.sleep(2)
     return data
 
-notes = sys.argv[1]
-"""
+def become(processes):
+    """Go on in so many new processes, all of which must succeed; the imports before are made once."""
+    children = []
+    for _ in range(processes):
+        child = os.fork()
+        if not child:
+            return
+        children.append(child)
+    sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+
+notes, processes = sys.argv[1], int(sys.argv[2])
+'''
 FETCH_INCEPTION = """
 from crt.evaluation.features import _fetch_inception
 import hashlib
+become(processes)
 urllib.request.urlopen = lambda *_, **__: io.BytesIO(served(notes, b"weights"))
 folder = _fetch_inception(hashlib.sha256(b"weights").hexdigest())
 assert (folder / "inception-2015-12-05.pt").read_bytes() == b"weights"
@@ -108,7 +119,9 @@ assert (folder / "inception-2015-12-05.pt").read_bytes() == b"weights"
 FETCH_VGG = """
 import torch
 from torch import nn
+from torchvision.models import VGG16_Weights
 from crt.tokenizer.losses import PerceptualLoss
+become(processes)
 
 def download(url, target, *_, **__):
     served(notes, b"")
@@ -116,7 +129,6 @@ def download(url, target, *_, **__):
     os.replace(target + ".part", target)
 
 torch.hub.download_url_to_file = download
-from torchvision.models import VGG16_Weights
 
 def network(net, pnet_rand, verbose):
     made = nn.Linear(1, 1)
@@ -133,12 +145,11 @@ def test_of_many_processes_one_fetches(tmp_path, fetch, processes_of_a_run):
     """Whether they belong to one run or to several. Oracle: a count of downloads."""
     environment = os.environ | {"TORCH_HOME": str(tmp_path), "WORLD_SIZE": str(processes_of_a_run), "RANK": "0"}
     command = [sys.executable, "-c", FETCHERS + fetch, str(tmp_path / "notes")]
-    asking = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(3)]
-    assert [process.wait(120) for process in asking] == [0, 0, 0]
+    subprocess.run([*command, "3"], cwd=ROOT, env=environment, check=True, timeout=120)
     assert (tmp_path / "notes").read_text() == "asked\n"
     # What is there needs no lock: its folder may be read-only.
     for lock in tmp_path.rglob("*.lock"):
         lock.unlink()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    subprocess.run([*command, "1"], cwd=ROOT, env=environment, check=True)
     assert not list(tmp_path.rglob("*.lock"))
     assert (tmp_path / "notes").read_text() == "asked\n"
