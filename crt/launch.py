@@ -29,6 +29,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _SPINS = "1000"
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# On Linux, and under Windows' subsystem for it.
+_NVIDIA_DRIVER = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 
 
 def launch_command(stage: str, arguments: Sequence[str]) -> list[str] | None:
@@ -161,7 +163,7 @@ def leave(status: int) -> NoReturn:
 
 def has_gpu() -> bool:
     """Whether the machine has an NVIDIA GPU, without importing torch."""
-    return os.path.exists("/dev/nvidiactl")
+    return any(map(os.path.exists, _NVIDIA_DRIVER))
 
 
 def visible_gpus() -> int:
