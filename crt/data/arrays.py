@@ -27,10 +27,9 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.array_files import ALONE, IDX_IMAGES, SVHN_EXTRA, Array, array_files, arrays_in, idx_pair, reading
-from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import first_three, printable, sorted_listing
+from crt.data.listing import first_three, printable
 from crt.data.other_kinds import ARCHIVES, read_otherwise
-from crt.data.shards import classes_of_labels, splits_of_shards
+from crt.data.shards import listings_by_label, splits_of_shards
 from crt.data.source import Source, raw_container
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
@@ -76,13 +75,9 @@ def open_arrays(path: Path, work: Path) -> Source:
         ]
         for split in sorted(set(split_of.values()) - {""})
     }
-    classes = classes_of_labels(folder, samples, f"an array {', '.join(sorted(set(_WORDS.values())))}", notes)
-    index = {label: number for number, label in enumerate(classes)}
-    listings = {}
-    for split, found in samples.items():
-        of_split = np.concatenate([places[name] for name in places if split_of[name] == split])
-        numbers = np.array([index[label or ONE_CLASS] for _, label in found], np.int64)
-        listings[split] = sorted_listing([name for name, _ in found], numbers, of_split)
+    of_split = {split: [places[name] for name in places if split_of[name] == split] for split in samples}
+    looked_for = f"an array {', '.join(sorted(set(_WORDS.values())))}"
+    classes, listings = listings_by_label(folder, samples, of_split, looked_for, notes)
     return Source(classes, class_names(classes), containers, listings, notes)
 
 

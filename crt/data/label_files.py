@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crt.data.class_folders import TRAIN_FOLDERS, VAL_FOLDERS, is_image
-from crt.data.listing import PLACE, first_three, printable, sorted_listing
+from crt.data.listing import PLACE, first_three, printable
 from crt.data.no_classes import LABEL_FILES, STYLEGAN_LABELS
-from crt.data.shards import LABEL_NAMES, classes_of_labels, names_split, splits_of_shards
+from crt.data.shards import LABEL_NAMES, listings_by_label, names_split, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, folder_tree
@@ -83,14 +83,12 @@ def open_label_file(path: Path) -> Source:
         split: [(tables[number].tree.files[row], tables[number].lines[row].label) for number, row in rows]
         for split, rows in rows_of.items()
     }
-    classes = classes_of_labels(path, samples, f"column {' or '.join(LABEL_NAMES)}", notes)
-    index = {name: number for number, name in enumerate(classes)}
-    listings = {}
+    places = {}
     for split, rows in rows_of.items():
-        labels = np.array([index.get(label or "", 0) for _, label in samples[split]], np.int64)
-        places = np.array([tables[number].tree.places[row] for number, row in rows], PLACE)
-        places["container"] = [number for number, _ in rows]
-        listings[split] = sorted_listing([name for name, _ in samples[split]], labels, places)
+        of_split = np.array([tables[number].tree.places[row] for number, row in rows], PLACE)
+        of_split["container"] = [number for number, _ in rows]
+        places[split] = [of_split]
+    classes, listings = listings_by_label(path, samples, places, f"column {' or '.join(LABEL_NAMES)}", notes)
     return Source(classes, class_names(classes), [table.tree.container for table in tables], listings, notes)
 
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from crt import interrupt
-from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import PLACE, Container, open_lmdb, printable, sorted_listing
+from crt.data.listing import PLACE, Container, open_lmdb, printable
 from crt.data.other_kinds import read_otherwise
-from crt.data.shards import classes_of_labels, splits_of_shards
+from crt.data.shards import listings_by_label, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
@@ -54,12 +53,7 @@ def open_lmdb_files(path: Path) -> Source:
         of_file["offset"] = len(f"{name}/")
         of_file["modified"] = os.stat(folder / name).st_mtime_ns
         places[split_of[name]].append(of_file)
-    classes = classes_of_labels(folder, samples, "a folder named after the class", notes)
-    index = {label: number for number, label in enumerate(classes)}
-    listings = {}
-    for split, found in samples.items():
-        labels = np.array([index[label or ONE_CLASS] for _, label in found], np.int64)
-        listings[split] = sorted_listing([name for name, _ in found], labels, np.concatenate(places[split]))
+    classes, listings = listings_by_label(folder, samples, places, "a folder named after the class", notes)
     return Source(classes, class_names(classes), containers, listings, notes)
 
 

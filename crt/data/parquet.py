@@ -25,8 +25,8 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import PLACE, Container, first_three, printable, sorted_listing
-from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
+from crt.data.listing import PLACE, Container, first_three, printable
+from crt.data.shards import LABEL_NAMES, list_shards, listings_by_label, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.errors import UserError
@@ -105,12 +105,7 @@ def open_parquet(path: Path, work: Path, ending: str = ".parquet") -> Source:
             which = "files" if split == "all" else f"files of {split}"
             raise UserError(f"{path}: the {which} hold no images{outside}: give other files")
     looked_for = f"column {columns.label}" if columns.label is not None else f"column {' or '.join(LABEL_NAMES)}"
-    classes = classes_of_labels(folder, samples, looked_for, notes)
-    index = {label: row for row, label in enumerate(classes)}
-    listings = {}
-    for split, found in samples.items():
-        labels = np.array([index[label or ONE_CLASS] for _, label in found], np.int64)
-        listings[split] = sorted_listing([name for name, _ in found], labels, np.concatenate(places[split]))
+    classes, listings = listings_by_label(folder, samples, places, looked_for, notes)
     names = [columns.names[int(label)] for label in classes] if columns.names and classes != [ONE_CLASS] else classes
     return Source(classes, class_names(names), containers, listings, notes)
 

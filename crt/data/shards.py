@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from crt.data.class_folders import ONE_CLASS, check_val_classes
-from crt.data.listing import printable
+from crt.data.listing import Listing, printable, sorted_listing
 from crt.data.other_kinds import read_otherwise
 from crt.data.tree import folder_tree
 from crt.errors import UserError
@@ -86,6 +88,28 @@ def names_split(shard: str) -> str:
     """The split that a path, or another text, names last, which says it most closely, or ""."""
     ends = {split: [found.end() for found in name.finditer(shard.lower())] for split, name in _SPLITS.items()}
     return max((split for split in ends if ends[split]), key=lambda split: ends[split][-1], default="")
+
+
+def listings_by_label(
+    folder: Path,
+    samples: Mapping[str, Sequence[tuple[str, str | None]]],
+    places: Mapping[str, Sequence[np.ndarray]],
+    where: str,
+    notes: list[str],
+) -> tuple[list[str], dict[str, Listing]]:
+    """`classes_of_labels`, and the listing of each split.
+
+    Args:
+        samples: by split, the (id, label) of each image.
+        places: by split, where they lie, in parts of dtype `PLACE`.
+    """
+    classes = classes_of_labels(folder, samples, where, notes)
+    index = {label: number for number, label in enumerate(classes)}
+    listings = {}
+    for split, found in samples.items():
+        labels = np.array([index[label or ONE_CLASS] for _, label in found], np.int64)
+        listings[split] = sorted_listing([name for name, _ in found], labels, np.concatenate(places[split]))
+    return classes, listings
 
 
 def classes_of_labels(

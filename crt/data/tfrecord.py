@@ -18,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from crt import interrupt
-from crt.data.class_folders import ONE_CLASS
-from crt.data.listing import PLACE, Container, first_three, printable, sorted_listing
+from crt.data.listing import PLACE, Container, first_three, printable
 from crt.data.other_kinds import read_otherwise
-from crt.data.shards import LABEL_NAMES, classes_of_labels, splits_of_shards
+from crt.data.shards import LABEL_NAMES, listings_by_label, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.data.tree import folder_tree
@@ -68,12 +67,7 @@ def open_tfrecords(path: Path) -> Source:
         places[split_of[name]].append(of_file)
         progress.update(number + 1)
     labels_of = {split: [(sample.id, sample.label) for sample in found] for split, found in samples.items()}
-    classes = classes_of_labels(folder, labels_of, f"feature {' or '.join(_LABELS)}", notes)
-    index = {label: number for number, label in enumerate(classes)}
-    listings = {}
-    for split, found in samples.items():
-        labels = np.array([index[sample.label or ONE_CLASS] for sample in found], np.int64)
-        listings[split] = sorted_listing([sample.id for sample in found], labels, np.concatenate(places[split]))
+    classes, listings = listings_by_label(folder, labels_of, places, f"feature {' or '.join(_LABELS)}", notes)
     containers = [Container(str(folder / name), "tar") for name in used]
     return Source(classes, class_names(classes), containers, listings, notes)
 

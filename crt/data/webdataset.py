@@ -19,9 +19,9 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.archives import archive_kind, tar_members
-from crt.data.class_folders import EXTENSIONS, ONE_CLASS
-from crt.data.listing import PLACE, Container, printable, sorted_listing
-from crt.data.shards import LABEL_NAMES, classes_of_labels, list_shards, splits_of_shards
+from crt.data.class_folders import EXTENSIONS
+from crt.data.listing import PLACE, Container, printable
+from crt.data.shards import LABEL_NAMES, list_shards, listings_by_label, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
 from crt.errors import UserError
@@ -64,20 +64,19 @@ def open_webdataset(path: Path) -> Source:
     if without_image:
         notes.append(f"{folder}: {without_image} samples have no image: left out")
     labels_of = {split: [(sample.id, sample.label) for _, sample in found] for split, found in samples.items()}
-    classes = classes_of_labels(folder, labels_of, f".cls, or {' or '.join(LABEL_NAMES)} in .json", notes)
-    index = {name: label for label, name in enumerate(classes)}
-    listings = {}
     modified = [(folder / shard).stat().st_mtime_ns for shard in used]
+    places = {
+        split: [np.array([(n, sample.offset, sample.size, -1, modified[n]) for n, sample in found], PLACE)]
+        for split, found in samples.items()
+    }
+    looked_for = f".cls, or {' or '.join(LABEL_NAMES)} in .json"
+    classes, listings = listings_by_label(folder, labels_of, places, looked_for, notes)
     for split, found in samples.items():
         if not found:
             which = "shards" if split == "all" else f"shards of {split}"
             raise UserError(
                 f"{folder}: the {which} hold no images (KEY.jpg, KEY.png, ..., no dot in KEY): give other shards"
             )
-        labels = np.array([index[sample.label or ONE_CLASS] for _, sample in found], np.int64)
-        rows = [(number, sample.offset, sample.size, -1, modified[number]) for number, sample in found]
-        places = np.array(rows, PLACE)
-        listings[split] = sorted_listing([sample.id for _, sample in found], labels, places)
     containers = [Container(str(folder / shard), "tar") for shard in used]
     return Source(classes, class_names(classes), containers, listings, notes)
 
