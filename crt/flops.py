@@ -68,22 +68,18 @@ def tokenizer_training_flops(params: TrainTokenizer, with_regularizer: bool) -> 
         perceptual = untrained_perceptual_loss() if params.loss.lpips_weight > 0 else None
         objective = Objective.untrained(params, with_regularizer, perceptual)
 
-        def step(adversarial: bool, batch_size: int) -> None:
-            images = torch.zeros(batch_size, 3, size, size)
-            uniforms = torch.zeros(batch_size, objective.model.num_tokens)
+        def step(adversarial: bool) -> None:
+            # A whole batch: some products are made once for all its images, and one alone takes other paths.
+            images = torch.zeros(params.batch_size, 3, size, size)
+            uniforms = torch.zeros(params.batch_size, objective.model.num_tokens)
             made = objective.tokenizer_loss(images, uniforms, 1.0, adversarial)
             made.total.backward()
             if adversarial:
                 objective.discriminator_loss(images, made.reconstructions).backward()
 
-        def flops(adversarial: bool) -> int:
-            # Some products are made once for all images of a batch: one and two images tell.
-            one, two = (count_flops(partial(step, adversarial, images)) for images in (1, 2))
-            return one + (params.batch_size - 1) * (two - one)
-
         start = params.steps if objective.discriminator is None else min(params.discriminator.start_step, params.steps)
-        after = flops(True) if start < params.steps else 0
-        return (flops(False) * start if start else 0) + after * (params.steps - start)
+        steps = {False: start, True: params.steps - start}
+        return sum(number * count_flops(partial(step, adversarial)) for adversarial, number in steps.items() if number)
 
 
 def tokenizer_flops_per_image(params: TrainTokenizer, with_regularizer: bool) -> int:
