@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,24 +21,22 @@ from crt.data.no_classes import (
     LABEL_FILES,
     ONE_CLASS,
     is_pictures,
+    labels_elsewhere,
+    lettered_classes,
     note_labels_beside,
     note_order_of_numbers,
     note_parts,
     refuse_annotations,
     refuse_no_classes,
+    stylegan_classes,
     without_parts,
 )
 from crt.data.other_kinds import ARCHIVES, UNREAD_PICTURES, read_otherwise
 from crt.data.source import Source
 from crt.data.synsets import class_names
-from crt.data.tree import Tree, open_tree
+from crt.data.tree import EXTENSIONS, Tree, is_image, open_tree
 from crt.errors import UserError
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
 # Folders that hold a split, in lower case; of those for validation the first that is there counts.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
@@ -49,8 +47,10 @@ _PLAIN_VAL = ("val", "valid", "validation", "test")
 _LIKE_SPLIT = re.compile(
     "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
 )
+# A split's word in a name, before which and behind which others of the set are called the same.
+_SPLIT_IN_NAME = re.compile("(.*?)(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)((?![a-z]).*|images?|set|data)")
 # Endings of files in which labels may be, and which are not read.
-_LISTS = (".txt", ".json", ".xml", ".xls", ".xlsx", ".ods")
+_LISTS = (".xml", ".xls", ".xlsx", ".ods")
 # Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
 # name and its class first.
 _ANNOTATIONS = "val_annotations.txt"
@@ -96,11 +96,16 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
                 _refuse_flat_val(tree, root, roots["train"])
             by_class = images_by_class(tree, root, notes, may_be_flat=may_be_flat)
             found[split] = by_class if only is not None else without_parts(tree, root, by_class, notes)
-    classes = sorted(found.get("train", found.get("all", {})))
+    told = None if only is not None else _told_classes(tree, roots, found, notes)
+    found = told or found
+    classes = list(found["train"] if "train" in found else found["all"])
+    classes = classes if told else sorted(classes)
     if only is not None:
         check_classes(tree.name, classes, only)
     root, by_class = next((roots[split], found[split]) for split in ("train", "all") if split in found)
-    if len(classes) == 1:
+    if told:
+        pass
+    elif len(classes) == 1:
         _note_inner_folders(tree, root, classes[0], notes)
         note_labels_beside(tree, notes)
     elif only is None:
@@ -112,6 +117,21 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
         check_val_classes(tree.name, classes, sorted(found["val"]), notes)
     splits = {split: listing_by_class(tree, by_class, classes) for split, by_class in found.items()}
     return Source(classes, class_names(classes), [tree.container], splits, notes)
+
+
+def _told_classes(
+    tree: Tree, roots: Mapping[str, str], found: Mapping[str, dict[str, list[int]]], notes: list[str]
+) -> dict[str, dict[str, list[int]]] | None:
+    """By split, rows by class in the classes' order, where what is found tells surely that they are not the folders."""
+    is_one_class = all(len(by_class) == 1 for by_class in found.values())
+    told, said = {}, list[str]()
+    for split, by_class in found.items():
+        classes = (stylegan_classes if is_one_class else lettered_classes)(tree, roots[split], by_class, said)
+        if classes is None:
+            return None
+        told[split] = classes
+    notes += said
+    return told
 
 
 def listing_by_class(tree: Tree, by_class: dict[str, list[int]], classes: Sequence[str]) -> Listing:
@@ -167,7 +187,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         refuse_no_classes(tree, root, full)  # what it tells to do often makes an empty folder no matter
         raise UserError(
             f"{tree.name}: class folder {printable(root + empty[0])} holds no images ({', '.join(EXTENSIONS)}): "
-            f"add some, or move the folder away{_deeper(tree, root, full)}"
+            f"add some, or move the folder away{_deeper(tree, root, full)}{labels_elsewhere(tree)}"
         )
     if ignored:
         unread = [kind for kind in sorted(ignored) if kind in UNREAD_PICTURES]
@@ -240,11 +260,6 @@ def _outside(tree: Tree, name: str) -> UserError:
     return UserError(f"{tree.name}: image {shown} lies outside the class folders: move it into one, or delete it")
 
 
-def is_image(name: str) -> bool:
-    """Whether a file counts as an image by its name; its content is another matter."""
-    return name.lower().endswith(EXTENSIONS)
-
-
 def check_classes(name: str, classes: Sequence[str], known: Sequence[str]) -> None:
     """Refuse class folders other than those that a source has."""
     strange = sorted(set(classes) - set(known))
@@ -282,6 +297,8 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
     while True:
         top = _folders_in(tree, root)
         train, val = _named(top, TRAIN_FOLDERS), _named(top, VAL_FOLDERS)
+        if not (train or val):
+            train, val = _called_alike(_full(tree, root))
         if train and val and top > {*train, *val}:
             top = _without_bare(tree, root, top, [*train, *val], notes)
         if len(train) == 1 and top == {*train, *val} and (val or train == ["train"]):
@@ -305,27 +322,81 @@ def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
             raise UserError(
                 f"{tree.name}: holds {root}{val[0]}/ but no train/: add it, or give the class folders alone"
             )
-        if not _wraps(tree, root, top):
+        inner = _inner_root(tree, root, top, notes)
+        if inner is None:
             return {"all": root}
-        root += min(top) + "/"
-        notes.append(f"{tree.name}: class folders are those in {root}")
+        root = inner
 
 
 def _entered(tree: Tree, root: str, notes: list[str]) -> str:
     """A split's folder, or the one inside that holds its class folders: some archives have train/train/CLASS."""
-    while _wraps(tree, root, top := _folders_in(tree, root)):
-        root += min(top) + "/"
-        notes.append(f"{tree.name}: class folders are those in {root}")
+    while inner := _inner_root(tree, root, top := _folders_in(tree, root), notes):
+        root = inner
+    name = min(top, default="")
+    is_whole = len(top) == 1 and f"{root}{_ANNOTATIONS}" not in tree.files
+    if is_whole and (is_pictures(name) or name == PurePosixPath(root).name):
+        inner = f"{root}{name}/"
+        if _images_in(tree, inner) and not _full(tree, inner):  # test/test/IMAGE, and Images/IMAGE
+            return inner
     return root
+
+
+def _inner_root(tree: Tree, root: str, top: set[str], notes: list[str]) -> str | None:
+    """The folder in `root` that holds the class folders instead, or None."""
+    if _wraps(tree, root, top):
+        notes.append(f"{tree.name}: class folders are those in {root}{min(top)}/")
+        return f"{root}{min(top)}/"
+    images, full = _images_in(tree, root), _full(tree, root)
+    if len(full) != 1 or not full < top:
+        return None
+    (name,) = full
+    # Others hold annotations, splits and the like, if they hold files and none is a picture or may hold some.
+    others = [file for file in tree.files if file.startswith(root) and not file.startswith(f"{root}{name}/")]
+    kept = {file[len(root) :].partition("/")[0] for file in others if "/" in file[len(root) :]}
+    is_nested = all("/" in path[len(name) + 1 :] for path in images)
+    if not (is_nested or is_pictures(name)) or kept != top - full or any(_may_hold_images(file) for file in others):
+        return None
+    notes.append(
+        f"{tree.name}: {'class folders' if is_nested else 'images'} are those in {root}{name}/; folders without images "
+        f"beside it are ignored: {first_three(sorted(kept))}"
+    )
+    return f"{root}{name}/"
+
+
+def _may_hold_images(file: str) -> bool:
+    return file.lower().endswith((*ARCHIVES, *UNREAD_PICTURES))
 
 
 def _without_bare(tree: Tree, root: str, top: set[str], splits: Sequence[str], notes: list[str]) -> set[str]:
     """The folders of `root` but those without images, such as annotations, that stand beside its splits."""
-    full = {*splits, *(name.partition("/")[0] for name in _images_in(tree, root) if "/" in name)}
+    full = {*splits, *_full(tree, root)}
     if bare := sorted(top - full):
         beside = ", ".join(splits)
         notes.append(f"{tree.name}: folders without images beside {beside} are ignored: {first_three(bare)}")
     return top - set(bare)
+
+
+def _called_alike(folders: set[str]) -> tuple[list[str], list[str]]:
+    """Folders of training and of validation images that are called alike otherwise: train2017 and val2017.
+
+    None unless all are such, and one of training images.
+    """
+    found: dict[str, list[str]] = {}
+    for folder in sorted(folders):
+        parts = _SPLIT_IN_NAME.fullmatch(folder.lower())
+        if parts is None:
+            return [], []
+        found.setdefault(f"{parts[1]}*{parts[3]}", []).append(folder)
+    if len(found) != 1:
+        return [], []
+    train = [folder for folder in folders if "train" in folder.lower()]
+    val = sorted(folders - set(train), key=lambda folder: ("val" not in folder.lower(), folder))
+    return (train, val) if len(train) == 1 and val else ([], [])
+
+
+def _full(tree: Tree, root: str) -> set[str]:
+    """The folders right in `root` that hold images."""
+    return {name.partition("/")[0] for name in _images_in(tree, root) if "/" in name}
 
 
 def _named(folders: set[str], names: Sequence[str]) -> list[str]:

@@ -27,14 +27,13 @@ from crt.data.class_folders import (
     check_classes,
     check_val_classes,
     images_by_class,
-    is_image,
     listing_by_class,
     listing_of,
 )
 from crt.data.listing import PLACE, Container, Listing, printable, sorted_listing
 from crt.data.source import Source
 from crt.data.synsets import class_names, imagenet_names
-from crt.data.tree import Tree, folder_tree, is_clutter
+from crt.data.tree import Tree, folder_tree, is_clutter, is_image
 from crt.errors import UserError
 from crt.progress import Progress
 

@@ -6,12 +6,16 @@ noted, and what may not be is refused.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
+from typing import Any
 
-from crt.data.listing import first_three
-from crt.data.tree import Tree
+from crt.data.decode import Undecodable
+from crt.data.listing import first_three, printable, read_entry
+from crt.data.tree import Tree, is_image
 from crt.errors import UserError
 
 _SUFFIX = "(data|images?|set|split)?[ab]?([^a-z].*)?"
@@ -29,9 +33,15 @@ _PART_SIZES = (1000, 10000)
 _NUM_BUCKETS = 1000  # folders over which Danbooru's images are spread
 ONE_CLASS = "images"
 """The class of images that have none."""
-LABEL_FILES = (".csv", ".tsv", ".jsonl")
-"""Endings of tables that may hold labels."""
+LABEL_FILES = (".csv", ".tsv", ".jsonl", ".json", ".txt", ".lst", ".mat")
+"""Endings of files that may hold labels."""
+_SURELY_TABLES = (".csv", ".tsv", ".jsonl", ".mat")
 STYLEGAN_LABELS = "dataset.json"
+# Of files that are looked into for names of images.
+_MOST_LISTS = 50
+_MOST_LIST_BYTES = 2**26
+_HEAD_BYTES = 2**16
+_MIN_NAME = 5
 
 
 def refuse_no_classes(tree: Tree, root: str, by_class: Mapping[str, list[int]]) -> None:
@@ -49,29 +59,120 @@ def refuse_no_classes(tree: Tree, root: str, by_class: Mapping[str, list[int]]) 
     trained, others = (
         {_inner_folder(tree, row) for name in some for row in by_class[name]} for some in (train, held_out)
     )
-    if train and held_out and (set(names) == {*train, *held_out} or not trained.isdisjoint(others - {None})):
+    is_alike = not _stems(train).isdisjoint(_stems(held_out) - {""})
+    if (
+        train
+        and held_out
+        and (set(names) == {*train, *held_out} or not trained.isdisjoint(others - {None}) or is_alike)
+    ):
         raise UserError(
             f"{shown} look like splits: name them train and val; or, if they are the classes, give them other names"
         )
     refuse_annotations(tree, root, names)
+    for name, rows in by_class.items():
+        inner = {tree.files[row][len(root) + len(name) + 1 :].partition("/")[0] for row in rows}
+        if len(inner) > 1 and inner <= set(names) - {name}:
+            raise UserError(
+                f"{tree.name}: folder {printable(root + name)} holds folders that are called like those beside it, "
+                f"{first_three(sorted(inner))}: {tree.unpack_first}move it away, if it is a copy of the data set, or "
+                "set prepare_data.path to it"
+            )
+
+
+def _stems(names: Sequence[str]) -> set[str]:
+    """What folders are called but for the word of the split."""
+    return {re.sub("(train|test)(ing)?|val(id(ation)?)?", "*", name.lower()).strip("*") for name in names}
+
+
+def lettered_classes(
+    tree: Tree, root: str, by_class: Mapping[str, list[int]], notes: list[str]
+) -> dict[str, list[int]] | None:
+    """Rows by class, where folders are the first letters of the class folders in them, as of SUN397 and Places365.
+
+    A class is called by all folders below its letter: church/indoor. None of other folders.
+    """
+    if not all(len(name) == 1 for name in by_class):
+        return None
+    found: dict[str, list[int]] = {}
+    for letter, rows in by_class.items():
+        for row in rows:
+            name = tree.files[row][len(root) + 2 :].rpartition("/")[0]
+            if not name.lower().startswith(letter.lower()):
+                return None
+            found.setdefault(name, []).append(row)
+    notes.append(
+        f"{tree.name}: folders {first_three([root + name for name in sorted(by_class)])} are the first letters of "
+        "those in them, which are the classes"
+    )
+    return dict(sorted(found.items()))
 
 
 def without_parts(tree: Tree, root: str, by_class: dict[str, list[int]], notes: list[str]) -> dict[str, list[int]]:
-    """Rows by class, those of numbered parts of one set put together: they are one class.
-
-    Raises:
-        UserError: a file beside them may have labels.
-    """
+    """Rows by class, those of numbered parts of one set put together: they are one class."""
     if len(by_class) < 2 or not _are_parts(tree, by_class):
         return by_class
     shown = f"{tree.name}: folders {first_three([root + name for name in sorted(by_class)])}"
     parts = f"{shown} hold images whose numbers say which folder they lie in, so they are parts of one set, not classes"
-    labels = f"{root}{STYLEGAN_LABELS}"
-    if labels in tree.files:
-        first = tree.unpack_first
-        raise UserError(f"{parts}: {first}set prepare_data.path to its {labels} to read labels, or remove that file")
     notes.append(f"{parts}: all are one class; if they are the classes, give them other names")
     return {ONE_CLASS: sorted(row for rows in by_class.values() for row in rows)}
+
+
+def stylegan_classes(
+    tree: Tree, root: str, by_class: dict[str, list[int]], notes: list[str]
+) -> dict[str, list[int]] | None:
+    """Rows of the images of one class by the labels that StyleGAN's tool wrote beside them, or None without any.
+
+    Classes are in the order of their numbers.
+
+    Raises:
+        UserError: the file cannot be read, or names an image that is not there.
+    """
+    (rows,) = by_class.values()
+    names = [tree.files[row] for row in rows]
+    above = [f"{folder}/".removeprefix("./") for folder in PurePosixPath(names[0]).parents]
+    folder = next((x for x in above if x.startswith(root) and f"{x}{STYLEGAN_LABELS}" in tree.files), None)
+    if folder is None or not all(name.startswith(folder) for name in names):
+        return None
+    path = f"{folder}{STYLEGAN_LABELS}"
+    try:
+        data = read_entry([tree.container], path, tree.places[tree.files.index(path)])
+        assert isinstance(data, bytes)
+        labels = stylegan_labels(json.loads(data))
+    except (Undecodable, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{tree.name}: {path} cannot be read as labels of StyleGAN's tool: get it again, or remove it"
+        ) from None
+    if not labels:
+        notes.append(f"{tree.name}: {path} has no labels: all images are one class")
+        return {ONE_CLASS: rows}
+    row_of = dict(zip(names, rows, strict=True))
+    if missing := [name for name in labels if folder + name not in row_of]:
+        raise UserError(
+            f"{tree.name}: {path} names {len(missing)} images that are not there: {first_three(missing)}: get the data "
+            "set again, or remove that file"
+        )
+    found: dict[str, list[int]] = {str(label): [] for label in sorted(map(int, set(labels.values())))}
+    for name, label in labels.items():
+        found[label].append(row_of[folder + name])
+    left = (
+        f", and {len(rows) - len(labels)} images that it does not name are left out" if len(rows) > len(labels) else ""
+    )
+    notes.append(f"{tree.name}: labels are those of {path}{left}")
+    return {label: sorted(of_label) for label, of_label in found.items()}
+
+
+def stylegan_labels(content: Mapping[str, Any]) -> dict[str, str] | None:
+    """Whole numbers by image as StyleGAN's tool writes them, or None for images without labels.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it wrote no such content.
+    """
+    if content["labels"] is None:
+        return None
+    labels = dict(content["labels"])
+    if not all(isinstance(label, int) and not isinstance(label, bool) for label in labels.values()):
+        raise TypeError
+    return {name.replace("\\", "/"): str(label) for name, label in labels.items()}
 
 
 def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
@@ -87,13 +188,31 @@ def refuse_annotations(tree: Tree, root: str, names: Sequence[str]) -> None:
         raise UserError(
             f"{tree.name}: folders {first_three([root + name for name in names])} look like pictures beside their "
             f"annotations, not like classes: {first}move {drawn[0]} elsewhere, or set prepare_data.path to "
-            f"{root}{pictures[0]}; or, if they are the classes, give them other names"
+            f"{root}{pictures[0]}; or, if they are the classes, give them other names{labels_elsewhere(tree)}"
         )
+
+
+def pictures(tree: Tree) -> list[int]:
+    """Rows of a tree's images; those in folders called like annotations, such as masks, only if there are no others."""
+    rows = [row for row, name in enumerate(tree.files) if is_image(name)]
+    return [row for row in rows if not is_annotation(tree.files[row])] or rows
+
+
+def is_annotation(path: str) -> bool:
+    """Whether a path leads through a folder that is called after annotations."""
+    return any(_ANNOTATIONS.fullmatch(part.lower()) for part in PurePosixPath(path).parts[:-1])
 
 
 def is_pictures(name: str) -> bool:
     """Whether a folder is called after what it holds, pictures, so that its name is no class."""
     return bool(_PICTURES.fullmatch(name.lower()))
+
+
+def labels_elsewhere(tree: Tree) -> str:
+    """The end of a refusal: files from which labels may be read, or ""."""
+    tables = _tables(tree)
+    first = tree.unpack_first
+    return f"; or, if labels are in {first_three(tables)}, {first}set prepare_data.path to that file" if tables else ""
 
 
 def note_labels_beside(tree: Tree, notes: list[str]) -> None:
@@ -106,17 +225,11 @@ def note_labels_beside(tree: Tree, notes: list[str]) -> None:
         )
         return
     tables = _tables(tree)
-    matlab = [str(path) for path in paths if path.suffix.lower() == ".mat"]
     if tables:
-        first = tree.unpack_first
+        which = "that file" if len(tables) == 1 else "the one"
         notes.append(
             f"{tree.name}: one class, for {first_three(tables)} {_are(tables)} not read: if labels are in there, "
-            f"{first}set prepare_data.path to that file"
-        )
-    elif matlab:
-        notes.append(
-            f"{tree.name}: one class, for {first_three(matlab)} {_are(matlab)} not read: if labels are in there, put "
-            "images into a folder for each class, or write a .csv file with the columns filename and label"
+            f"{tree.unpack_first}set prepare_data.path to {which}"
         )
 
 
@@ -178,10 +291,29 @@ def _are_parts(tree: Tree, by_class: Mapping[str, list[int]]) -> bool:
 
 
 def _tables(tree: Tree) -> list[str]:
-    """Files that may hold labels and can be read."""
-    return [
-        name for name in tree.files if name.lower().endswith(LABEL_FILES) or PurePosixPath(name).name == STYLEGAN_LABELS
-    ]
+    """Files that may hold labels of the tree's images and can be read: tables, and lists that name some of them."""
+    paths = [PurePosixPath(name) for name in tree.files if is_image(name)]
+    images = {name for path in paths for name in (path.name, path.stem)}
+    found, lists = [], 0
+    for row, name in enumerate(tree.files):
+        path = PurePosixPath(name)
+        ending = path.suffix.lower()
+        if ending in _SURELY_TABLES or path.name == STYLEGAN_LABELS:
+            found.append(name)
+        elif ending in LABEL_FILES and lists < _MOST_LISTS and tree.places[row]["size"] <= _MOST_LIST_BYTES:
+            lists += 1
+            with suppress(Undecodable, UserError):
+                data = read_entry([tree.container], name, tree.places[row])
+                assert isinstance(data, bytes)
+                if "label" in path.stem.lower() or (path.stem not in images and _names_images(data, images)):
+                    found.append(name)
+    return found
+
+
+def _names_images(data: bytes, images: set[str]) -> bool:
+    """Whether a text names two images in its beginning; short names without an ending may be anything."""
+    words = re.split(r"[\s,;:/\"'{}\[\]]+", data[:_HEAD_BYTES].decode("utf-8", "replace"))
+    return len({word for word in words if len(word) >= _MIN_NAME and word in images}) > 1
 
 
 def _are(names: Sequence[str]) -> str:

@@ -17,6 +17,11 @@ from crt.errors import UserError
 from crt.interrupt import raise_if_stopped
 from crt.progress import Progress
 
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
+    *(".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 # Of macOS, Windows, network drives of Synology (whose @eaDir hold thumbnails of the images beside) and disks' roots.
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
 
@@ -142,6 +147,11 @@ def _state(entry: os.DirEntry[str]) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.st_size, found.st_mtime_ns
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image by its name; its content is another matter."""
+    return name.lower().endswith(EXTENSIONS)
 
 
 def is_clutter(name: str) -> bool:

@@ -19,11 +19,11 @@ import numpy as np
 
 from crt import interrupt
 from crt.data.archives import archive_kind, tar_members
-from crt.data.class_folders import EXTENSIONS
 from crt.data.listing import PLACE, Container, printable
 from crt.data.shards import LABEL_NAMES, list_shards, listings_by_label, splits_of_shards
 from crt.data.source import Source
 from crt.data.synsets import class_names
+from crt.data.tree import EXTENSIONS
 from crt.errors import UserError
 from crt.progress import Progress
 

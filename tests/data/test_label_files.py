@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 from crt.data.label_files import is_label_file, open_label_file
 from crt.data.packed import PackedImages
@@ -203,9 +205,9 @@ def test_a_column_of_splits_that_names_none_is_noted(make, tmp_path, values):
     assert any(f"column partition is not read, for {strange!r} is none of train" in note for note in source.notes)
 
 
-def test_label_files_are_tables_and_the_one_of_stylegans_tool(make, tmp_path):
-    names = ("a.CSV", "a.tsv", "a.jsonl", "dataset.json", "other.json", "a.txt")
-    assert [name for name in names if is_label_file(make.write(tmp_path / name, b""))] == list(names[:4])
+def test_label_files_are_told_by_their_endings(make, tmp_path):
+    names = ("a.CSV", "a.tsv", "a.jsonl", "dataset.json", "other.json", "a.txt", "a.lst", "a.mat", "a.xlsx", "a.png")
+    assert [name for name in names if is_label_file(make.write(tmp_path / name, b""))] == list(names[:-2])
     (tmp_path / "folder.csv").mkdir()
     assert not is_label_file(tmp_path / "folder.csv")
 
@@ -227,8 +229,8 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
     [
         (
             "a.csv",
-            "000.png,cat\n001.png,dog\n",
-            "columns are 000.png, cat: the first line must name them, that of images",
+            "90.png,cat\n91.png,dog\n",
+            "columns are 90.png, cat: the first line must name them, that of images",
         ),
         ("a.csv", "file_name,text\n000.png,a cat\n", "columns are file_name, text: the first line must name them"),
         ("a.csv", "filename,label\n000.png,cat\n000.png,dog\n", "gives 000.png two labels, cat and dog: leave one"),
@@ -251,7 +253,7 @@ def test_stylegans_labels(prepare, make, tmp_path, labelled):
         ("a.jsonl", '{"file_name": "000.png", "label": ["cat"]}', "cannot be read as a list of images and labels"),
         ("a.jsonl", '{"file_name": "000.png", "label": {"cat": 1}}', "cannot be read as a list of images and labels"),
         ("a.jsonl", '{"file_name"', "cannot be read as a list of images and labels: fix it or get it again"),
-        ("dataset.json", '{"splits": []}', "cannot be read as a list of images and labels"),
+        ("dataset.json", '{"splits": 0.5}', "cannot be read as a list of images and labels"),
         ("dataset.json", '{"labels": [["train/000.png", [0.5, 1]]]}', "cannot be read as a list of images and labels"),
     ],
 )
@@ -260,3 +262,182 @@ def test_files_that_are_not_right_are_refused(refused, make, tmp_path, name, con
     folder_of(make, root, ("train/twin.png", "twin.png"))
     make.write(root / name, content.encode("utf-8", "surrogateescape"))
     assert told in refused(path=root / name)
+
+
+NUMBERED = tuple(f"jpg/image_{number:05d}.png" for number in range(1, 7))
+PAIRS = {name: str(row % 2 + 1) for row, name in enumerate(NUMBERED)}
+STEMS = {Path(name).stem: label for name, label in PAIRS.items()}
+
+
+def lines_of(pairs: dict[str, str], form: str) -> str:
+    return "".join(form.format(name, label) + "\n" for name, label in pairs.items())
+
+
+def coco(pairs: dict[str, str], names: dict[str, str]) -> str:
+    return json.dumps(
+        {
+            "images": [{"id": row, "file_name": name} for row, name in enumerate(pairs)],
+            "annotations": [{"image_id": row, "category_id": int(label)} for row, label in enumerate(pairs.values())],
+            "categories": [{"id": int(label), "name": name} for label, name in names.items()],
+        }
+    )
+
+
+LISTS = {
+    "list.txt": lines_of(PAIRS, "{} {}"),
+    "slashes.txt": lines_of({f"/{name}": label for name, label in PAIRS.items()}, "{} {}"),
+    "stems.lst": "# two classes\n\n" + lines_of(STEMS, "{}\t{}"),
+    "commas.txt": lines_of(STEMS, "{}.png, {}"),
+    "behind.txt": lines_of(STEMS, "{1} jpg/{0}.png"),
+    "headless.csv": lines_of(STEMS, "{}.png,{}"),
+    "headless.tsv": lines_of(STEMS, "{}.png\t{}"),
+    "celeba.txt": "6\nlabel\n" + lines_of(STEMS, "{}.png  {}"),
+    "products.txt": "image_id class_id super_class_id path\n"
+    + "".join(f"{row} {label} 7 {name}\n" for row, (name, label) in enumerate(PAIRS.items())),
+    "pets.txt": "#Image CLASS-ID SPECIES BREED\n"
+    + "".join(f"{name} {x} {3 - int(x)} 1\n" for name, x in STEMS.items()),
+    "alone.txt": lines_of(PAIRS, "{1}"),
+    "mapping.json": json.dumps(STEMS),
+    "classes.json": json.dumps({x: [name for name in STEMS if STEMS[name] == x] for x in "21"}),
+    "rows.json": json.dumps([{"image": name, "label": int(label)} for name, label in PAIRS.items()]),
+    "coco.json": coco(PAIRS, {}),
+    "labels.json": json.dumps({"labels": [[name, int(label)] for name, label in PAIRS.items()]}),
+    "one_hot.csv": "image_id,1,2\n" + "".join(f"{name},{2 - int(x)},{int(x) - 1}.0\n" for name, x in STEMS.items()),
+    "kaggle.csv": "id_code,diagnosis\n" + lines_of(STEMS, "{},{}"),
+    "signs.csv": "Width;ClassId;Path\n" + lines_of(PAIRS, "30;{1};{0}"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_as_data_sets_have_them(make, tmp_path, name):
+    root = folder_of(make, tmp_path / "pets", NUMBERED)
+    source = open_label_file(make.write(root / name, LISTS[name].encode()))
+    assert source.class_ids == ["1", "2"]
+    listing = source.splits["all"]
+    assert {path: source.class_ids[x] for path, x in zip(listing.ids, listing.labels, strict=True)} == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "labels"),
+    [
+        (
+            "maker.txt",
+            "image_00001 Boeing\nimage_00002 Douglas Aircraft Company\n",
+            ["Boeing", "Douglas Aircraft Company"],
+        ),
+        ("quotes.csv", 'image_00001,"cat, tame"\nimage_00002,dog\n', ["cat, tame", "dog"]),
+        ("blanks.txt", "my cat.png 1\nimage_00001.png 2\n", ["1", "2"]),
+        ("coco.json", coco(PAIRS, {"1": "cat", "2": "dog"}), ["cat", "dog"]),
+        ("same.json", coco(PAIRS, {"1": "cat", "2": "cat"}), ["1", "2"]),
+    ],
+)
+def test_labels_are_called_as_the_list_has_them(make, tmp_path, name, content, labels):
+    root = folder_of(make, tmp_path / "pets", (*NUMBERED, "my cat.png"))
+    assert open_label_file(make.write(root / name, content.encode())).class_ids == labels
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_vector_of_a_matlab_file_labels_numbered_images(make, tmp_path, start):
+    """As of Flowers-102."""
+    root = folder_of(make, tmp_path / "flowers", [f"jpg/image_{row + start:05d}.png" for row in range(12)])
+    numbers = np.arange(12) % 3 + 8
+    (root / "imagelabels.mat").parent.mkdir(exist_ok=True)
+    savemat(root / "imagelabels.mat", {"labels": numbers.astype(np.uint8), "names": "x", "half": numbers + 0.5})
+    source = open_label_file(root / "imagelabels.mat")
+    assert source.class_ids == ["8", "9", "10"]
+    listing = source.splits["all"]
+    found = {path: source.class_ids[x] for path, x in zip(listing.ids, listing.labels, strict=True)}
+    assert found == {f"jpg/image_{row + start:05d}.png": str(row % 3 + 8) for row in range(12)}
+    assert any("its labels are those of the images by their numbers, jpg/image_0000" in note for note in source.notes)
+
+
+def test_images_lie_beside_a_folder_of_annotations_and_masks_are_none(make, tmp_path):
+    """As of Oxford's pets."""
+    names = [
+        f"{kind}/{name}_{row}.png" for kind in ("images", "annotations/trimaps") for name in "ab" for row in (1, 2)
+    ]
+    root = folder_of(make, tmp_path / "pets", names)
+    content = "".join(f"{name}_{row} {label} 1\n" for label, name in enumerate("ab") for row in (1, 2))
+    source = open_label_file(make.write(root / "annotations" / "list.txt", content.encode()))
+    assert source.splits["all"].ids == names[:4]
+    assert f"{root}/annotations/list.txt: its images are looked for in {root} and below" in source.notes
+
+
+def test_images_may_lie_beside_the_folder_of_a_list(make, tmp_path, monkeypatch):
+    """As of Places365."""
+    root = folder_of(make, tmp_path / "places", ["data/a/x/1.png", "data/b/x/1.png"])
+    make.write(root / "filelist" / "train.txt", b"/a/x/1.png 0\n/b/x/1.png 1\n")
+    for path in (root / "filelist" / "train.txt", Path("train.txt")):
+        monkeypatch.chdir(root / "filelist")
+        assert open_label_file(path).splits["all"].ids == ["data/a/x/1.png", "data/b/x/1.png"]
+
+
+def test_fastais_column_tells_splits(make, tmp_path):
+    root = folder_of(make, tmp_path / "pets", NUMBERED)
+    content = "name,label,is_valid\n" + "".join(
+        f"{name},{label},{name == 'image_00003'}\n" for name, label in STEMS.items()
+    )
+    source = open_label_file(make.write(root / "a.csv", content.encode()))
+    assert source.splits["val"].ids == ["jpg/image_00003.png"] and len(source.splits["train"]) == 5
+
+
+BAD_LISTS = [
+    ("a.txt", "image_00001\nimage_00002\n", "names images alone: give a file that has their labels too, or set"),
+    ("a.txt", lines_of(STEMS, "{} 1 2 {}"), "has several columns and no line that names them: write one that calls"),
+    (
+        "a.txt",
+        "".join(f"{name} {row % 2}.5 {row}\n" for row, name in enumerate(STEMS)),
+        "has several columns and no line",
+    ),
+    ("a.txt", "".join(f"{row} {name}\n" for row, name in enumerate(PAIRS)), "gives each image a label of its own, so"),
+    ("a.txt", "900.png 1\n901.png 1\n", "a.txt: none of its first lines names an image that lies with it: put it"),
+    ("a.txt", "90.png 1\nimage_00001.png 2 3\n", "90.png 1 names no image that lies with it: remove what is no label"),
+    ("a.txt", "90.png 1\nimage_00001.png 2\n", "90.png 1 names no image that lies with it: remove what is no label"),
+    ("a.txt", "", "a.txt: none of its first lines names an image that lies with it"),
+    ("a.txt", lines_of(STEMS, "{} {}") + "image_00009 1\n", "names 1 images that do not lie in"),
+    ("a.txt", "1\n2\n1\n", "a.txt: holds 3 labels and names no images, and the 6 images with it are not numbered"),
+    ("list_eval_partition.txt", lines_of(STEMS, "{} {}"), "tells splits, by its name, not labels: give the file of"),
+    (
+        "celeba.txt",
+        "6\nMale Young\n" + lines_of(STEMS, "{}.png -1 {}"),
+        "columns are file_name, Male, Young: the first",
+    ),
+    ("a.csv", "image,x,y\nimage_00001,1,1\n", "image_00001 has a 1 in 2 of 2 columns, and images have one class each"),
+    ("a.csv", "image,x,y\nimage_00001,0,0\n", "image_00001 has a 1 in 0 of 2 columns, and images have one class each"),
+    ("a.csv", "label,pixel0,pixel1\n1,0,0\n", "holds the pixels of images, which are not read from tables: get the"),
+    ("a.csv", "emotion,pixels,Usage\n1,0 0,Training\n", "holds the pixels of images, which are not read from tables"),
+    ("a.json", '{"images": [{"id": 0, "file_name": "a.png"}]}', "has images without annotations: give the file of"),
+    ("a.json", '{"images": [], "annotations": [{"image_id": 1, "category_id": 1}]}', "cannot be read as a list of"),
+    ("a.json", '{"image_00001": 0.5}', "cannot be read as a list of images and labels"),
+    ("a.json", '{"1": [7]}', "names 1 images that do not lie in"),
+    ("a.json", "1", "cannot be read as a list of images and labels"),
+    ("a.json", '"images"', "cannot be read as a list of images and labels"),
+    ("a.json", "{}", "a.json: names no images: fix it or get it again"),
+    ("a.mat", "x" * 200, "a.mat: is no .mat file of version 5 or later"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "told"), BAD_LISTS)
+def test_lists_that_do_not_tell_labels_are_refused(refused, make, tmp_path, name, content, told):
+    root = folder_of(make, tmp_path / "pets", NUMBERED)
+    assert told in refused(path=make.write(root / name, content.encode()))
+
+
+def test_detections_of_several_classes_are_no_labels(refused, make, tmp_path):
+    root = folder_of(make, tmp_path / "pets", NUMBERED)
+    content = json.loads(coco(PAIRS, {}))
+    content["annotations"].append({"image_id": 0, "category_id": 5})
+    told = "gives jpg/image_00001.png two labels, 1 and 5: leave one"
+    assert told in refused(path=make.write(root / "a.json", json.dumps(content).encode()))
+
+
+@pytest.mark.parametrize(
+    "vectors", [{"x": np.arange(5)}, {"x": np.arange(6), "y": np.ones(6)}, {"x": np.full(6, np.nan)}]
+)
+def test_matlab_files_without_one_vector_of_labels_are_refused(refused, make, tmp_path, vectors):
+    root = folder_of(make, tmp_path / "pets", NUMBERED)
+    savemat(root / "a.mat", vectors)
+    count = "2" if len(vectors) == 2 else "no"
+    assert f"holds {count} vectors of labels for the 6 images with it: write a .csv file" in refused(
+        path=root / "a.mat"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -53,14 +54,96 @@ def test_folders_of_one_image_called_like_them_are_no_parts(prepare, make, tmp_p
     assert status == 0 and PackedImages(out, "train").num_classes == 12
 
 
-@pytest.mark.parametrize("below", ["", "around/"])
+def stylegan(make, tmp_path, kind: str, below: str, content: str, names=STYLEGAN):
+    root = images(make, tmp_path / "faces", [below + name for name in names])
+    make.write(root / below / "dataset.json", content.encode())
+    return Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+
+
+@pytest.mark.parametrize("names", [STYLEGAN, STYLEGAN[:5], [f"img{number:08d}.png" for number in range(5)]])
+@pytest.mark.parametrize(("kind", "below"), [("folder", ""), ("zip", ""), ("zip", "around/")])
+def test_labels_of_stylegans_tool_are_read(prepare, make, tmp_path, capfd, kind, below, names):
+    labels = {name: 9 + row % 2 for row, name in enumerate(names)}
+    content = json.dumps({"labels": list(labels.items())})
+    status, out = prepare(path=stylegan(make, tmp_path, kind, below, content, names))
+    assert status == 0
+    found = {}
+    for part in (PackedImages(out, split) for split in ("train", "val")):
+        assert part.class_names == ["9", "10"]
+        found |= {part.source_id(row): int(part.class_names[part.labels[row]]) for row in range(len(part))}
+    assert found == {below + name: label for name, label in labels.items()}
+    assert f"labels are those of {below}dataset.json" in capfd.readouterr().err
+
+
+def test_images_that_stylegans_tool_gave_no_labels_are_one_class(prepare, make, tmp_path, capfd):
+    status, out = prepare(path=stylegan(make, tmp_path, "zip", "", '{"labels": null}'))
+    assert status == 0 and PackedImages(out, "train").num_classes == 1
+    assert "dataset.json has no labels: all images are one class" in capfd.readouterr().err
+
+
+def test_images_that_stylegans_tool_did_not_name_are_left_out_and_noted(prepare, make, tmp_path, capfd):
+    content = json.dumps({"labels": [[name, 0] for name in STYLEGAN[:8]]})
+    status, out = prepare(path=stylegan(make, tmp_path, "folder", "", content))
+    assert status == 0 and sum(len(PackedImages(out, split)) for split in ("train", "val")) == 8
+    assert "and 2 images that it does not name are left out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "dataset.json cannot be read as labels of StyleGAN's tool: get it again, or remove it"),
+        ("[]", "dataset.json cannot be read as labels of StyleGAN's tool"),
+        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "dataset.json cannot be read as labels of StyleGAN's tool"),
+        ('{"labels": [["00000/img00000000.png", 0.5]]}', "dataset.json cannot be read as labels of StyleGAN's tool"),
+        ('{"labels": [["00000/img00000000.png", true]]}', "dataset.json cannot be read as labels of StyleGAN's tool"),
+        ('{"labels": [[0, 1]]}', "dataset.json cannot be read as labels of StyleGAN's tool"),
+        ('{"labels": [["a.png", 1]]}', "dataset.json names 1 images that are not there: a.png: get the data set again"),
+    ],
+)
+def test_labels_of_stylegans_tool_that_are_not_right_are_refused(refused, make, tmp_path, content, told):
+    assert told in refused(path=stylegan(make, tmp_path, "zip", "", content))
+
+
+def test_a_file_of_that_name_beside_class_folders_is_no_matter(prepare, make, tmp_path):
+    root = make.class_folders(tmp_path / "pets", {"cat": 4, "dog": 4})
+    make.write(root / "dataset.json", b'{"labels": [["cat/000.png", 0]]}')
+    status, out = prepare(path=root)
+    assert status == 0 and PackedImages(out, "train").class_names == ["cat", "dog"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_labels_of_stylegans_tool_are_pointed_at(refused, make, tmp_path, kind, below):
-    root = images(make, tmp_path / "faces", [below + name for name in STYLEGAN])
-    make.write(root / below / "dataset.json", b'{"labels": null}')
+def test_letters_around_class_folders_are_no_classes(prepare, make, tmp_path, capfd, kind):
+    """As in SUN397 and Places365."""
+    folders = ("a/abbey", "a/alley", "b/bar", "c/church/indoor", "c/church/outdoor")
+    root = images(make, tmp_path / "sun", [f"SUN397/{name}/{row}.png" for name in folders for row in range(3)])
     path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
-    unpack = "unpack it and " if kind == "zip" else ""
-    assert f"{unpack}set prepare_data.path to its {below}dataset.json to read labels" in refused(path=path)
+    status, out = prepare(path=path)
+    assert status == 0
+    part = PackedImages(out, "train")
+    assert part.class_names == ["abbey", "alley", "bar", "church/indoor", "church/outdoor"]
+    found = {part.source_id(row)[9:-6]: part.class_names[part.labels[row]] for row in range(len(part))}
+    assert found == {name: name for name in part.class_names}
+    told = "folders SUN397/a, SUN397/b, SUN397/c are the first letters of those in them, which are the classes"
+    error = capfd.readouterr().err
+    assert told in error and "upper folders" not in error
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("a/abbey", "b/zoo"), ("a/abbey", "b"), ("ab/abbey", "c/cat")])
+def test_other_short_folders_are_classes(prepare, make, tmp_path, folders):
+    status, out = prepare(path=make.class_folders(tmp_path / "x", dict.fromkeys(folders, 3)))
+    assert status == 0 and PackedImages(out, "train").class_names == [name.partition("/")[0] for name in folders]
+
+
+def test_a_copy_of_the_set_among_its_classes_is_refused(prepare, refused, make, tmp_path):
+    """As in archives of Kaggle."""
+    folders = [*("cat", "dog", "owl"), *(f"pets/{name}" for name in ("cat", "dog"))]
+    root = make.class_folders(tmp_path / "pets", dict.fromkeys(folders, 3))
+    assert "folder pets holds folders that are called like those beside it, cat, dog: move it away" in refused(
+        path=root
+    )
+    shutil.rmtree(root / "pets" / "dog")  # one alone may be anything
+    status, out = prepare(path=root)
+    assert status == 0 and PackedImages(out, "train").num_classes == 4
 
 
 @pytest.mark.parametrize(
@@ -111,25 +194,60 @@ def test_pictures_beside_their_masks_are_no_classes(refused, make, tmp_path, nam
     assert told in refused(path=files(make, tmp_path / "pets", names))
 
 
-@pytest.mark.parametrize("splits", [("train2017", "val2017"), ("cars_train", "cars_test")])
-def test_splits_beside_a_folder_without_images_are_told_of_before_that_one(prepare, refused, make, tmp_path, splits):
-    """Since under their right names it is no matter."""
-    names = [f"{split}/{row}.png" for split in splits for row in range(3)]
-    root = files(make, tmp_path / "images", [*names, "devkit/x.mat"])
-    assert "look like splits: name them train and val" in refused(path=root)
-    for name, split in zip(splits, ("train", "val"), strict=True):
-        (root / name).rename(root / split)
-    status, out = prepare(path=root)
-    assert status == 0 and [len(PackedImages(out, split)) for split in ("train", "val")] == [3, 3]
+ALIKE = [
+    ("train2017", "val2017"),
+    ("cars_train", "cars_test"),
+    ("training_set", "test_set"),
+    ("Final_Training", "Final_Test"),
+]
 
 
-def test_pictures_beside_a_folder_of_other_annotations_are_pointed_at(prepare, refused, make, tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("inner", ["", "a/", "images/", "{split}/"])
+@pytest.mark.parametrize("splits", ALIKE)
+def test_folders_called_alike_but_for_the_split_are_splits(prepare, make, tmp_path, capfd, splits, inner, kind):
+    """As of COCO, Stanford's cars and GTSRB, and in archives of Kaggle."""
+    names = [f"{split}/{inner.format(split=split)}{row}.png" for split in splits for row in range(3)]
+    root = files(make, tmp_path / "images", [*names, "devkit/x.xml"])
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    status, out = prepare(path=path)
+    assert status == 0
+    for split, folder in zip(("train", "val"), splits, strict=True):
+        part = PackedImages(out, split)
+        assert part.class_names == (["a"] if inner == "a/" else ["images"])
+        assert [part.source_id(row).partition("/")[0] for row in range(len(part))] == [folder] * 3
+    error = capfd.readouterr().err
+    assert f"training images are those of {splits[0]}/, validation images those of {splits[1]}/" in error
+
+
+def test_of_folders_called_alike_those_for_validation_come_first(prepare, make, tmp_path, capfd):
+    names = [f"{split}2017/{row}.png" for split in ("test", "train", "val") for row in range(3)]
+    status, out = prepare(path=images(make, tmp_path / "coco", names))
+    assert status == 0 and PackedImages(out, "val").source_id(0).startswith("val2017/")
+    assert "validation images those of val2017/; test2017 unused" in capfd.readouterr().err
+
+
+def test_splits_beside_another_folder_are_no_classes(refused, make, tmp_path):
+    """As of Market-1501."""
+    names = [f"{split}/{row}.png" for split in ("bounding_box_train", "bounding_box_test", "query") for row in range(3)]
+    told = "folders bounding_box_test, bounding_box_train, query look like splits"
+    assert told in refused(path=images(make, tmp_path / "persons", names))
+
+
+def test_classes_may_have_words_of_splits_in_their_names(prepare, make, tmp_path):
+    names = [f"{name}/{row}.png" for name in ("bullet_train", "test_tube", "valley") for row in range(3)]
+    status, out = prepare(path=images(make, tmp_path / "x", names))
+    assert status == 0 and PackedImages(out, "train").num_classes == 3
+
+
+def test_pictures_beside_a_folder_of_other_annotations_are_entered(prepare, make, tmp_path, capfd):
     pictures = [f"{split}/images/{row}.png" for split in ("train", "valid") for row in range(8)]
     root = files(make, tmp_path / "yolo", [*pictures, "train/labels/0.txt", "valid/labels/0.txt"])
-    told = "or set prepare_data.path to its folder train/images, whose images are then one class"
-    assert refused(path=root).endswith(told)
-    status, out = prepare(path=root / "train" / "images")
-    assert status == 0 and PackedImages(out, "train").num_classes == 1
+    status, out = prepare(path=root)
+    assert status == 0 and [len(PackedImages(out, split)) for split in ("train", "val")] == [8, 8]
+    assert PackedImages(out, "train").class_names == ["images"]
+    told = "images are those in train/images/; folders without images beside it are ignored: labels"
+    assert told in capfd.readouterr().err
 
 
 def test_a_split_beside_folders_of_class_folders_is_noted(prepare, make, tmp_path, capfd):
@@ -151,7 +269,7 @@ def test_classes_may_be_called_images_and_masks_beside_others(prepare, make, tmp
 @pytest.mark.parametrize(
     "folders",
     [
-        *(["train2017", "val2017"], ["train", "test1"], ["cars_train", "cars_test"]),
+        *(["train2017", "val2018"], ["train", "test1"], ["train_mini", "val"]),
         *(["trainA", "trainB", "testA", "testB"], ["Training/x", "Test/x", "test-multiple"]),
         ["seg_train/seg_train/x", "seg_test/seg_test/x", "seg_pred/seg_pred"],
     ],
@@ -170,10 +288,14 @@ def test_folders_called_like_splits_are_no_classes(refused, make, tmp_path, fold
             "for labels.csv is not read: if labels are in there, set prepare_data.path to that",
         ),
         (["train/0.png", "test/0.png"], "Train.CSV", "for Train.CSV is not read: if labels are in there"),
-        (["jpg/0.png"], "imagelabels.mat", "put images into a folder for each class, or write a .csv file with the"),
+        (
+            ["jpg/0.png"],
+            "imagelabels.mat",
+            "for imagelabels.mat is not read: if labels are in there, set prepare_data.",
+        ),
+        (["0.png"], "labels.txt", "for labels.txt is not read: if labels are in there, set prepare_data.path to that"),
         (["0.png"], "meta/labels.tsv", "for meta/labels.tsv is not read: if labels are in there"),
         (["0.png"], "metadata.jsonl", "for metadata.jsonl is not read: if labels are in there"),
-        (["0.png"], "dataset.json", "for dataset.json is not read: if labels are in there"),
         (["0.png"], "0.cls", "set prepare_data.source to webdataset to have their labels from the .tar files"),
     ],
 )
@@ -182,6 +304,25 @@ def test_labels_that_are_not_read_are_noted(prepare, make, tmp_path, capfd, name
     make.write(root / file, b"labels")
     assert prepare(path=root)[0] == 0
     assert told in capfd.readouterr().err
+
+
+def test_lists_that_name_images_are_noted(prepare, make, tmp_path, capfd):
+    root = images(make, tmp_path / "x", [f"jpg/{row:04d}.png" for row in range(8)])
+    make.write(root / "list.txt", b"0000.png 1\n0001.png 2\n")
+    make.write(root / "instances.json", b'{"images": [{"file_name": "x/0000.png"}, {"file_name": "x/0001.png"}]}')
+    make.write(root / "README.txt", b"0000.png is the first of 8 images, 1 to 8")
+    make.write(root / "captions" / "0000.txt", b"0000.png 0001.png")  # one for each image
+    assert prepare(path=root)[0] == 0
+    told = (
+        "one class, for instances.json, list.txt are not read: if labels are in there, set prepare_data.path to the one"
+    )
+    assert told in capfd.readouterr().err
+
+
+def test_labels_beside_pictures_and_masks_are_pointed_at(refused, make, tmp_path):
+    root = images(make, tmp_path / "pets", ["images/Beagle_1.png", "images/Beagle_2.png", "annotations/Beagle_1.png"])
+    make.write(root / "annotations" / "list.txt", b"Beagle_1 1\nBeagle_2 1\n")
+    assert "or, if labels are in annotations/list.txt, set prepare_data.path to that file" in refused(path=root)
 
 
 @pytest.mark.parametrize(("stem", "beside"), [("HAM10000_images_part_", True), ("images_00", False), ("v_00", None)])

@@ -62,9 +62,9 @@ def test_archives_in_an_archive_are_to_be_unpacked(refused, make, tmp_path):
     assert "or write the images as files into a folder for each class" in refused(path=archive)
 
 
-@pytest.mark.parametrize("name", ["list_attr_celeba.txt", "instances.json", "labels.xlsx"])
+@pytest.mark.parametrize("name", ["labels.xml", "labels.xlsx"])
 def test_lists_of_labels_in_other_formats_are_told_what_to_become(refused, make, tmp_path, name):
-    told = "labels are read from .csv, .tsv, .jsonl files alone: write it as one, with the columns filename and label"
+    told = "labels are read from .csv, .tsv, .jsonl, .json, .txt, .lst, .mat files alone: write it as one, with the"
     assert told in refused(path=make.write(tmp_path / name, b"labels"))
 
 

@@ -670,17 +670,35 @@ def test_validation_images_outside_the_classes_of_training_are_refused(refused, 
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, kind):
+def test_class_folders_beside_folders_of_other_files_are_entered(prepare, refused, make, tmp_path, capfd, kind):
+    """As of Food-101, CUB-200-2011, DTD, Stanford's dogs and Caltech-101."""
+    root = tmp_path / "food"
+    make.class_folders(root / "images", {"pizza": 3, "soup": 3})
+    make.write(root / "meta" / "train.txt", b"pizza/000\n")
+    path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
+    status, out = prepare(path=path)
+    assert status == 0 and PackedImages(out, "train").class_names == ["pizza", "soup"]
+    told = "class folders are those in images/; folders without images beside it are ignored: meta"
+    assert told in capfd.readouterr().err
+    if kind == "folder":
+        make.class_folders(root / "photos", {"pizza": 2}, first_seed=50)
+        shutil.rmtree(tmp_path / "out")
+        assert refused(path=root).endswith("): add some, or move the folder away")  # two may hold them
+
+
+@pytest.mark.parametrize("file", ["x.jxl", "x.tar.gz", None])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_class_folders_one_level_deeper_are_pointed_at(refused, make, tmp_path, kind, file):
+    """Where the folder beside may be a class whose images are missing."""
     root = tmp_path / "food"
     make.class_folders(root / "images", {"pizza": 2, "soup": 2})
-    make.write(root / "meta" / "train.txt", b"pizza/000\n")
+    (root / "meta").mkdir()
+    if file is not None:
+        make.write(root / "meta" / file, b"x")
     path = Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
     error = refused(path=path)
     assert "class folder meta holds no images" in error
     assert ("unpack it and set" if kind == "zip" else "or set") + " prepare_data.path to its folder images" in error
-    if kind == "folder":
-        make.class_folders(root / "photos", {"pizza": 2}, first_seed=50)
-        assert refused(path=root).endswith("add some, or move the folder away")  # two may hold them
 
 
 def test_an_empty_class_folder_in_a_folder_around_them_is_refused(refused, make, tmp_path):
@@ -711,8 +729,8 @@ def test_a_class_may_be_called_train(prepare, make, tmp_path):
 @pytest.mark.parametrize(
     "folders",
     [
-        *(["train/x", "dev/x"], ["train/x", "train/y", "Eval/x"], ["train2017/x", "val2017/y"]),
-        *(["training_set/x", "test_set/x"], ["trainset/x", "testset/x"], ["2019/x", "2019/y", "2020/x", "2020/y"]),
+        *(["train/x", "dev/x"], ["train/x", "train/y", "Eval/x"], ["train2017/x", "val2018/y"]),
+        *(["training_set/x", "dev_set/x"], ["trainset/x", "test/x"], ["2019/x", "2019/y", "2020/x", "2020/y"]),
         ["wrapper/mine/x", "wrapper/mine/y", "wrapper/eval/x", "wrapper/eval/z"],
     ],
 )
