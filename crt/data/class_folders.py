@@ -33,27 +33,17 @@ from crt.data.no_classes import (
 )
 from crt.data.other_kinds import ARCHIVES, UNREAD_PICTURES, read_otherwise
 from crt.data.source import Source
+from crt.data.split_folders import TINY_IMAGENET_LABELS, TRAIN_FOLDERS, folders_in, images_in, split_roots
 from crt.data.synsets import class_names
 from crt.data.tree import EXTENSIONS, Tree, is_image, open_tree
 from crt.errors import UserError
 
-# Folders that hold a split, in lower case; of those for validation the first that is there counts.
-TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
-# Names that mean a split also where other folders stand beside it, or none.
-_PLAIN_TRAIN = ("train",)
-_PLAIN_VAL = ("val", "valid", "validation", "test")
 # Further names that are given to splits: train2017, training_set, devset, eval-images.
 _LIKE_SPLIT = re.compile(
     "(train(ing)?|val(id(ation)?)?|test(ing)?|dev(el(opment)?)?|eval(uation)?)(data|images?|set|split)?([^a-z].*)?"
 )
-# A split's word in a name, before which and behind which others of the set are called the same.
-_SPLIT_IN_NAME = re.compile("(.*?)(train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?)((?![a-z]).*|images?|set|data)")
 # Endings of files in which labels may be, and which are not read.
 _LISTS = (".xml", ".xls", ".xlsx", ".ods")
-# Tiny ImageNet's file beside its folder of validation images: a line of tab-separated values for each, its
-# name and its class first.
-_ANNOTATIONS = "val_annotations.txt"
 
 
 def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None) -> Source:
@@ -83,11 +73,11 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
     if outside is not None and (only is not None or any("/" in name and is_image(name) for name in tree.files)):
         raise _outside(tree, outside)
     notes: list[str] = []
-    roots = _split_roots(tree, notes)
+    roots = split_roots(tree, notes)
     found: dict[str, dict[str, list[int]]] = {}
     for split, root in roots.items():
-        sorted_already = split == "val" and not _folders_in(tree, root).isdisjoint(found["train"])
-        if split == "val" and not sorted_already and f"{root}{_ANNOTATIONS}" in tree.files:
+        sorted_already = split == "val" and not folders_in(tree, root).isdisjoint(found["train"])
+        if split == "val" and not sorted_already and f"{root}{TINY_IMAGENET_LABELS}" in tree.files:
             found[split] = _annotated_images(tree, root)
         else:
             # Validation images without classes belong to training images without classes.
@@ -155,7 +145,7 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         UserError: an image lies outside the class folders, one of which is empty; or there is no image.
     """
     where = f"{tree.name}/{root}" if root else tree.name
-    found: dict[str, list[int]] = {name: [] for name in _folders_in(tree, root)}
+    found: dict[str, list[int]] = {name: [] for name in folders_in(tree, root)}
     outside: list[int] = []
     ignored: Counter[str] = Counter()
     for row, name in enumerate(tree.files):
@@ -202,7 +192,7 @@ def _annotated_images(tree: Tree, root: str) -> dict[str, list[int]]:
     Raises:
         UserError: a line without a class, or an image without a line.
     """
-    name = f"{root}{_ANNOTATIONS}"
+    name = f"{root}{TINY_IMAGENET_LABELS}"
     try:
         data = read_entry([tree.container], name, tree.places[tree.files.index(name)])
     except Undecodable as error:
@@ -242,7 +232,7 @@ def _refuse_flat_val(tree: Tree, root: str, train: str) -> None:
     Raises:
         UserError: as said.
     """
-    images = _images_in(tree, root)
+    images = images_in(tree, root)
     if not images and not read_otherwise([name for name in tree.files if name.startswith(root)]):
         raise UserError(
             f"{tree.name}: {root} holds no images: add some, or remove it: validation images are then set aside from "
@@ -284,155 +274,12 @@ def check_val_classes(name: str, classes: Sequence[str], val_classes: Sequence[s
         notes.append(f"{name}: {what} no validation images: {first_three(missing)}")
 
 
-def _split_roots(tree: Tree, notes: list[str]) -> dict[str, str]:
-    """Where each split's class folders are, as prefixes of paths.
-
-    Folders that only wrap the whole (archives often have one) are entered. train/ and val/ count as splits
-    where no folder with images stands beside them; a class may be called "train".
-
-    Raises:
-        UserError: splits with a folder beside them, or validation images without training images.
-    """
-    root = ""
-    while True:
-        top = _folders_in(tree, root)
-        train, val = _named(top, TRAIN_FOLDERS), _named(top, VAL_FOLDERS)
-        if not (train or val):
-            train, val = _called_alike(_full(tree, root))
-        if train and val and top > {*train, *val}:
-            top = _without_bare(tree, root, top, [*train, *val], notes)
-        if len(train) == 1 and top == {*train, *val} and (val or train == ["train"]):
-            if not val:
-                notes.append(f"{tree.name}: has {train[0]}/ only: validation images are set aside from it")
-                return {"all": f"{root}{train[0]}/"}
-            unused = f"; {', '.join(val[1:])} unused" if len(val) > 1 else ""
-            notes.append(
-                f"{tree.name}: training images are those of {train[0]}/, validation images those of {val[0]}/{unused}"
-            )
-            roots = {"train": f"{root}{train[0]}/", "val": f"{root}{val[0]}/"}
-            return {split: _entered(tree, inner, notes) for split, inner in roots.items()}
-        plain = _named(top, _PLAIN_TRAIN) and _named(top, _PLAIN_VAL)
-        if plain or (train and val and top == {*train, *val}):
-            strange = min(top - {train[0], *val})
-            raise UserError(
-                f"{tree.name}: folder {root}{strange} beside {train[0]}/ and {val[0]}/: "
-                "neither split nor class: move it"
-            )
-        if top and top <= set(_PLAIN_VAL):
-            raise UserError(
-                f"{tree.name}: holds {root}{val[0]}/ but no train/: add it, or give the class folders alone"
-            )
-        inner = _inner_root(tree, root, top, notes)
-        if inner is None:
-            return {"all": root}
-        root = inner
-
-
-def _entered(tree: Tree, root: str, notes: list[str]) -> str:
-    """A split's folder, or the one inside that holds its class folders: some archives have train/train/CLASS."""
-    while inner := _inner_root(tree, root, top := _folders_in(tree, root), notes):
-        root = inner
-    name = min(top, default="")
-    is_whole = len(top) == 1 and f"{root}{_ANNOTATIONS}" not in tree.files
-    if is_whole and (is_pictures(name) or name == PurePosixPath(root).name):
-        inner = f"{root}{name}/"
-        if _images_in(tree, inner) and not _full(tree, inner):  # test/test/IMAGE, and Images/IMAGE
-            return inner
-    return root
-
-
-def _inner_root(tree: Tree, root: str, top: set[str], notes: list[str]) -> str | None:
-    """The folder in `root` that holds the class folders instead, or None."""
-    if _wraps(tree, root, top):
-        notes.append(f"{tree.name}: class folders are those in {root}{min(top)}/")
-        return f"{root}{min(top)}/"
-    images, full = _images_in(tree, root), _full(tree, root)
-    if len(full) != 1 or not full < top:
-        return None
-    (name,) = full
-    # Others hold annotations, splits and the like, if they hold files and none is a picture or may hold some.
-    others = [file for file in tree.files if file.startswith(root) and not file.startswith(f"{root}{name}/")]
-    kept = {file[len(root) :].partition("/")[0] for file in others if "/" in file[len(root) :]}
-    is_nested = all("/" in path[len(name) + 1 :] for path in images)
-    if not (is_nested or is_pictures(name)) or kept != top - full or any(_may_hold_images(file) for file in others):
-        return None
-    notes.append(
-        f"{tree.name}: {'class folders' if is_nested else 'images'} are those in {root}{name}/; folders without images "
-        f"beside it are ignored: {first_three(sorted(kept))}"
-    )
-    return f"{root}{name}/"
-
-
-def _may_hold_images(file: str) -> bool:
-    return file.lower().endswith((*ARCHIVES, *UNREAD_PICTURES))
-
-
-def _without_bare(tree: Tree, root: str, top: set[str], splits: Sequence[str], notes: list[str]) -> set[str]:
-    """The folders of `root` but those without images, such as annotations, that stand beside its splits."""
-    full = {*splits, *_full(tree, root)}
-    if bare := sorted(top - full):
-        beside = ", ".join(splits)
-        notes.append(f"{tree.name}: folders without images beside {beside} are ignored: {first_three(bare)}")
-    return top - set(bare)
-
-
-def _called_alike(folders: set[str]) -> tuple[list[str], list[str]]:
-    """Folders of training and of validation images that are called alike otherwise: train2017 and val2017.
-
-    None unless all are such, and one of training images.
-    """
-    found: dict[str, list[str]] = {}
-    for folder in sorted(folders):
-        parts = _SPLIT_IN_NAME.fullmatch(folder.lower())
-        if parts is None:
-            return [], []
-        found.setdefault(f"{parts[1]}*{parts[3]}", []).append(folder)
-    if len(found) != 1:
-        return [], []
-    train = [folder for folder in folders if "train" in folder.lower()]
-    val = sorted(folders - set(train), key=lambda folder: ("val" not in folder.lower(), folder))
-    return (train, val) if len(train) == 1 and val else ([], [])
-
-
-def _full(tree: Tree, root: str) -> set[str]:
-    """The folders right in `root` that hold images."""
-    return {name.partition("/")[0] for name in _images_in(tree, root) if "/" in name}
-
-
-def _named(folders: set[str], names: Sequence[str]) -> list[str]:
-    """Those of `folders` that have one of `names`, upper case or lower, in the order of `names`."""
-    return sorted(
-        (folder for folder in folders if folder.lower() in names),
-        key=lambda folder: (names.index(folder.lower()), folder),
-    )
-
-
-def _wraps(tree: Tree, root: str, top: set[str]) -> bool:
-    """Whether `root` holds a single folder, without images of its own, in which the class folders or splits are.
-
-    Several folders in it are taken for that. One alone may as well be a part of a single class, so that folders
-    deeper in must all hold images to be taken for classes.
-    """
-    folders, inner, is_nested = top, root, False
-    while len(folders) == 1:
-        inner += min(folders) + "/"
-        folders, images = _folders_in(tree, inner), _images_in(tree, inner)
-        if any("/" not in name for name in images):
-            return False
-        if len(folders) > 1:
-            return not is_nested or folders == {name.partition("/")[0] for name in images}
-        if _named(folders, TRAIN_FOLDERS):
-            return True
-        is_nested = True
-    return False
-
-
 def _note_inner_folders(tree: Tree, root: str, name: str, notes: list[str]) -> None:
     """Note where the classes may be instead, if the images of a data set's one class lie in several folders of it."""
     inner, folders = root, [name]
     while len(folders) == 1:
         inner += folders[0] + "/"
-        folders = sorted({image.partition("/")[0] for image in _images_in(tree, inner) if "/" in image})
+        folders = sorted({image.partition("/")[0] for image in images_in(tree, inner) if "/" in image})
     if folders:
         refuse_annotations(tree, inner, folders)
         first = tree.unpack_first
@@ -487,13 +334,3 @@ def _note_upper_folders(tree: Tree, root: str, by_class: dict[str, list[int]], n
 def _below_class(tree: Tree, root: str, name: str, rows: Sequence[int]) -> list[str]:
     """Paths of a class folder's images, relative to it."""
     return [tree.files[row][len(root) + len(name) + 1 :] for row in rows]
-
-
-def _folders_in(tree: Tree, root: str) -> set[str]:
-    """Names of the folders that lie right in `root`."""
-    return {name[len(root) :] for name in tree.folders if name.startswith(root) and "/" not in name[len(root) :]}
-
-
-def _images_in(tree: Tree, root: str) -> list[str]:
-    """Paths of all image files below `root`, relative to it."""
-    return [name[len(root) :] for name in tree.files if name.startswith(root) and is_image(name)]

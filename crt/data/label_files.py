@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crt.data.class_folders import TRAIN_FOLDERS, VAL_FOLDERS
 from crt.data.label_lists import Line, NoColumns, read_lines
 from crt.data.listing import PLACE, first_three, printable
 from crt.data.no_classes import LABEL_FILES, is_annotation, pictures
 from crt.data.shards import LABEL_NAMES, listings_by_label, splits_of_shards
 from crt.data.source import Source
+from crt.data.split_folders import TRAIN_FOLDERS, VAL_FOLDERS
 from crt.data.synsets import class_names
 from crt.data.tree import Tree, folder_tree, is_image
 from crt.errors import UserError
