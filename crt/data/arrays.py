@@ -4,8 +4,9 @@ files, and the binary files of CIFAR-100 and STL-10.
 Images are an array called images, imgs, x, data or arr_0, and labels the one called labels, y or arr_1 beside it, with
 a split's name before or behind (`train_images`, `x_train`) or in the file's name. "Called" is a .npy file's own name,
 and an array's name inside the others. One file may hold the labels of another (`train_x.h5` and `train_y.h5`; arr_0 of
-KMNIST's `train-imgs.npz` and of `train-labels.npz`). idx files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`
-and the same of t10k, also gzipped. The formats are those of `crt.data.array_files`.
+KMNIST's `train-imgs.npz` and of `train-labels.npz`). Square gray images may be rows of pixels; several .npy files of
+such, as QuickDraw's, are a class each. idx files are `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the same
+of t10k, also gzipped. The formats are those of `crt.data.array_files`.
 Pixels are first copied to the stage's working folder, since those in archives cannot be read singly.
 """
 
@@ -41,6 +42,7 @@ _WORDS = {"images": "labels", "imgs": "labels", "x": "y", "data": "labels", "arr
 # their training images in batches.
 _SPLIT = re.compile("train(ing)?|val(id(ation)?)?|test(ing)?|t10k|_batch(?=_[0-9])|extra(?=_32x32)|unlabeled(?=_x)")
 _PART_BYTES = 2**26  # copied at once
+_LEAST_PIXELS = 64  # in an image that is a row of an array
 
 
 def open_arrays(path: Path, work: Path) -> Source:
@@ -58,7 +60,7 @@ def open_arrays(path: Path, work: Path) -> Source:
         for number, (images, of_images) in enumerate(_image_arrays(path, folder, files, opened, notes)):
             name, where = images.name, printable(f"{folder}/{images.name}")
             with reading(where):
-                pixels, texts = images.read(), None if of_images is None else of_images.read()
+                pixels, texts = _squares(images.read()), None if of_images is None else of_images.read()
             channels_first = _channels_first(pixels, where)
             labels[name] = _texts(texts, len(pixels), where)
             _refuse_more_than_fits(pixels, copies, where)
@@ -134,6 +136,10 @@ def _image_arrays(
     for array in arrays.values():
         if (word := _image_word(array.key)) and not _is_labels_alone(array, arrays):
             pairs.append((array, _labels_of(array, word, arrays)))
+    if not pairs and len(arrays) > 1 and all(_may_be_a_class(folder, array) for array in arrays.values()):
+        notes.append(f"{path}: each file holds images of one class, which is called like it")
+        yield from ((array, _class_of_file(array)) for array in arrays.values())
+        return
     paired = [array for pair in pairs for array in pair if array is not None]
     used = {array.file for array in paired}
     for file in files:
@@ -165,6 +171,33 @@ def _image_arrays(
             notes.append(f"{path}: images of {images.file} are training images too: move it away to do without")
             pairs[place] = replace(images, name=f"train/{images.name}"), labels
     yield from sorted(pairs, key=lambda pair: files.index(pair[0].file))
+
+
+def _may_be_a_class(folder: Path, array: Array) -> bool:
+    """Whether an array is a file of nothing but images, in the rows of pixels that QuickDraw has them in."""
+    if not array.file.lower().endswith(".npy") or _tells_labels(array.key):
+        return False
+    with reading(printable(f"{folder}/{array.file}")):
+        return _side(array.read()) > 0
+
+
+def _class_of_file(array: Array) -> Array:
+    """The labels of a file's images, which are all called like it."""
+    return replace(array, key="labels", read=lambda: np.full(len(array.read()), array.key))
+
+
+def _side(pixels: Any) -> int:
+    """Of square gray images whose pixels are one row each, or 0 of other arrays."""
+    if pixels.ndim != 2 or pixels.dtype != np.uint8 or pixels.shape[1] < _LEAST_PIXELS:
+        return 0
+    side = math.isqrt(pixels.shape[1])
+    return side if side**2 == pixels.shape[1] else 0
+
+
+def _squares(pixels: Any) -> Any:
+    """Images (n, side, side) of which each may be stored as one row."""
+    side = _side(pixels)
+    return np.asarray(pixels).reshape(-1, side, side) if side else pixels
 
 
 def _data_set(file: str) -> tuple[str, ...]:

@@ -352,3 +352,51 @@ def test_damaged_gzip_files_are_refused(refused, make, tmp_path, damaged):
     make.write(tmp_path / "train-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(50, np.uint8))))
     make.write(tmp_path / "train-images-idx3-ubyte.gz", damaged)
     assert "train-images-idx3-ubyte.gz: damaged" in refused(path=tmp_path, **ARRAYS)
+
+
+def test_files_of_rows_of_pixels_are_a_class_each(prepare, make, tmp_path, capfd):
+    """As QuickDraw has them."""
+    made = {name: pixels(seed, 6, 64) for seed, name in enumerate(("cat", "sea turtle", "train"))}
+    (tmp_path / "sketches").mkdir()
+    for name, rows in made.items():
+        np.save(tmp_path / "sketches" / f"{name}.npy", rows)
+    status, out = prepare(path=tmp_path / "sketches", **ARRAYS)
+    assert status == 0
+    count = 0
+    for part in (PackedImages(out, split) for split in ("train", "val")):
+        assert part.class_names == list(made)
+        for row in range(len(part)):
+            name = part.class_names[part.labels[row]]
+            image = made[name][int(part.source_id(row)[-6:])].reshape(8, 8, 1)
+            assert np.array_equal(part.image(row), np.repeat(image, 3, axis=-1))
+            count += 1
+    assert count == 18
+    assert "each file holds images of one class, which is called like it" in capfd.readouterr().err
+
+
+def test_images_may_be_rows_of_pixels(prepare, make, tmp_path):
+    made = pixels(0, 12, 64), np.arange(12) % 2
+    np.savez(tmp_path / "mnist.npz", x_train=made[0], y_train=made[1], x_test=made[0][::-1] // 2, y_test=made[1])
+    status, out = prepare(path=tmp_path / "mnist.npz", **ARRAYS)
+    assert status == 0
+    check(out, "train", made[0].reshape(12, 8, 8), made[1])
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        *({"cat": (6, 64)}, {"cat": (6, 64), "dog": (6, 8, 8)}, {"cat": (6, 64), "y": (6, 64)}),
+        *({"cat": (6, 63), "dog": (6, 63)}, {"cat": (6, 49), "dog": (6, 49)}, {"cat": (64,), "dog": (64,)}),
+    ],
+)
+def test_other_arrays_without_a_name_are_no_classes(refused, make, tmp_path, arrays):
+    (tmp_path / "x").mkdir()
+    for name, shape in arrays.items():
+        np.save(tmp_path / "x" / f"{name}.npy", pixels(0, *shape))
+    assert "call that of images images, imgs, x, data, arr_0" in refused(path=tmp_path / "x", **ARRAYS)
+
+
+def test_files_that_may_be_classes_are_told_when_they_are_damaged(refused, make, tmp_path):
+    for name in ("cat", "dog"):
+        make.write(tmp_path / "x" / f"{name}.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '|u1',")
+    assert "cat.npy: " in (told := refused(path=tmp_path / "x", **ARRAYS)) and "call that" not in told
