@@ -243,7 +243,7 @@ def _of_list(
         notes.append(f"{path}: labels are its first column beside the images, which tells what the others are")
     if len(labels) > 2 and len({row[0] for row in labels if row}) == len(labels):
         raise UserError(f"{path}: gives each image a label of its own, so they are no classes: give another file")
-    return [Line(name, row[0] if row else None) for name, row in zip(image, labels, strict=True)]
+    return [Line(name, row[0] or None if row else None) for name, row in zip(image, labels, strict=True)]
 
 
 def _fields(line: str, separator: str | None) -> list[str]:
@@ -319,7 +319,7 @@ def _of_json(
     if "images" in content:
         return list(_of_coco(path, content))
     if all(isinstance(value, list) for value in content.values()):
-        return [Line(str(name), label) for label, names in content.items() for name in names]
+        return [Line(str(name), label or None) for label, names in content.items() for name in names]
     return [Line(name, _text(label)) for name, label in content.items()]
 
 
@@ -333,4 +333,4 @@ def _of_coco(path: Path, content: Mapping[str, Any]) -> Iterator[Line]:
         names = {}
     for annotation in content["annotations"]:
         number = annotation["category_id"]
-        yield Line(images[annotation["image_id"]], names.get(number, str(number)))
+        yield Line(images[annotation["image_id"]], names.get(number, str(number)) or None)

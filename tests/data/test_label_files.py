@@ -413,6 +413,8 @@ BAD_LISTS = [
     ("a.json", "1", "cannot be read as a list of images and labels"),
     ("a.json", '"images"', "cannot be read as a list of images and labels"),
     ("a.json", "{}", "a.json: names no images: fix it or get it again"),
+    ("a.txt", "image_00001\t\nimage_00002\t1\n", "jpg/image_00001.png has no label"),
+    ("a.json", '{"": ["image_00001"], "1": ["image_00002"]}', "jpg/image_00001.png has no label"),
     ("a.mat", "x" * 200, "a.mat: is no .mat file of version 5 or later"),
 ]
 
