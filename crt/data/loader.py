@@ -71,7 +71,7 @@ def training_batches(
             rows, epochs = batch_rows(len(images), batch_size, step, seed)
             yield rows[share], _draws(len(images), epochs[share], rows[share], seed)
 
-    if images.storage == "pixels" and images.image_size == image_size and min_crop == 1.0:
+    if images.are_small and images.image_size == image_size and min_crop == 1.0:
         for rows, draws in requests():
             batch = images.pixels(rows)
             if horizontal_flip:
@@ -134,8 +134,8 @@ def _eval_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
 def _decoded(
     crops: _Crops, requests: Iterable[tuple[np.ndarray, np.ndarray]], world_size: int
 ) -> Iterator[torch.Tensor]:
-    """Serve requests in order; image files are decoded in worker processes, a batch each."""
-    if crops.images.storage == "pixels":
+    """Serve requests in order; all but small images are read, decoded and cropped in worker processes, a batch each."""
+    if crops.images.are_small:
         yield from map(crops.__getitem__, requests)
         return
     yield from made_by_workers(crops, requests, world_size)

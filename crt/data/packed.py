@@ -9,16 +9,19 @@ A shard holds, for n images of one split:
     blob        (bytes,) uint8              storage "encoded": image files one behind the other,
     offsets     (n + 1,) int64                image i is blob[offsets[i]:offsets[i + 1]]
 
-All data sets are contiguous and uncompressed, so images are read through memory maps.
+All data sets are contiguous and uncompressed, so an image is read by one request to the file system.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -32,6 +35,9 @@ from crt.hdf5_frame import hdf5_frame
 INDEX = "index.json"
 SCHEMA = 1
 SPLITS = ("train", "val")
+# Images of fewer bytes are read through memory maps, which fetch neighbours along. Of a large one at a random place a
+# map fetches several times its bytes from the disk, and all that it ever showed counts as the process's memory.
+_MAPPED_BYTES = 2**16
 
 
 class PackedImages:
@@ -58,18 +64,21 @@ class PackedImages:
             raise UserError(f"{self.folder}: split {split!r} holds no images: {remedy}, {_made_again(self.folder)}")
         self.storage: str = index["storage"]
         self.image_size: int | None = index["image_size"]
+        self._shape = (self.image_size or 0, self.image_size or 0, 3)  # of storage "pixels"
+        self.are_small: bool = self.storage == "pixels" and math.prod(self._shape) < _MAPPED_BYTES
+        """Whether a batch is read in no time: of image files, and of large images, workers had better read ahead."""
         self.class_names: list[str] = [entry["name"] for entry in index["classes"]]
         self._files = [self.folder / shard["file"] for shard in shards]
         self._starts = np.cumsum([0, *(shard["images"] for shard in shards)])
         self.labels: np.ndarray = self._column("labels").astype(np.int64)
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._opened: dict[int, _Opened] = {}
         self._ids: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_ids": {}}
+        return {**self.__dict__, "_opened": {}, "_ids": {}}
 
     @property
     def num_classes(self) -> int:
@@ -99,10 +108,15 @@ class PackedImages:
             raise ValueError("images of one size need storage 'pixels'")
         rows = self._checked(indices)
         shards = np.searchsorted(self._starts, rows, side="right") - 1
-        images = np.empty((len(rows), *self._mapped(0)[0].shape[1:]), np.uint8)
-        for shard in np.unique(shards):
-            inside = shards == shard
-            images[inside] = self._mapped(int(shard))[0][rows[inside] - self._starts[shard]]
+        images = np.empty((len(rows), *self._shape), np.uint8)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            inside, mapped = rows[places] - self._starts[shard], self._open(shard).mapped
+            if mapped is not None:
+                images[places] = mapped[inside]
+            else:
+                for place, row in zip(places.tolist(), inside.tolist(), strict=True):
+                    images[place] = np.frombuffer(self._content(shard, row), np.uint8).reshape(self._shape)
         return images
 
     def encoded(self, index: int) -> bytes:
@@ -110,9 +124,7 @@ class PackedImages:
         if self.storage != "encoded":
             raise ValueError("image files need storage 'encoded'")
         shard, row = self._locate(index)
-        blob, offsets = self._mapped(shard)
-        assert offsets is not None
-        return blob[offsets[row] : offsets[row + 1]].tobytes()
+        return self._content(shard, row)
 
     def source_id(self, index: int) -> str:
         """Path of the image inside the source that it came from."""
@@ -148,16 +160,41 @@ class PackedImages:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return shard, row - int(self._starts[shard])
 
-    def _mapped(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Memory maps of a shard: (pixels, None) or (blob, offsets)."""
-        if shard not in self._maps:
+    def _open(self, shard: int) -> _Opened:
+        if shard not in self._opened:
             path = self._files[shard]
             with _open_shard(path) as file:
                 if self.storage == "pixels":
-                    self._maps[shard] = _memory_map(path, file["pixels"]), None
+                    data = file["pixels"]
+                    offsets = np.arange(len(data) + 1) * math.prod(self._shape)
                 else:
-                    self._maps[shard] = _memory_map(path, file["blob"]), file["offsets"][()]
-        return self._maps[shard]
+                    data, offsets = file["blob"], file["offsets"][()]
+                mapped = _memory_map(path, data) if self.are_small else None
+                self._opened[shard] = _Opened(FileIO(path), data.id.get_offset() + offsets, mapped)
+        return self._opened[shard]
+
+    def _content(self, shard: int, row: int) -> bytes:
+        """What is stored of one image.
+
+        Raises:
+            UserError: the file was cut short meanwhile.
+        """
+        opened = self._open(shard)
+        start, end = opened.offsets[row : row + 2].tolist()
+        content = os.pread(opened.file.fileno(), end - start, start)  # forked processes share the file's position
+        if len(content) != end - start:
+            raise LocalError(f"{self._files[shard]}: ends too early: {_made_again(self.folder)}")
+        return content
+
+
+class _Opened(NamedTuple):
+    """A shard in use."""
+
+    file: FileIO
+    offsets: np.ndarray
+    """(n + 1,) int64: image i is bytes offsets[i] to offsets[i + 1] of the file."""
+    mapped: np.ndarray | None
+    """(n, S, S, 3) uint8, where images are small."""
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:

@@ -62,6 +62,23 @@ def test_batches_do_not_depend_on_processes_or_on_where_one_starts(kind, request
     assert not torch.equal(batches(images, seed=4), whole)
 
 
+@pytest.mark.parametrize("min_crop", [1.0, 0.9])
+def test_large_pixels_are_read_and_cropped_ahead_of_the_step(prepare, make, tmp_path, min_crop):
+    """Oracle: the way of small images, in the process that trains."""
+    status, out = prepare(path=make.class_folders(tmp_path / "images", {"a": 10, "b": 10}), image_size=160)
+    assert status == 0
+    images, before = PackedImages(out, "train"), children()
+    assert not images.are_small
+    sizes = {"image_size": 160, "min_crop": min_crop, "batch_size": 4}
+    stream = training_batches(images, first_step=0, steps=3, rank=0, world_size=1, **COMMON | sizes)
+    first = next(stream)
+    assert children() > before
+    found = [first, *stream]
+    images.are_small = True
+    images._opened.clear()
+    assert torch.equal(torch.stack(found), batches(images, steps=3, **sizes))
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(encoded, monkeypatch):
     found = []
     for count in (1, 2):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -68,6 +70,33 @@ def test_pixels_come_back_in_any_order_across_shards(pixels):
     assert packed.digests()[5].tobytes() == hashlib.sha256(images[5].tobytes()).digest()
 
 
+@pytest.mark.parametrize("storage, side, mapped", [("pixels", 8, True), ("pixels", 160, False), ("encoded", 8, False)])
+def test_only_small_images_are_read_through_the_memory_of_the_process(tmp_path, make, storage, side, mapped):
+    """Maps of large files fetch several times what is asked for, and count as memory as far as they were ever read."""
+    images = [make.noise(seed, side, side) for seed in range(5)]
+    contents = [image.tobytes() if storage == "pixels" else make.encode(image, "PNG") for image in images]
+    build(tmp_path, contents, storage, 2, side if storage == "pixels" else None)
+    packed = PackedImages(tmp_path, "train")
+    assert packed.are_small == mapped
+    assert all(np.array_equal(packed.image(row), images[row]) for row in (4, 0, 3, 1, 2))
+    if storage == "pixels":
+        assert np.array_equal(packed.pixels([4, 0, 3, 3]), np.stack([images[row] for row in (4, 0, 3, 3)]))
+    assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == mapped
+
+
+@pytest.mark.parametrize("storage", ["pixels", "encoded"])
+def test_a_shard_that_is_cut_short_while_in_use_is_told(tmp_path, make, storage):
+    images = [make.noise(seed, 160, 160) for seed in range(3)]
+    contents = [image.tobytes() if storage == "pixels" else make.encode(image, "PNG") for image in images]
+    build(tmp_path, contents, storage, 3, 160 if storage == "pixels" else None)
+    packed = PackedImages(tmp_path, "train")
+    assert np.array_equal(packed.image(0), images[0])
+    shard = tmp_path / "train-00000.h5"
+    os.truncate(shard, shard.stat().st_size - 70_000)
+    with pytest.raises(UserError, match=r"train-00000\.h5: ends too early: delete .* and run prepare_data again$"):
+        packed.image(2)
+
+
 def test_encoded_files_come_back_whole_and_decoded(tmp_path, make):
     files = [make.encode(make.noise(seed, 5 + seed, 9), "PNG") for seed in range(7)]
     build(tmp_path, files, "encoded", 3)
@@ -76,6 +105,21 @@ def test_encoded_files_come_back_whole_and_decoded(tmp_path, make):
     assert np.array_equal(packed.image(6), decode(files[6]))
     with pytest.raises(ValueError, match="storage 'pixels'"):
         packed.pixels([0])
+
+
+def test_a_shard_may_be_larger_than_memory(tmp_path):
+    build(tmp_path, [b"x", b"x"], "encoded", 2)
+    create_shard(
+        tmp_path / "train-00000.h5",
+        split="train",
+        storage="encoded",
+        image_size=None,
+        labels=np.zeros(2, int),
+        source_ids=["a", "b"],
+        digests=np.zeros((2, 32), np.uint8),
+        payload_bytes=np.array([10, 2**36]),
+    )
+    assert PackedImages(tmp_path, "train").encoded(0) == bytes(10)
 
 
 def test_a_damaged_image_is_named(tmp_path, make):
