@@ -201,16 +201,35 @@ def test_torn_block_is_made_again(large_project, large, tmp_path, monkeypatch):
     assert contents(out) == contents(large)
 
 
-def test_damaged_finished_shard_is_made_again(large_project, large, tmp_path, monkeypatch):
-    """A shard that the last run finished, but whose bytes the disk lost."""
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_finished_shard_is_kept_with_its_counts_unless_the_disk_lost_its_bytes(
+    large_project, large, tmp_path, monkeypatch, damaged
+):
     out = tmp_path / "tokens"
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         main(large_project.command(out))
     (shard,) = (tmp_path / ".work").glob("tokens-*/staging/train-00000*.h5")
-    content = bytearray(shard.read_bytes())
-    content[-1000] ^= 1
-    shard.write_bytes(content)
+    if damaged:
+        content = bytearray(shard.read_bytes())
+        content[-1000] ^= 1
+        shard.write_bytes(content)
+    assert main(large_project.command(out)) == 0
+    assert contents(out) == contents(large)  # the summary of codes in use among them
+
+
+def test_killed_between_a_shards_last_block_and_its_file(large_project, large, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **values):
+        raise Killed
+
+    out = tmp_path / "tokens"
+    with monkeypatch.context() as patch:
+        patch.setattr("crt.stages.tokenize.write_shard", killed)
+        with pytest.raises(Killed):
+            main(large_project.command(out))
     assert main(large_project.command(out)) == 0
     assert contents(out) == contents(large)
 
