@@ -196,13 +196,14 @@ def _separate_groups(engine: Any, groups: list[dict[str, Any]], step: int) -> No
     """Undo what loading a universal ZeRO-3 checkpoint mixes up.
 
     It gives all groups of parameters the settings of the first, weight decay on the norms too, and one counter of
-    steps, which Adam then advances once for each.
+    steps, which Adam then advances once for each. With any ZeRO stage that counter lies on the CPU, where the fused
+    AdamW of a GPU does not take it.
     """
     for group, before in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in before.items() if name != "params"})
-    for state in engine.basic_optimizer.state.values():
+    for parameter, state in engine.basic_optimizer.state.items():
         if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = torch.full_like(state["step"], step)
+            state["step"] = torch.full_like(state["step"], step, device=parameter.device)
 
 
 def _flush_files(folder: Path) -> dict[str, int]:

@@ -227,6 +227,15 @@ def test_regrouped_groups_get_back_their_settings_and_their_count_of_steps() -> 
     assert [state["step"].item() for state in optimizer.state.values()] == [3, 3]
 
 
+def test_a_regrouped_count_of_steps_lies_where_its_weights_do() -> None:
+    """DeepSpeed's tool leaves it on the CPU, from where the fused AdamW of a GPU does not read it."""
+    master = torch.nn.Parameter(torch.ones(2, device="meta"))  # stands for a GPU
+    state = {master: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta")}}
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), basic_optimizer=SimpleNamespace(state=state))
+    _separate_groups(engine, [], 3)
+    assert state[master]["step"].device == master.device
+
+
 def test_one_that_cannot_be_regrouped_is_told_with_the_number_of_processes_that_can_go_on(
     running: Any, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
