@@ -61,8 +61,9 @@ from crt.stage import StageRun
 from crt.tokens.cache import TokenCache
 from crt.tokens.sampler import training_batches
 
-# On a GPU the host runs ahead of the device; looking at a loss makes it wait, so it looks this seldom.
-_GPU_REPORT_STEPS = 20
+# On a GPU the host runs ahead of the device; looking at a loss makes it wait, so it looks this seldom: after so many
+# steps, or sooner where they take longer than this. Who asks to stop waits as long.
+_GPU_REPORT_STEPS, _REPORT_SECONDS = 20, 5.0
 # train.csv keeps about so many rows.
 _HISTORY_ROWS = 10_000
 
@@ -102,7 +103,6 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
     config = config_of(params, train_codes)
     micro, _ = micro_batches(params, world.size)
     share = params.batch_size // world.size
-    report_steps = _GPU_REPORT_STEPS if world.device.type == "cuda" else 1
 
     checkpoints = Checkpoints(
         run.work / "checkpoints", world, params.zero_stage, asdict(config), params.keep_checkpoints
@@ -161,7 +161,7 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
 
             done = step + 1
             log.training(done, loss, gradient_norm(engine), rate)
-            if done % report_steps == 0 or _is_due(done, params):
+            if log.is_time_to_look or _is_due(done, params):
                 log.flush()
                 speed = log.speed(params.batch_size * config.num_tokens)
                 log.live_figures(done, speed)
@@ -214,6 +214,11 @@ def _dropped_labels(seed: int, step: int, batch_size: int, probability: float) -
     return torch.from_numpy(numpy_generator(seed, "label_dropout", step).random(batch_size) < probability)
 
 
+def steps_to_look_after(seconds_per_step: float) -> int:
+    """How many steps a GPU makes before the host looks at their losses."""
+    return max(1, min(_GPU_REPORT_STEPS, int(_REPORT_SECONDS / max(seconds_per_step, 1e-9))))
+
+
 @torch.no_grad()
 def validate(engine: Any, codes: TokenCache, batch_size: int, world: World) -> np.ndarray | None:
     """Mean loss of each code of the raster over a whole split, each image in its first view. A collective call.
@@ -257,6 +262,7 @@ class _Log:
         self.peak_flops = matmul_rate(world.device, run.params.train_ar.precision) * world.size
         self.keep_every = math.ceil(run.params.train_ar.steps / _HISTORY_ROWS)
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.look_steps, self.looked, self.seconds_per_step = 1, time.monotonic(), math.inf
         self.stop_signal: int | None = None
         self.last_loss = self.last_norm = self.last_rate = math.nan
         self.steps_since, self.since = 0, time.monotonic()
@@ -269,6 +275,11 @@ class _Log:
         """Note the figures of one step, still on the device."""
         self.pending.append((step, loss, grad_norm, learning_rate))
 
+    @property
+    def is_time_to_look(self) -> bool:
+        """Whether to `flush`; the same on all processes."""
+        return len(self.pending) >= self.look_steps
+
     def flush(self) -> None:
         """Look at the steps noted since the last call. A collective call.
 
@@ -277,10 +288,10 @@ class _Log:
         """
         steps, losses, norms, rates = zip(*self.pending, strict=True)
         own_signal = stop_requested()
-        asked = torch.tensor([float(own_signal is not None)], device=self.world.device)
-        sums = torch.cat((torch.stack(losses) / self.world.size, asked))
+        told = torch.tensor([self.seconds_per_step, float(own_signal is not None)], device=self.world.device)
+        sums = torch.cat((torch.stack(losses) / self.world.size, told))
         dist.all_reduce(sums)
-        *mean_losses, num_asked = sums.tolist()
+        *mean_losses, total_seconds, num_asked = sums.tolist()
         grad_norms = torch.stack(norms).tolist()
         if num_asked:
             self.stop_signal = own_signal or signal.SIGTERM
@@ -292,6 +303,11 @@ class _Log:
         self.last_loss, self.last_norm, self.last_rate = mean_losses[-1], grad_norms[-1], rates[-1]
         self.steps_since += len(steps)
         self.pending.clear()
+        if self.world.device.type == "cuda":
+            # Of the steps before these, which all processes know.
+            self.look_steps = steps_to_look_after(total_seconds / self.world.size)
+        before, self.looked = self.looked, time.monotonic()
+        self.seconds_per_step = (self.looked - before) / len(steps)
 
     def speed(self, tokens_per_step: int) -> dict[str, float]:
         """Since the last validation: codes trained on per second, and the share of the matrix rate (MFU).

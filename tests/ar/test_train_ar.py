@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import shutil
 import signal
@@ -195,6 +196,34 @@ def test_a_signal_saves_and_the_run_continues(small_run: Make, tmp_path: Path, a
     assert (work / f"step_{saved:08}" / "complete.json").exists()
     assert main(stopped) == 0
     assert contents(out_of(stopped)) == contents(out_of(whole))
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1e-4, 20), (0.25, 20), (1.0, 5), (4.0, 1), (60.0, 1), (math.inf, 1)])
+def test_a_gpu_of_long_steps_is_looked_at_more_often(seconds: float, steps: int) -> None:
+    """A request to stop is heard in five seconds, or after a step."""
+    assert train_ar.steps_to_look_after(seconds) == steps
+
+
+def test_losses_are_looked_at_together_and_each_is_kept(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Oracle: the run that looks at each step."""
+    looked = []
+
+    class Seldom(train_ar._Log):
+        @property
+        def is_time_to_look(self) -> bool:
+            self.look_steps = 3
+            return super().is_time_to_look
+
+        def flush(self) -> None:
+            looked.append([step for step, *_ in self.pending])
+            super().flush()
+
+    monkeypatch.setattr(train_ar, "_Log", Seldom)
+    command = small_run()
+    assert main(command) == 0
+    np.testing.assert_allclose(losses(command), GOLDEN, atol=2e-4)
+    # Validations after steps 5 and 10, checkpoints after 4 and 8.
+    assert looked == [[1, 2, 3], [4], [5], [6, 7, 8], [9, 10]]
 
 
 @pytest.mark.parametrize("damage", ["unfinished", "truncated", "file_missing", "a_byte", "first_bytes"])
