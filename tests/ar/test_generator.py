@@ -60,6 +60,20 @@ def test_an_image_depends_on_seed_and_index_alone(generator: Generator) -> None:
     assert len({tuple(row) for row in generator.generate([0] * 8).tolist()}) == 8
 
 
+def test_all_batches_of_a_call_have_one_size(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU products round differently at another size, and a graph is recorded for each."""
+    sizes = []
+    generate = Generator._generate_batch
+
+    def note_size(self: Generator, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(labels))
+        return generate(self, labels, *rest)
+
+    monkeypatch.setattr(Generator, "_generate_batch", note_size)
+    assert len(generator.generate(LABELS, batch_size=3)) == 7
+    assert sizes == [3, 3, 3]
+
+
 def test_guidance_scales_are_those_of_the_schedules() -> None:
     def scales(schedule: str, interval: tuple[float, float] = (0.0, 1.0)) -> list[float]:
         return guidance_scales(DrawSettings(3.0, 1.0, 0, 1.0, schedule, interval), 5).tolist()
