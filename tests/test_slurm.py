@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from crt.slurm import continue_later, rendezvous, requeue_behind, show_job, was_requeued
+from crt.yaml_files import read_yaml
+from tests.conftest import ROOT
 
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
@@ -145,3 +147,9 @@ def test_tasks_meet_at_the_first_node_and_steps_of_a_job_at_ports_of_their_own(j
     assert {address for address, _ in places} == {"n1.example"}
     ports = {port for _, port in places}
     assert len(ports) == 32 and min(ports) >= 20_000 and max(ports) < 40_000
+
+
+def test_a_stage_gets_its_gpus_on_one_node_unless_it_asks_for_several() -> None:
+    """Of GPUs alone Slurm may give some of each of several nodes; the executor's srun then asks one for all."""
+    profile = read_yaml(ROOT / "workflow/profiles/slurm/config.yaml")
+    assert profile["default-resources"]["nodes"] == 1
