@@ -24,6 +24,7 @@ from crt.manifest import check_content
 from crt.progress import duration, logger, restore_log, start_logging
 from crt.stage import (
     StageRun,
+    check_inputs,
     check_unchanged,
     clear_work,
     deletion_told,
@@ -156,9 +157,10 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
                 if rank == 0:
                     run.note_seconds()
                 raise
-            if rank == 0:
-                publish(run)
         if rank == 0:
+            check_inputs(run)
+            with deletion_told(run):
+                publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)
             check_unchanged(run, args.params)
     return 0

@@ -314,6 +314,22 @@ def deletion_told(run: StageRun) -> Iterator[None]:
         raise UserError(f"{run.work}: was deleted while {run.name} ran: run the same command again") from None
 
 
+def check_inputs(run: StageRun) -> None:
+    """Make sure, before a result is published, that its inputs are still those that the stage began with.
+
+    After a change of params another engine may have replaced one, or a new job beside a stage that outlived its
+    Snakemake; the stage then has read some files of each.
+
+    Raises:
+        UserError: an input has other content now; the working state, which may be of both, is gone.
+    """
+    for folder, manifest in zip(run.inputs.values(), run.manifests.values(), strict=True):
+        now = read_manifest_or_none(folder)
+        if now is not None and now.content != manifest.content:
+            shutil.rmtree(run.work, ignore_errors=True)
+            raise UserError(f"{folder}: was replaced while {run.name} ran, in vain: run the same command again")
+
+
 def _lock_file(run: StageRun) -> Path:
     return run.target.parent / ".work" / f"{run.target.name}.lock"
 

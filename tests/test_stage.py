@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 
+from crt.__main__ import main
 from crt.errors import UserError
 from crt.manifest import MANIFEST, damaged_results, read_manifest
 from crt.pipeline import stamp_name
@@ -373,6 +375,31 @@ def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
     assert first.fingerprint == second.fingerprint
     assert first.work != second.work
     assert first.is_current() and not second.is_current()
+
+
+@pytest.mark.parametrize(("text", "status"), [("another", 2), ("x", 0), (None, 0)], ids=["other", "same", "deleted"])
+def test_nothing_is_published_of_inputs_that_were_replaced_meanwhile(
+    tmp_path, chain, monkeypatch, capsys, text, status
+):
+    """Another engine may make them anew; where that gives the same bytes, or none, no work is lost."""
+    make, params = chain
+    shutil.rmtree(tmp_path / "tokens")
+
+    def work(run):
+        (run.staging / "codes").write_text("x")
+        shutil.rmtree(tmp_path / "tokenizer")
+        if text:
+            make("train_tokenizer", ("data",), text=text)
+
+    monkeypatch.setattr("crt.__main__.import_large", lambda name: SimpleNamespace(run=work))
+    inputs = ["--data", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert main(["tokenize", "--params", str(params), *inputs, "--out", str(tmp_path / "tokens")]) == status
+    assert (tmp_path / "tokens").exists() == (status == 0)
+    assert not list((tmp_path / ".work").glob("tokens-*"))
+    if status:
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: {tmp_path}/tokenizer: was replaced while tokenize ran, in vain: run the same command again"
+        )
 
 
 def test_wall_times_are_kept_beside_the_result_and_change_no_digest(tmp_path, params_file, monkeypatch):
