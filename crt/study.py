@@ -50,6 +50,8 @@ _SEED = "seed"
 _RESULTS = {*METRICS, TRAINING_FLOPS}
 # A file's name, as an option's value, has a dot.
 _TARGET = re.compile(r"study_[\w-]+")
+# Not a file or folder of a like name.
+_RUN = re.compile(rf"{RUN_RULE}_\w+_[0-9a-f]{{16}}")
 _NAME = re.compile(r"\w[\w.-]*")
 _AXIS_FORM = "{low: {lambda: 0.1}, high: {lambda: 1.0}}"
 
@@ -256,7 +258,7 @@ def requested_studies(arguments: Sequence[str]) -> dict[str, tuple[Path, str, li
     Raises:
         UserError: there is no such study or scale.
     """
-    inside_job = any(f"{RUN_RULE}_" in argument for argument in arguments)
+    inside_job = any(_RUN.match(argument) for argument in arguments)
     if not inside_job and not any(argument.startswith("study_") for argument in arguments):
         return {}
     requested, known = {}, []

@@ -217,8 +217,11 @@ def test_a_job_that_names_the_rule_of_a_run_has_all_studies(study_file, monkeypa
     """As Snakemake starts it on a cluster."""
     path = study_file()
     monkeypatch.setattr("crt.study.STUDY_FOLDER", path.parent)
-    arguments = ["--allowed-rules", "run_sample_0123456789abcdef"]
-    assert {name: asked[:2] for name, asked in requested_studies(arguments).items()} == {"study_trial": (path, "small")}
+    for argument in ("run_sample_0123456789abcdef", "run_train_ar_0123456789abcdef:"):
+        asked = requested_studies(["--allowed-rules", argument])
+        assert {name: study[:2] for name, study in asked.items()} == {"study_trial": (path, "small")}
+    path.write_text("")  # is not even read for a job of the main run, whatever its folder is called
+    assert requested_studies(["--snakefile", "/scratch/run_1/Snakefile", "--report", "run_1.html", "train_ar:"]) == {}
 
 
 @pytest.mark.parametrize(
