@@ -195,12 +195,18 @@ def read_manifest_or_none(folder: Path) -> Manifest | None:
 
 
 def damaged_results(stamps: Iterable[str | Path]) -> list[str]:
-    """What is wrong, with the remedy, with results whose stamps are there: `read_manifest`'s line for each."""
-    lines = []
+    """What is wrong with results whose stamps are there, with the remedy: a line for each.
+
+    Args:
+        stamps: of the stages, in their order.
+    """
+    lines, present = [], {}
     for stamp in map(Path, stamps):
         if stamp.exists():
             try:
-                read_manifest(stamp.parent)
+                manifest = read_manifest(stamp.parent)
+                present[manifest.stage] = stamp.parent, manifest.content
+                check_ancestors(stamp.parent, manifest, present)
             except UserError as error:
                 lines.append(str(error))
     return lines
@@ -218,19 +224,34 @@ def check_makers(manifests: Mapping[str, Manifest], inputs: Mapping[str, str | P
 
 def check_one_lineage(manifests: Mapping[str, Manifest], folders: Mapping[str, Path]) -> None:
     """Refuse inputs that disagree about a common ancestor, such as codes made by another tokenizer."""
-    known = {manifest.stage: (folders[key], manifest.content) for key, manifest in manifests.items()}
-
-    def walk(folder: Path, stage: str, inputs: Mapping[str, Any]) -> None:
-        for name, ancestor in inputs.items():
-            if name in known and known[name][1] != ancestor["content"]:
-                raise UserError(
-                    f"{folder}: was made from another {name} result than the one in {known[name][0]}: "
-                    + _renewal(folder, stage)
-                )
-            walk(folder, stage, ancestor["inputs"])
-
+    present = {manifest.stage: (folders[key], manifest.content) for key, manifest in manifests.items()}
     for key, manifest in manifests.items():
-        walk(folders[key], manifest.stage, manifest.inputs)
+        check_ancestors(folders[key], manifest, present)
+
+
+def check_ancestors(folder: Path, manifest: Manifest, present: Mapping[str, tuple[Path, str]]) -> None:
+    """Make sure that a result was made from others as they lie now: another run of their recipe may differ in bytes.
+
+    Args:
+        folder: of the result.
+        manifest: its manifest.
+        present: folder and content of the others, by stage; some may be absent.
+
+    Raises:
+        UserError: one is another than the result was made from.
+    """
+
+    def walk(inputs: Mapping[str, Any]) -> None:
+        for name, ancestor in inputs.items():
+            if name in present and present[name][1] != ancestor["content"]:
+                # Where the params are the same both engines may take it for current.
+                raise UserError(
+                    f"{folder}: was made from another {name} result than the one in {present[name][0]}: "
+                    f"delete {folder} and run {_renew_command(folder, manifest.stage)}"
+                )
+            walk(ancestor["inputs"])
+
+    walk(manifest.inputs)
 
 
 def _first_difference(stages: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str, Any, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crt.__main__ import main
-from crt.manifest import read_manifest
+from crt.manifest import damaged_results, read_manifest
 from crt.pipeline import load_stages, path_variables
 from crt.stage import open_run, publish
 from tests.conftest import ROOT, TINY, write_params
@@ -26,14 +26,14 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make(*names: str) -> None:
+def make(*names: str, text: str = "") -> None:
     """Publish made-up results."""
     options = {path: key for key, path in path_variables().items()}
     for name in names:
         stage = load_stages()[name]
         run = open_run(name, "params.yaml", {options[path]: path for path in stage.inputs}, stage.output)
         run.staging.mkdir(parents=True)
-        (run.staging / "file").write_text(name)
+        (run.staging / "file").write_text(name + text)
         publish(run)
 
 
@@ -55,6 +55,29 @@ def test_each_stage_is_current_or_not_made(project: Path, capsys: pytest.Capture
     make(names[-1])
     assert main(["status"]) == 0
     assert all(text.startswith("current ") for text in states(capsys).values())
+
+
+def test_results_of_a_tokenizer_that_was_trained_again_are_told(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """Params are the same, bytes are not, as on a GPU or with other threads: both engines' stamps say nothing of it."""
+    names = list(load_stages())
+    make(*names)
+    shutil.rmtree("out/tokenizer")
+    make("train_tokenizer", text="again")
+    assert main(["status"]) == 1
+    told = states(capsys)
+    assert [told[name].split()[0] for name in names] == ["current"] * 2 + ["stale"] * 4
+    remedies = [
+        f"{load_stages()[name].output}: was made from another train_tokenizer result than the one in out/tokenizer: "
+        f"delete {load_stages()[name].output} and run `snakemake --cores all {name}` or `dvc repro {name}`"
+        for name in names[2:]
+    ]
+    assert [told[name].split(maxsplit=1)[1] for name in names[2:]] == remedies
+    stamps = [next(Path(stage.output).glob("complete-*")) for stage in load_stages().values()]
+    assert damaged_results(stamps) == remedies
+    for name in names[2:]:
+        shutil.rmtree(load_stages()[name].output)
+        make(name)
+    assert main(["status"]) == 0
 
 
 def test_a_stale_result_is_told_with_the_key_and_the_remedy(project: Path, capsys: pytest.CaptureFixture) -> None:
