@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -16,7 +17,7 @@ from crt.errors import UserError
 from crt.manifest import MANIFEST, damaged_results, read_manifest
 from crt.pipeline import stamp_name
 from crt.snakemake_records import MAKE_ANEW
-from crt.stage import clear_work, exclusive, open_run, publish, read_seconds
+from crt.stage import clear_work, deletion_told, exclusive, open_run, publish, read_seconds
 from tests.conftest import in_ascii_locale, raise_version, write_params
 
 
@@ -121,6 +122,11 @@ def test_a_result_that_lost_only_its_stamp_is_no_work_lost(tmp_path, chain, monk
     assert not lacks_only_its_stamp()
     run.staging.rmdir()
     assert lacks_only_its_stamp()
+    # The complete result of other params has another stamp.
+    text = params.read_text()
+    write_params(params, {"tokenize.batch_size": 77}, base=params)
+    assert not lacks_only_its_stamp()
+    params.write_text(text)
     (tmp_path / "tokens" / "folder" / "file.txt").write_text("longer")
     assert not lacks_only_its_stamp()
 
@@ -375,6 +381,32 @@ def test_working_state_of_other_inputs_is_not_resumed(tmp_path, chain):
     assert first.fingerprint == second.fingerprint
     assert first.work != second.work
     assert first.is_current() and not second.is_current()
+
+
+def test_a_run_that_was_killed_while_it_published_ends_with_the_same_manifest(tmp_path, chain, monkeypatch):
+    """What the first attempt had put beside the files is none of them."""
+    make, params = chain
+    manifest = (tmp_path / "tokens" / MANIFEST).read_bytes()
+    shutil.rmtree(tmp_path / "tokens")
+    with monkeypatch.context() as patch:
+        patch.setattr("crt.stage.shutil.rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make("tokenize", ("data", "tokenizer"))
+    run = open_run("tokenize", params, {k: tmp_path / k for k in ("data", "tokenizer")}, tmp_path / "tokens")
+    assert (run.staging / MANIFEST).exists() and (run.staging / stamp_name(run.fingerprint)).exists()
+    run.summary["length"] = 1
+    publish(run)
+    assert (tmp_path / "tokens" / MANIFEST).read_bytes() == manifest
+
+
+def test_what_fails_after_the_result_appeared_is_told_as_it_is(tmp_path, chain, monkeypatch):
+    """Its working folder is gone then, too, but nobody deleted it."""
+    run = open_run("train_ar", chain[1], {"tokens": tmp_path / "tokens"}, tmp_path / "ar")
+    run.staging.mkdir(parents=True)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("crt.stage.publish_metrics", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match=full.strerror), deletion_told(run):
+        publish(run)
 
 
 @pytest.mark.parametrize(("text", "status"), [("another", 2), ("x", 0), (None, 0)], ids=["other", "same", "deleted"])
