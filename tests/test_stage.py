@@ -247,10 +247,11 @@ def test_an_imported_model_is_no_input_of_a_stage_and_is_not_to_be_deleted(tmp_p
         read_manifest(tmp_path / "tokenizer")
 
 
-def test_a_manifest_of_another_schema_is_refused(tmp_path, chain):
+@pytest.mark.parametrize("schema", [0, 99])
+def test_a_manifest_of_another_schema_is_refused(tmp_path, chain, schema):
     path = tmp_path / "tokens" / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
-    with pytest.raises(UserError, match="has schema 99"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
+    with pytest.raises(UserError, match=f"has schema {schema}, this version reads 1"):
         read_manifest(tmp_path / "tokens")
 
 
