@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -59,6 +60,8 @@ COMMANDS = {
     "verify": "check every block of a token cache",
     "import_codes": "turn a LlamaGen code folder into a token cache",
 }
+# Stages that look at their inputs before they save, so that their checkpoints are of one input alone.
+_CHECK_EACH_CHECKPOINT = ("train_tokenizer", "train_ar")
 # Errors whose frames hold HDF5's objects: it crashes where those of a file that it could not write are destroyed.
 _kept: list[Exception] = []
 
@@ -158,7 +161,12 @@ def _run_stage(args: argparse.Namespace, arguments: list[str], log_file: Path) -
                     run.note_seconds()
                 raise
         if rank == 0:
-            check_inputs(run)
+            try:
+                check_inputs(run)
+            except UserError:
+                if name not in _CHECK_EACH_CHECKPOINT:
+                    shutil.rmtree(run.work, ignore_errors=True)  # what is kept there may be of both inputs
+                raise
             with deletion_told(run):
                 publish(run)
             logger.info("%s: done in %s: %s", name, duration(time.monotonic() - started), run.out)

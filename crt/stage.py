@@ -315,18 +315,17 @@ def deletion_told(run: StageRun) -> Iterator[None]:
 
 
 def check_inputs(run: StageRun) -> None:
-    """Make sure, before a result is published, that its inputs are still those that the stage began with.
+    """Make sure that a stage's inputs are still those that it began with, before it publishes and before a checkpoint.
 
     After a change of params another engine may have replaced one, or a new job beside a stage that outlived its
-    Snakemake; the stage then has read some files of each.
+    Snakemake; the stage may then have read some files of each.
 
     Raises:
-        UserError: an input has other content now; the working state, which may be of both, is gone.
+        UserError: an input has other content now.
     """
     for folder, manifest in zip(run.inputs.values(), run.manifests.values(), strict=True):
         now = read_manifest_or_none(folder)
         if now is not None and now.content != manifest.content:
-            shutil.rmtree(run.work, ignore_errors=True)
             raise UserError(f"{folder}: was replaced while {run.name} ran, in vain: run the same command again")
 
 

@@ -57,7 +57,7 @@ from crt.precision import announce_precision
 from crt.progress import Progress
 from crt.randomness import numpy_generator, seed_torch
 from crt.schedules import learning_rate_factor
-from crt.stage import StageRun
+from crt.stage import StageRun, check_inputs
 from crt.tokens.cache import TokenCache
 from crt.tokens.sampler import training_batches
 
@@ -145,6 +145,8 @@ def _train(run: StageRun, world: World, train_codes: TokenCache, val_codes: Toke
                 engine.train()
 
             if fresh and (last or log.stop_signal or step % params.checkpoint_every == 0):
+                if world.is_main:
+                    check_inputs(run)
                 checkpoints.save(engine, step)
             if log.stop_signal:
                 raise Stopped(log.stop_signal)

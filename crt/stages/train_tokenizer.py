@@ -58,7 +58,7 @@ from crt.precision import announce_precision
 from crt.progress import Progress
 from crt.randomness import seed_torch, torch_generator
 from crt.schedules import learning_rate_factor
-from crt.stage import StageRun
+from crt.stage import StageRun, check_inputs
 from crt.tokenizer.losses import PerceptualLoss
 from crt.tokenizer.objective import Objective
 from crt.tokenizer.regularizer import annealed_lambda
@@ -143,6 +143,7 @@ def _train(run: StageRun, world: World) -> None:
                 log.validation(step, validation)
 
         if world.is_main and fresh and (last or signum or step % params.checkpoint_every == 0):
+            check_inputs(run)
             state.save(checkpoint, step)
         if signum:
             barrier()  # nobody leaves before rank 0 has saved; for other collectives of NCCL the host does not wait

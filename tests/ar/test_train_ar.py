@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -23,7 +24,7 @@ from crt.ar.generator import Generator
 from crt.errors import UserError
 from crt.flops import ar_flops_per_image
 from crt.history import read_history
-from crt.manifest import read_manifest
+from crt.manifest import MANIFEST, read_manifest
 from crt.params import load_params
 from crt.progress import Progress
 from crt.stages import train_ar
@@ -249,6 +250,24 @@ def test_a_torn_checkpoint_is_ignored(small_run: Make, tmp_path: Path, at: Any, 
     assert main(torn) == 0
     assert seen
     assert contents(out_of(torn)) == contents(out_of(whole))
+
+
+def test_an_input_that_is_replaced_leaves_the_checkpoints_of_the_old_one(
+    small_run: Make, tmp_path: Path, at: Any, capsys: pytest.CaptureFixture
+) -> None:
+    whole, stopped = small_run(tmp_path / "whole"), small_run(tmp_path / "stopped")
+    assert main(whole) == 0
+    manifest = tmp_path / "stopped/tokens" / MANIFEST
+    old = manifest.read_text()
+    at(6, lambda: manifest.write_text(json.dumps(json.loads(old) | {"content": "0" * 64})))
+    assert main(stopped) == 2
+    assert "tokens: was replaced while train_ar ran, in vain: run the same command again" in last_line(capsys)
+    assert not out_of(stopped).exists()
+    (work,) = (tmp_path / "stopped" / ".work").glob("ar-*/checkpoints")
+    assert [path.name for path in work.iterdir()] == ["step_00000004"]
+    manifest.write_text(old)
+    assert main(stopped) == 0
+    assert contents(out_of(stopped)) == contents(out_of(whole))
 
 
 def test_only_the_newest_checkpoints_are_kept(small_run: Make, tmp_path: Path, at: Any) -> None:

@@ -24,7 +24,7 @@ from crt.distributed import World
 from crt.errors import LocalError
 from crt.flops import tokenizer_training_flops
 from crt.history import read_history
-from crt.manifest import read_manifest
+from crt.manifest import MANIFEST, read_manifest
 from crt.params import load_params
 from crt.pictures import reconstruction_grid
 from crt.progress import Progress
@@ -247,6 +247,31 @@ def test_a_signal_saves_the_step_and_the_run_continues_there(runs, monkeypatch, 
     assert torch.load(checkpoint, weights_only=True)["step"] == saved
     interrupt._received.clear()
     assert same_files(whole, runs.train("stopped", checkpoint_every=100))
+
+
+def test_an_input_that_is_replaced_leaves_the_checkpoint_of_the_old_one(runs, monkeypatch, capsys):
+    manifest = runs.data / MANIFEST
+    old = manifest.read_text()
+
+    class Replacing(Progress):
+        def update(self, done, **figures):
+            super().update(done, **figures)
+            if done == 5:
+                manifest.write_text(json.dumps(json.loads(old) | {"content": "0" * 64}))
+
+    whole = runs.train("whole", checkpoint_every=2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_tokenizer, "Progress", Replacing)
+            runs.train("stopped", status=2, checkpoint_every=2)
+    finally:
+        manifest.write_text(old)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {runs.data}: was replaced while train_tokenizer ran, in vain: run the same command again"
+    )
+    (checkpoint,) = runs.out("stopped").parent.glob(".work/*/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 4
+    assert same_files(whole, runs.train("stopped", checkpoint_every=2))
 
 
 def kill_and_continue(runs, name, wait, **changes):
