@@ -91,7 +91,9 @@ def _read_unstamped(folder: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema = values.pop("schema")
         manifest = Manifest(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if schema == SCHEMA:
+            _check_types(values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         refuse_unreadable(path, error)
         raise UserError(f"{path}: missing or damaged: delete {folder} and run {_renew_command(folder)}") from None
     if schema != SCHEMA:
@@ -104,6 +106,21 @@ def _read_unstamped(folder: Path) -> Manifest:
                 f"{folder / name}: {state}: delete {folder} and run {_renew_command(folder, manifest.stage)}"
             )
     return manifest
+
+
+def _check_types(record: Mapping[str, Any]) -> None:
+    """Raises TypeError or KeyError where a manifest, or what one records of an ancestor, is none that a stage wrote."""
+    kinds = {"version": int, "fingerprint": str, "content": str, "params": dict, "inputs": dict}
+    if "files" in record:
+        kinds |= {"stage": str, "files": dict, "summary": dict}
+    for name, kind in kinds.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(name)
+    for ancestor in record["inputs"].values():
+        _check_types(ancestor)
+    for entry in record.get("files", {}).values():
+        if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+            raise TypeError("files")
 
 
 def read_current(

@@ -101,7 +101,7 @@ def read_config(folder: str | Path, kind: Kind, config_class: type[Config]) -> C
         raise UserError(f"{found}: {remedy}") from None
     except NotADirectoryError:
         raise UserError(f"{folder}: is a file: {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse_unreadable(path, error)
         raise UserError(f"{path}: damaged ({error}): copy or make the {kind.noun} again") from None
     for other in (TOKENIZER, TRANSFORMER):

@@ -94,8 +94,17 @@ def test_results_that_were_measured_otherwise_are_compared_with_a_warning(tmp_pa
 
 @pytest.mark.parametrize(
     "content",
-    [None, "", "[1]", '["features"]', "{}", '{"features": "classifier"}', json.dumps(METRICS | {"psnr": "high"})],
-    ids=["none", "empty", "list", "names", "nothing", "another version's", "text for a figure"],
+    [
+        None,
+        "",
+        "[1]",
+        '["features"]',
+        "{}",
+        '{"features": "classifier"}',
+        json.dumps(METRICS | {"psnr": "high"}),
+        "[" * 100_000,
+    ],
+    ids=["none", "empty", "list", "names", "nothing", "another version's", "text for a figure", "deep"],
 )
 @pytest.mark.parametrize("alone", [True, False])
 def test_what_is_no_result_is_one_line(tmp_path, capsys, content, alone):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -213,12 +214,24 @@ def test_a_model_of_another_tokenizers_codes_is_refused(tmp_path, chain):
         open_run("sample", params, {key: tmp_path / key for key in ("tokenizer", "ar")}, tmp_path / "samples")
 
 
+def rewrite_manifest(folder, **changes):
+    path = folder / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (shutil.rmtree, "not found: make it first with"),
         (lambda folder: (folder / MANIFEST).unlink(), "missing or damaged"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "missing or damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "missing or damaged"),
+        (partial(rewrite_manifest, fingerprint=1), "missing or damaged"),
+        (partial(rewrite_manifest, params=[]), "missing or damaged"),
+        (partial(rewrite_manifest, files={"a": 1}), "missing or damaged"),
+        (partial(rewrite_manifest, files={"a": {"bytes": 1}}), "missing or damaged"),
+        (partial(rewrite_manifest, inputs={"prepare_data": {}}), "missing or damaged"),
+        (partial(rewrite_manifest, inputs={"prepare_data": "text"}), "missing or damaged"),
         (lambda folder: next(folder.glob("complete-*")).unlink(), "incomplete, no stamp"),
         (lambda folder: (folder / "folder" / "file.txt").unlink(), "file.txt: is missing"),
         (lambda folder: (folder / "folder" / "file.txt").write_text(""), "has 0 bytes instead of 1"),

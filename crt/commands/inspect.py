@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,12 @@ def _check_place(out: Path) -> None:
         raise UserError(f"--out {out}: is a folder: name the picture's file, such as {out / 'codes.png'}")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}: make it, or name another place")
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: {out.parent} cannot be written: make it writable, or name another place")
+    try:  # as root may write everywhere, but for /proc and the like
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: {out.parent} cannot be written ({error.strerror}): make it writable, or name another place"
+        ) from None
 
 
 def _print_origin(folder: Path) -> None:

@@ -108,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table(metrics)  # all that a table takes is there
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         refuse_unreadable(file, error)
         raise UserError(
             f"{file}: missing, or no metrics of an evaluation by this version: give its output folder or metrics.json"

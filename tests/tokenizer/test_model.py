@@ -260,8 +260,9 @@ def test_configs_of_another_kind(folder):
         assert expected in refused(folder)
     path.write_text(json.dumps({name: value for name, value in values.items() if name != "z_channels"}))
     assert "'z_channels' is missing" in refused(folder)
-    path.write_text(path.read_text()[:20])
-    assert "damaged" in refused(folder)
+    for text in (path.read_text()[:20], "[" * 100_000):
+        path.write_text(text)
+        assert "damaged" in refused(folder)
 
 
 def test_folders_of_other_stages_are_named(folder):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -132,6 +133,15 @@ def test_the_picture_s_place_is_checked_first(small_project, tokens, tmp_path, c
     assert command("inspect", tokens, *inputs, "--out", tmp_path / out) == 2
     shown = capsys.readouterr()
     assert shown.err.splitlines() == [f"error: {message.format(tmp=tmp_path)}"]
+    assert shown.out == ""
+
+
+def test_a_place_that_takes_no_files_is_no_place_for_the_picture(small_project, tokens, capsys):
+    """/proc, which looks to root as if it could be written."""
+    inputs = ("--data", small_project.data, "--tokenizer", small_project.tokenizer)
+    assert command("inspect", tokens, *inputs, "--out", "/proc/x.png") == 2
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"error: --out /proc/x.png: /proc cannot be written \(.*\): make it .* place\n", shown.err)
     assert shown.out == ""
 
 
