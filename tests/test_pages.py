@@ -39,3 +39,12 @@ def test_pictures_are_inside(tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     kind, _, text = data_url(tmp_path / "a.png").partition(";base64,")
     assert (kind, base64.b64decode(text, validate=True)) == ("data:image/png", content)
+
+
+def test_what_scrolls_on_narrow_screens_is_not_cut_on_paper():
+    """A sheet is narrower than the screens that the rules are for, and what overflows is lost on it."""
+    css = (pages._TEMPLATES / "page.css.j2").read_text(encoding="utf-8")
+    assert [
+        rule for rule in re.findall(r"@media (.*?) {", css) if "max-width" in rule and "screen and" not in rule
+    ] == []
+    assert "@media print" in css

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from crt.evaluation.metric_table import axis_title, higher_is_better
 from crt.evaluation.wording import POSITION
 from crt.study import Figure, Published
 
+# Of lines one after the other, as their colors: not everyone sees those apart, nor does every printer.
+_MARKERS = "osD^vPX<>"
 _LINEAR_RANGE = 10
 # No law is fitted to a line whose compute-optimal cells end at less than this part of its compute.
 _MAX_UNSEEN = 4.0
@@ -58,10 +61,10 @@ def draw_figure(rows: Sequence[Row], figure: Figure, path: Path, published: Sequ
     over_compute = "flops" in figure.x
     canvas, axes = _canvas(height=4.6)
     means = _cell_means(rows, figure)
-    for name in dict.fromkeys(name for name, *_ in means):
+    for name, marker in zip(dict.fromkeys(name for name, *_ in means), cycle(_MARKERS), strict=False):
         x, y, spread = (np.array(column) for column in zip(*sorted(m[1:] for m in means if m[0] == name), strict=True))
-        marker = axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, linestyle="none", label=name)
-        color = marker.lines[0].get_color()
+        points = axes.errorbar(x, y, yerr=spread, marker=marker, markersize=4, capsize=2, linestyle="none", label=name)
+        color = points.lines[0].get_color()
         curve = _fitted_curve(rows, figure, name) if over_compute else None
         if curve is None:
             axes.plot(x, y, color=color, alpha=0.6)
@@ -105,10 +108,10 @@ def draw_position_losses(
     lengths = [len(run) for runs in losses.values() for run in runs]
     length = max(set(lengths), key=lengths.count)
     canvas, plot = _canvas(height=3.6)
-    for name in dict.fromkeys(choices[position] for choices in losses):
+    for name, marker in zip(dict.fromkeys(choices[position] for choices in losses), cycle(_MARKERS), strict=False):
         chosen = [run for key, runs in losses.items() if key[position] == name for run in runs if len(run) == length]
         if chosen:
-            plot.plot(range(length), np.mean(chosen, axis=0), marker=".", label=value_name(axis, name))
+            plot.plot(range(length), np.mean(chosen, axis=0), marker=marker, markersize=4, label=value_name(axis, name))
     plot.set_xlabel(POSITION)
     plot.set_ylabel(axis_title("stage2_val_loss"))
     plot.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crt.analysis.comparison import Row, mean_text, paired_difference
+from crt.analysis.comparison import Row, mean_and_spread, mean_text, paired_difference
 from crt.errors import UserError
 from crt.evaluation.comparable import protocol_differences, protocol_warning
 from crt.evaluation.metric_table import description
@@ -40,7 +40,7 @@ def read_results(runs: Sequence[StudyRun], scale: Scale) -> list[Row]:
         try:
             metrics = json.loads(run.metrics_file.read_text(encoding="utf-8"))
             numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             refuse_unreadable(run.metrics_file, error)
             raise UserError(
                 f"{run.metrics_file}: missing or damaged: delete its folder, if there is one, and run the "
@@ -104,15 +104,15 @@ def summary_table(rows: Sequence[Row], axes: Sequence[str], metrics: Sequence[st
 
 
 def published_table(rows: Sequence[Row], scale: Scale) -> list[list[str]]:
-    """Header and lines: figures from the literature beside ours of the same cell."""
+    """Header and lines: figures from the literature beside ours of the same cell, the spread being that of seeds."""
     lines = [["setting", "metric", "published", "here", "source"]]
     for published in scale.published:
-        values = [
-            row[published.metric]
-            for row in rows
-            if published.metric in row and all(row[axis] == name for axis, name in published.cell.items())
-        ]
-        here = mean_text(values) if values else "-"
+        values: dict[int, list[float]] = {}
+        for row in rows:
+            if published.metric in row and all(row[axis] == name for axis, name in published.cell.items()):
+                values.setdefault(row["seed"], []).append(row[published.metric])
+        # What several generators share, such as a tokenizer's rFID, is one measurement and not several.
+        here = mean_text([mean_and_spread(of_seed)[0] for of_seed in values.values()]) if values else "-"
         setting = ", ".join(published.cell.values())
         lines.append([setting, published.metric, f"{published.value:g}", here, published.source])
     return lines

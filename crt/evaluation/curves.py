@@ -170,7 +170,8 @@ def _logarithmic(axis: Axes) -> None:
 
 
 def _figure(columns: int, rows: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows), dpi=_DPI)
+    figure.set_layout_engine("constrained", h_pad=0.12)  # titles apart from the axis above them
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(columns * rows)]
 

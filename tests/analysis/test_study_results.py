@@ -181,6 +181,15 @@ def test_published_values_stand_beside_ours():
     assert absent[3] == "-"
 
 
+def test_what_the_runs_of_one_seed_share_is_one_measurement_beside_a_published_one():
+    """Such as rFID, where several generators have one tokenizer: their number says nothing about its spread."""
+    rows = [dict(row, rfid=2.0 + row["seed"]) for row in make_rows()]
+    value = Published(cell={"tokenizer": "plain"}, metric="rfid", value=2.0, source="here")
+    for seeds, expected in ([0], "2"), ([0, 1, 2], "3 ± 1"):
+        chosen = [row for row in rows if row["seed"] in seeds]
+        assert published_table(chosen, make_scale(published=[value]))[1][3] == expected
+
+
 def test_pictures_show_points_and_published_values(tmp_path):
     published = Published(cell={"tokenizer": "plain", "generator": "1000"}, metric="loss", value=3.5, source="here")
     draw_figure(make_rows(spread=0.01), FIGURE, tmp_path / "without.png")
@@ -313,9 +322,10 @@ def test_results_are_read_with_the_compute_of_both_stages(tmp_path):
     run = SimpleNamespace(choices={"tokenizer": "plain"}, seed=0, metrics_file=file)
     with pytest.raises(UserError, match="missing or damaged"):
         read_results([run], make_scale())
-    file.write_text("[1.0]")
-    with pytest.raises(UserError, match="missing or damaged: delete its folder"):
-        read_results([run], make_scale())
+    for text in ("[1.0]", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(UserError, match="missing or damaged: delete its folder"):
+            read_results([run], make_scale())
     metrics = {"loss": 1.0, "stage1_training_flops": 5, "stage2_training_flops": 7, "features": "classifier"}
     file.write_text(json.dumps(metrics))
     (row,) = read_results([run], make_scale())
