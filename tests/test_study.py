@@ -12,7 +12,7 @@ from crt.__main__ import main
 from crt.errors import UserError
 from crt.params import load_params
 from crt.study import load_study, requested_studies, study_runs, study_stamp, study_target, write_params_files
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_params
 
 SMALL = {
     "base": "params.yaml",
@@ -211,6 +211,18 @@ def test_shipped_studies_unroll_at_every_scale(monkeypatch):
     assert requested_studies(["--cores", "2", "all"]) == {}
     (runs,) = requested_studies(["study_lambda_cifar10_short"]).values()  # its first scale, by its own name
     assert runs[:2] == (Path("studies/lambda.yaml"), "cifar10_short")
+
+
+def test_shipped_studies_of_the_digits_unroll_whatever_sweep_the_params_ask_for(monkeypatch, tmp_path):
+    """Of guidance: one with the scale that the studies draw at would name it twice."""
+    for name in ("crt", "dvc.yaml", "studies"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_params(tmp_path / "params.yaml", {"sample.guidance_sweep": [1.0, 3.0]})
+    monkeypatch.chdir(tmp_path)
+    for path in sorted(Path("studies").glob("*.yaml")):
+        for scale, values in load_study(path).scales.items():
+            if str(values.base) == "params.yaml":
+                assert study_runs(path, scale)
 
 
 def test_a_job_that_names_the_rule_of_a_run_has_all_studies(study_file, monkeypatch):
