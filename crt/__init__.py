@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crt.ar.generator import Generator
+    from crt.tokenizer.model import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["Generator", "Tokenizer"]
