@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import shutil
 import signal
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     logger.handlers.clear()
     # filelock does without flock where a file system has none; `exclusive` says what that means when it matters.
     warnings.filterwarnings("ignore", message="flock not supported")
+    # Of a home where it may keep nothing, in three lines.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     wait_briefly()
     name_user()
     try:

@@ -737,6 +737,16 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(unbuffered):
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_home_that_cannot_be_written_is_nothing_to_say(tmp_path):
+    """Matplotlib, which keeps its list of fonts there, has three lines about it, in every stage that draws."""
+    script = "from crt.__main__ import main; status = main(['check']); import matplotlib.font_manager; exit(status)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL"))}
+    environment |= {"HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("command", [*STAGES, *COMMANDS])
 def test_every_command_explains_itself(command, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
