@@ -1,6 +1,7 @@
 """Command line: `python -m crt COMMAND`. Stages take a params file, input folders and an output folder; no other knobs.
 
-Exit status: 0 done (or already current), 2 bad input with one line that says so, 128 + N stopped by signal N.
+Exit status: 0 done (or already current), 2 bad input with one line that says so, 128 + N stopped by signal N; others
+as `--help` says.
 """
 
 from __future__ import annotations
@@ -197,7 +198,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and that of each command."""
     parser = argparse.ArgumentParser(
-        prog="python -m crt", description="Causally Regularized Tokenization, stage by stage."
+        prog="python -m crt",
+        description="Causally Regularized Tokenization, stage by stage.",
+        epilog="Exit status: 0 done, or already current; 1 not all is current (status), other figures than published "
+        "(evaluator_check), or an error of the program; 2 bad input, told in one line; 128 + N stopped by signal N.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -217,7 +221,7 @@ def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ar
                 "--shared", type=Path, metavar="FOLDER", help="keeps what evaluations of the same data have in common"
             )
     for name, description in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=f"{description}.")
+        command = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
         if name in arguments[:1]:  # import only what runs: most commands need torch
             module = import_large(f"crt.commands.{name}")
             module.add_arguments(command)

@@ -12,7 +12,9 @@ from crt.pipeline import PARAMS_FILE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the option that names the params file."""
-    parser.add_argument("--params", type=Path, default=Path(PARAMS_FILE), help="params file (default: %(default)s)")
+    parser.add_argument(
+        "--params", type=Path, default=Path(PARAMS_FILE), metavar="FILE", help="params file (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

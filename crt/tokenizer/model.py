@@ -178,10 +178,13 @@ class Tokenizer(
                 f"images of type {images.dtype}: expected floats in [-1, 1]: use images / 127.5 - 1 for 0 to 255"
             )
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: expected (B, 3, H, W): use images.permute(0, 3, 1, 2) where "
-                "channels come last, images[None] for a single one"
+            grey = images.ndim == 4 and images.shape[1] == 1
+            remedy = (
+                "images.expand(-1, 3, -1, -1) for grey ones"
+                if grey
+                else "images.permute(0, 3, 1, 2) where channels come last, images[None] for a single one"
             )
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W): use {remedy}")
         if any(side % self.downsampling or not side for side in images.shape[2:]):
             raise ValueError(
                 f"images of shape {tuple(images.shape)}: expected H and W divisible by {self.downsampling}: "

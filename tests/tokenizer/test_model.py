@@ -93,6 +93,7 @@ def test_integers_of_any_type_are_codes(tokenizer, dtype):
         (lambda x: [x], "images of type list"),
         (lambda x: x[:, :1], r"images of shape \(2, 1, 16, 16\): expected \(B, 3, H, W\)"),
         (lambda x: x[0], r"images of shape \(3, 16, 16\): expected \(B, 3, H, W\)"),
+        (lambda x: x[:, :1], r"images of shape \(2, 1, 16, 16\): .*: use images.expand\(-1, 3, -1, -1\) for grey ones"),
         (lambda x: x.permute(0, 2, 3, 1), r"images of shape \(2, 16, 16, 3\): .* images.permute\(0, 3, 1, 2\)"),
         (lambda x: x[..., :14], r"images of shape \(2, 3, 16, 14\): expected H and W divisible by 4"),
         (lambda x: x[..., :0], r"images of shape \(2, 3, 16, 0\)"),
