@@ -6,12 +6,18 @@ as `--help` says.
 
 from __future__ import annotations
 
+import signal
+
+# Ctrl-C while the rest is imported ends the process as it ends any other, without Python's traceback.
+_EARLY = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _EARLY:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import io
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -270,6 +276,8 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
+            if _EARLY:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # `main` catches what it raises
             status = main()
         except SystemExit as ended:  # argparse's, or a process that leaves the message to the first one
             status = int(ended.code or 0)

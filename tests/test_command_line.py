@@ -715,6 +715,20 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys, place):
     assert capsys.readouterr().err.splitlines() == ["stopped by SIGINT: run the same command again"]
 
 
+def test_ctrl_c_while_python_still_imports_ends_quietly(tmp_path):
+    """A module of argparse's name stands for an import that takes long; it comes before any other of ours."""
+    (tmp_path / "argparse.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "crt", "check"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "imports\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
 def test_bad_params_stop_a_stage_before_it_starts(params_file, tmp_path, capsys):
     params = params_file()
     params.write_text(params.read_text().replace("seed:", "sed:"))
