@@ -38,7 +38,7 @@ from crt.yaml_files import Section, checked, in_yaml, read_yaml
 
 STUDY_FOLDER = Path("studies")
 # Raised when the page of a study changes.
-STUDY_VERSION = 10
+STUDY_VERSION = 11
 # Rules of a study's stages are named run_STAGE_FINGERPRINT.
 RUN_RULE = "run"
 RUN_FOLDER = Path("out/runs")
