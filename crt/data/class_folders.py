@@ -20,6 +20,7 @@ from crt.data.listing import Listing, first_three, printable, read_entry, sorted
 from crt.data.no_classes import (
     LABEL_FILES,
     ONE_CLASS,
+    STYLEGAN_LABELS,
     is_pictures,
     labels_elsewhere,
     lettered_classes,
@@ -44,6 +45,8 @@ _LIKE_SPLIT = re.compile(
 )
 # Endings of files in which labels may be, and which are not read.
 _LISTS = (".xml", ".xls", ".xlsx", ".ods")
+# Of StyleGAN's tool, which puts a thousand images into each.
+_TOOLS_FOLDER = re.compile("[0-9]{5}")
 
 
 def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None) -> Source:
@@ -113,10 +116,11 @@ def _told_classes(
     tree: Tree, roots: Mapping[str, str], found: Mapping[str, dict[str, list[int]]], notes: list[str]
 ) -> dict[str, dict[str, list[int]]] | None:
     """By split, rows by class in the classes' order, where what is found tells surely that they are not the folders."""
-    is_one_class = all(len(by_class) == 1 for by_class in found.values())
+    # Folders of the tool's kind, also where their images do not bear its numbers.
+    may_be_parts = all(len(by_class) == 1 or all(map(_TOOLS_FOLDER.fullmatch, by_class)) for by_class in found.values())
     told, said = {}, list[str]()
     for split, by_class in found.items():
-        classes = (stylegan_classes if is_one_class else lettered_classes)(tree, roots[split], by_class, said)
+        classes = (stylegan_classes if may_be_parts else lettered_classes)(tree, roots[split], by_class, said)
         if classes is None:
             return None
         told[split] = classes
@@ -152,6 +156,8 @@ def images_by_class(tree: Tree, root: str, notes: list[str], *, may_be_flat: boo
         if not name.startswith(root):
             continue
         if not is_image(name):
+            if PurePosixPath(name).name == STYLEGAN_LABELS:
+                continue  # looked at where it may count
             ignored[PurePosixPath(name).suffix.lower() or "no extension"] += 1
             continue
         folder, inner, _ = name[len(root) :].partition("/")

@@ -120,14 +120,14 @@ def without_parts(tree: Tree, root: str, by_class: dict[str, list[int]], notes: 
 def stylegan_classes(
     tree: Tree, root: str, by_class: dict[str, list[int]], notes: list[str]
 ) -> dict[str, list[int]] | None:
-    """Rows of the images of one class by the labels that StyleGAN's tool wrote beside them, or None without any.
+    """Rows of the images of all classes by the labels that StyleGAN's tool wrote beside them, or None without any.
 
     Classes are in the order of their numbers.
 
     Raises:
         UserError: the file cannot be read, or names an image that is not there.
     """
-    (rows,) = by_class.values()
+    rows = sorted(row for of_class in by_class.values() for row in of_class)
     names = [tree.files[row] for row in rows]
     above = [f"{folder}/".removeprefix("./") for folder in PurePosixPath(names[0]).parents]
     folder = next((x for x in above if x.startswith(root) and f"{x}{STYLEGAN_LABELS}" in tree.files), None)

@@ -60,7 +60,15 @@ def stylegan(make, tmp_path, kind: str, below: str, content: str, names=STYLEGAN
     return Path(shutil.make_archive(str(root), "zip", root)) if kind == "zip" else root
 
 
-@pytest.mark.parametrize("names", [STYLEGAN, STYLEGAN[:5], [f"img{number:08d}.png" for number in range(5)]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        STYLEGAN,
+        STYLEGAN[:5],
+        [f"img{number:08d}.png" for number in range(5)],
+        [f"{number % 3:05d}/{number}.png" for number in range(9)],
+    ],
+)
 @pytest.mark.parametrize(("kind", "below"), [("folder", ""), ("zip", ""), ("zip", "around/")])
 def test_labels_of_stylegans_tool_are_read(prepare, make, tmp_path, capfd, kind, below, names):
     labels = {name: 9 + row % 2 for row, name in enumerate(names)}
@@ -72,7 +80,8 @@ def test_labels_of_stylegans_tool_are_read(prepare, make, tmp_path, capfd, kind,
         assert part.class_names == ["9", "10"]
         found |= {part.source_id(row): int(part.class_names[part.labels[row]]) for row in range(len(part))}
     assert found == {below + name: label for name, label in labels.items()}
-    assert f"labels are those of {below}dataset.json" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"labels are those of {below}dataset.json" in told and "ignored" not in told
 
 
 def test_images_that_stylegans_tool_gave_no_labels_are_one_class(prepare, make, tmp_path, capfd):
