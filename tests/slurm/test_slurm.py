@@ -25,8 +25,8 @@ from tests.test_end_to_end import Project, make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-# Of stage 1's training without a disturbance: enough for five of them.
-TRAINING_SECONDS = 75
+# Of stage 1's training without a disturbance: enough for five of them, also after a slow measurement.
+TRAINING_SECONDS, LEAST_STEPS = 75, 500
 TWO_NODES = {"mpi": "srun", "nodes": 2, "tasks": 2}
 
 
@@ -43,7 +43,7 @@ def changes(tmp_path_factory) -> dict[str, Any]:
     project = make_project(tmp_path_factory.mktemp("rate"), TINY | some)
     project.run("snakemake", "--cores", "1", "train_tokenizer")
     rate = float(re.findall(r"([\d.e+]+) steps/s, took", (project.root / "out/tokenizer.log").read_text())[-1])
-    steps = round(rate * TRAINING_SECONDS)
+    steps = max(round(rate * TRAINING_SECONDS), LEAST_STEPS)
     return TINY | {
         "train_tokenizer.steps": steps,
         "train_tokenizer.checkpoint_every": 10,
