@@ -87,7 +87,8 @@ def _inner_root(tree: Tree, root: str, top: set[str], notes: list[str]) -> str |
     if _wraps(tree, root, top):
         notes.append(f"{tree.name}: class folders are those in {root}{min(top)}/")
         return f"{root}{min(top)}/"
-    images, full = images_in(tree, root), _full(tree, root)
+    images = images_in(tree, root)
+    full = _folders_of(images)
     if len(full) != 1 or not full < top:
         return None
     (name,) = full
@@ -137,7 +138,12 @@ def _called_alike(folders: set[str]) -> tuple[list[str], list[str]]:
 
 def _full(tree: Tree, root: str) -> set[str]:
     """The folders right in `root` that hold images."""
-    return {name.partition("/")[0] for name in images_in(tree, root) if "/" in name}
+    return _folders_of(images_in(tree, root))
+
+
+def _folders_of(images: Sequence[str]) -> set[str]:
+    """The uppermost folders on the paths of images."""
+    return {name.partition("/")[0] for name in images if "/" in name}
 
 
 def _named(folders: set[str], names: Sequence[str]) -> list[str]:
