@@ -91,17 +91,14 @@ def open_class_folders(path: Path, work: Path, only: Sequence[str] | None = None
             found[split] = by_class if only is not None else without_parts(tree, root, by_class, notes)
     told = None if only is not None else _told_classes(tree, roots, found, notes)
     found = told or found
-    classes = list(found["train"] if "train" in found else found["all"])
-    classes = classes if told else sorted(classes)
+    root, by_class = next((roots[split], found[split]) for split in ("train", "all") if split in found)
+    classes = list(by_class) if told else sorted(by_class)
     if only is not None:
         check_classes(tree.name, classes, only)
-    root, by_class = next((roots[split], found[split]) for split in ("train", "all") if split in found)
-    if told:
-        pass
-    elif len(classes) == 1:
+    if not told and len(classes) == 1:
         _note_inner_folders(tree, root, classes[0], notes)
         note_labels_beside(tree, notes)
-    elif only is None:
+    elif not told and only is None:
         refuse_no_classes(tree, root, by_class)
         _note_upper_folders(tree, root, by_class, notes)
         note_order_of_numbers(tree, classes, notes)
